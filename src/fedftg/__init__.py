@@ -1,0 +1,1 @@
+"""Data-free fine-tuning of the global model in federated learning (FedFTG)."""

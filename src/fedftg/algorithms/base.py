@@ -1,0 +1,150 @@
+"""The three slots (local rule, server rule, refiner) and the values that pass between them.
+
+Rules are pure: they get tensors and a small context and return new ones. Loops, devices, processes and files belong to
+the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fedftg.models.functional import FunctionalModel
+from fedftg.params import Params
+
+Memory = Params
+"""What a rule keeps between rounds: named tensors, possibly none."""
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images ``(B, D, H, W)``, normalised and augmented, and labels ``(B,)``."""
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    """What one client gets for one round."""
+
+    round: int
+    """Counted from 1."""
+    client: int
+    params: Params
+    """The global parameters that the client starts from: the anchor ``a`` of FedProx and FedDyn."""
+    buffers: Params
+    memory: Memory
+    """What this client's rule kept since it last took part."""
+    message: Params
+    """What the server rule sends besides the model: SCAFFOLD's ``c``."""
+    num_samples: int
+    relative_size: float
+    """``num_samples`` over the mean of all clients; 1 where all hold the same."""
+    lr: float
+    """The local rate of this round, decay included."""
+    seed: int
+    """For everything that is drawn while this client trains."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What a rule makes of the trained parameters: the model that the client reports, and extra tensors."""
+
+    params: Params
+    extra: Params = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ClientResult:
+    """What the server receives from one client, and the memory that the client keeps."""
+
+    client: int
+    num_samples: int
+    class_counts: Tensor
+    """``(C,)`` int64: how many samples of each class the client holds."""
+    params: Params
+    buffers: Params
+    extra: Params
+    memory: Memory
+    loss: float
+    """Mean of the local loss over the client's steps; NaN where it made none."""
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """Everything on the server's side that a resumed run needs, as one value."""
+
+    round: int
+    """How many rounds are done."""
+    params: Params
+    buffers: Params
+    server: Memory
+    refiner: Memory
+
+
+class LocalRule(Protocol):
+    """One client's part of an algorithm. Works under ``torch.func.vmap``: no branch on data, no write in place."""
+
+    def init_memory(self, params: Params) -> Memory:
+        """What a client that never took part remembers; ``params`` are the initial global ones."""
+        ...
+
+    def loss(self, model: FunctionalModel, params: Params, buffers: Params, batch: Batch, task: LocalTask) -> Tensor:
+        """The scalar loss of a batch; BatchNorm statistics in ``buffers`` move as a side effect of training mode."""
+        ...
+
+    def correct(self, grads: Params, params: Params, task: LocalTask) -> Params:
+        """The gradients that the step uses, before clipping and weight decay."""
+        ...
+
+    def finish(self, params: Params, task: LocalTask, num_steps: int) -> tuple[Upload, Memory]:
+        """The upload and the new memory, after ``num_steps`` steps that led from ``task.params`` to ``params``."""
+        ...
+
+
+class ServerRule(Protocol):
+    """The server's part of an algorithm."""
+
+    def init(self, params: Params) -> Memory:
+        """What the server remembers before the first round."""
+        ...
+
+    def message(self, state: ServerState) -> Params:
+        """What every client is sent besides the model."""
+        ...
+
+    def step(self, state: ServerState, results: Sequence[ClientResult]) -> tuple[ServerState, Metrics]:
+        """The next state from at least one result with samples. Does not depend on the order of the results."""
+        ...
+
+
+class Refiner(Protocol):
+    """Improves the aggregated model on the server."""
+
+    needs_client_models: bool
+    """False where only the aggregate is used, so that uploads may be summed and dropped."""
+
+    def init(self, params: Params, rng: torch.Generator) -> Memory:
+        """What the refiner remembers before the first round, such as a generator's weights."""
+        ...
+
+    def refine(
+        self, state: ServerState, results: Sequence[ClientResult], rng: torch.Generator
+    ) -> tuple[ServerState, Metrics]:
+        """The state with better parameters and the new memory; ``state`` stays as it is."""
+        ...
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A local rule and the server rule that goes with it."""
+
+    local: LocalRule
+    server: ServerRule

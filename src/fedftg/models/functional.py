@@ -1,0 +1,87 @@
+"""A module as a function of its parameters and buffers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fedftg.params import Params, clone
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class FunctionalModel:
+    """Calls an image classifier with values for its parameters and buffers that are given at each call.
+
+    Nothing is kept between calls but the structure, so one object serves all clients, the server and ``torch.func``
+    transforms. In training mode BatchNorm updates the running statistics *in the buffers that were passed in*.
+
+    Args:
+        module: any classifier from images ``(B, D, H, W)`` to logits ``(B, C)``; its values are copied, not used.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._training = copy.deepcopy(module).train().requires_grad_(False)
+        self._evaluating = copy.deepcopy(module).eval().requires_grad_(False)
+        self.has_batchnorm = any(isinstance(layer, _BATCH_NORMS) for layer in module.modules())
+
+    def init(self) -> tuple[Params, Params]:
+        """Fresh copies of the parameters and the buffers that the module was given with."""
+        return clone(dict(self._evaluating.named_parameters())), clone(dict(self._evaluating.named_buffers()))
+
+    def __call__(self, params: Params, buffers: Params, images: Tensor, *, train: bool) -> Tensor:
+        """Logits ``(B, C)`` of images ``(B, D, H, W)``."""
+        logits: Tensor = functional_call(self._training if train else self._evaluating, (params, buffers), (images,))
+        return logits
+
+    def with_features(self, params: Params, buffers: Params, images: Tensor, *, train: bool) -> tuple[Tensor, Tensor]:
+        """Logits ``(B, C)`` and the representation ``(B, F)``: what enters the model's last linear layer.
+
+        Raises:
+            TypeError: the model has no ``nn.Linear`` layer.
+        """
+        module = self._training if train else self._evaluating
+        head = last_linear(module)
+        seen: list[Tensor] = []
+
+        def keep_input(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            seen.append(inputs[0])
+
+        handle = head.register_forward_pre_hook(keep_input)
+        try:
+            logits: Tensor = functional_call(module, (params, buffers), (images,))
+        finally:
+            handle.remove()
+        return logits, seen[-1]
+
+    def module(self, params: Params, buffers: Params) -> nn.Module:
+        """A new module, in evaluation mode, that holds copies of these values; its parameters require gradients."""
+        module = copy.deepcopy(self._evaluating)
+        module.load_state_dict({**params, **buffers}, strict=False)
+        return module.requires_grad_(True)
+
+
+def last_linear(module: nn.Module) -> nn.Linear:
+    """The last ``nn.Linear`` in order of registration: the classifier layer of every common architecture."""
+    linears = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    if not linears:
+        raise TypeError(
+            f"{type(module).__name__} has no nn.Linear layer, so its representation is unknown; "
+            "end the model with a linear classifier, or use an algorithm other than moon"
+        )
+    return linears[-1]
+
+
+def values(module: nn.Module) -> tuple[Params, Params]:
+    """Copies of a module's parameters and buffers."""
+    return clone(dict(module.named_parameters())), clone(dict(module.named_buffers()))
+
+
+def count_parameters(params: Params) -> int:
+    """How many numbers the parameters hold."""
+    return sum(tensor.numel() for tensor in params.values())
+
+

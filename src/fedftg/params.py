@@ -1,0 +1,104 @@
+"""Arithmetic on model parameters held as ``dict[str, Tensor]``.
+
+Every function returns new tensors and leaves its arguments as they are. Keys and their order are those of the first
+argument; a missing key raises ``KeyError``. Integer tensors (BatchNorm's ``num_batches_tracked``) take part in
+`weighted_mean` and are rounded back to their type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Params = dict[str, Tensor]
+
+
+def clone(params: Params) -> Params:
+    """Detached copies that share no memory with the original."""
+    return {name: tensor.detach().clone() for name, tensor in params.items()}
+
+
+def zeros_like(params: Params) -> Params:
+    """Zeros of the same names, shapes, types and devices."""
+    return {name: torch.zeros_like(tensor) for name, tensor in params.items()}
+
+
+def add(left: Params, right: Params, *, scale: float = 1.0) -> Params:
+    """``left + scale * right``, tensor by tensor."""
+    return {name: tensor + scale * right[name] for name, tensor in left.items()}
+
+
+def sub(left: Params, right: Params) -> Params:
+    """``left - right``, tensor by tensor."""
+    return {name: tensor - right[name] for name, tensor in left.items()}
+
+
+def scaled(params: Params, factor: float) -> Params:
+    """``factor * params``, tensor by tensor."""
+    return {name: factor * tensor for name, tensor in params.items()}
+
+
+def weighted_mean(trees: Sequence[Params], weights: Sequence[float]) -> Params:
+    """``sum_i weights_i * trees_i / sum_i weights_i``, summed in the order given and in float64.
+
+    float64 makes the mean of equal trees equal to them, bit for bit, and keeps the sum of many clients exact to the
+    last float32 digit. Trees of weight 0 are skipped, so their values may even be non-finite.
+
+    Raises:
+        ValueError: no tree, a negative weight, or weights that sum to 0.
+    """
+    if len(trees) != len(weights):
+        raise ValueError(f"got {len(trees)} parameter sets and {len(weights)} weights; give one weight each")
+    if any(weight < 0 for weight in weights) or not sum(weights) > 0:
+        raise ValueError(f"weights must be >= 0 with a sum > 0, got {list(weights)}")
+    total = float(sum(weights))
+    used = [(tree, weight / total) for tree, weight in zip(trees, weights, strict=True) if weight > 0]
+    mean: Params = {}
+    for name, like in used[0][0].items():
+        value = torch.zeros_like(like, dtype=torch.float64)
+        for tree, weight in used:
+            value += tree[name].to(torch.float64) * weight
+        mean[name] = value.to(like.dtype) if like.is_floating_point() else value.round().to(like.dtype)
+    return mean
+
+
+def stack(trees: Sequence[Params]) -> Params:
+    """One tree whose tensors have a new first dimension of size ``len(trees)``."""
+    return {name: torch.stack([tree[name] for tree in trees]) for name in trees[0]}
+
+
+def unstack(tree: Params) -> list[Params]:
+    """The inverse of `stack`; the tensors are views."""
+    size = next(iter(tree.values())).shape[0]
+    return [{name: tensor[index] for name, tensor in tree.items()} for index in range(size)]
+
+
+def to_device(params: Params, device: torch.device | str) -> Params:
+    """The same values on ``device``; tensors already there are not copied."""
+    return {name: tensor.to(device) for name, tensor in params.items()}
+
+
+def first_non_finite(params: Params) -> str | None:
+    """The name of the first tensor that holds a NaN or an infinity, or None if all are finite."""
+    for name, tensor in params.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return name
+    return None
+
+
+def norm(params: Params) -> float:
+    """The Euclidean norm over all floating-point tensors together, in float64."""
+    squares = [tensor.double().square().sum() for tensor in params.values() if tensor.is_floating_point()]
+    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+
+
+def prefixed(params: Params, prefix: str) -> Params:
+    """The same tensors under ``prefix + name``."""
+    return {prefix + name: tensor for name, tensor in params.items()}
+
+
+def unprefixed(params: Params, prefix: str) -> Params:
+    """The tensors whose names start with ``prefix``, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in params.items() if name.startswith(prefix)}

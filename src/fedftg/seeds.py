@@ -1,0 +1,34 @@
+"""All randomness of a run comes from seeds derived here, so no random state has to be carried from round to round.
+
+A seed depends on what it is for (run, round, client, purpose) and on nothing else: not on the order of execution, the
+executor, the number of processes, or on whether the run was interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+
+SERVER = -1
+"""The ``client`` of randomness that belongs to no client."""
+
+
+def seed_for(run_seed: int, round: int, client: int, purpose: str) -> int:
+    """A seed in ``[0, 2**63)``: the first 63 bits of the SHA-256 of the four values.
+
+    ``round`` is 0 for what happens before the first round; ``client`` is `SERVER` where no client is concerned.
+    """
+    digest = hashlib.sha256(f"{run_seed}/{round}/{client}/{purpose}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def torch_rng(run_seed: int, round: int, client: int, purpose: str) -> torch.Generator:
+    """A CPU generator seeded with `seed_for`; draw on the CPU and move, so that every device sees the same numbers."""
+    return torch.Generator().manual_seed(seed_for(run_seed, round, client, purpose))
+
+
+def numpy_rng(run_seed: int, round: int, client: int, purpose: str) -> np.random.Generator:
+    """A NumPy generator (PCG64) seeded with `seed_for`."""
+    return np.random.default_rng(seed_for(run_seed, round, client, purpose))
