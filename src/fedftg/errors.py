@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
 
 class InputError(ValueError):
     """Wrong input from the user: the message says what was got, what is allowed and what to do. Exit status 2."""
@@ -23,3 +26,36 @@ def unknown(kind: str, got: str, allowed: Iterable[str]) -> InputError:
     near = difflib.get_close_matches(got, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return InputError(f"unknown {kind} {got!r}; {hint}allowed: {', '.join(names)}")
+
+
+def explain(error: ValidationError, cls: type[BaseModel], prefix: str = "") -> InputError:
+    """The first problem that pydantic found, as one line with got, allowed and what to do."""
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    cause = first.get("ctx", {}).get("error")
+    path = ".".join([*([prefix] if prefix else []), *(str(part) for part in first["loc"])])
+    if isinstance(cause, InputError):
+        return cause
+    if isinstance(cause, Exception):
+        return InputError(str(cause) if not first["loc"] else f"{path}: {cause}")
+    owner, field = _owner(cls, first["loc"])
+    if first["type"] == "extra_forbidden":
+        parent = path.rpartition(".")[0]
+        keys = [f"{parent}.{key}" if parent else key for key in owner.model_fields]
+        return unknown("key", path, keys)
+    message = first["msg"][0].lower() + first["msg"][1:]
+    message = message.removeprefix("input should be ").removeprefix("input should ")
+    must = message if message.startswith(("match", "have", "be ")) else f"be {message}"
+    hint = f"; {field.description}" if field is not None and field.description else ""
+    return InputError(f"{path} must {must}, got {first['input']!r}{hint}")
+
+
+def _owner(cls: type[BaseModel], location: tuple[int | str, ...]) -> tuple[type[BaseModel], FieldInfo | None]:
+    """The settings class that holds the last part of a location, and its field, where it has one."""
+    owner = cls
+    for part in location[:-1]:
+        field = owner.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return owner, field
+        owner = field.annotation
+    return owner, owner.model_fields.get(str(location[-1])) if location else None

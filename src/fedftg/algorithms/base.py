@@ -7,10 +7,11 @@ the engine.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from fedftg.models.functional import FunctionalModel
@@ -54,14 +55,6 @@ class LocalTask:
 
 
 @dataclass(frozen=True)
-class Upload:
-    """What a rule makes of the trained parameters: the model that the client reports, and extra tensors."""
-
-    params: Params
-    extra: Params = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class ClientResult:
     """What the server receives from one client, and the memory that the client keeps."""
 
@@ -72,6 +65,7 @@ class ClientResult:
     params: Params
     buffers: Params
     extra: Params
+    """What the local rule uploads besides the model: SCAFFOLD's change of ``c_k``."""
     memory: Memory
     loss: float
     """Mean of the local loss over the client's steps; NaN where it made none."""
@@ -82,7 +76,7 @@ class ServerState:
     """Everything on the server's side that a resumed run needs, as one value."""
 
     round: int
-    """How many rounds are done."""
+    """How many rounds are done: 0 during the first round, so schedules are ``rate * decay ** round``."""
     params: Params
     buffers: Params
     server: Memory
@@ -92,8 +86,8 @@ class ServerState:
 class LocalRule(Protocol):
     """One client's part of an algorithm. Works under ``torch.func.vmap``: no branch on data, no write in place."""
 
-    def init_memory(self, params: Params) -> Memory:
-        """What a client that never took part remembers; ``params`` are the initial global ones."""
+    def init_memory(self, params: Params, buffers: Params) -> Memory:
+        """What a client that never took part remembers; given are the initial global values."""
         ...
 
     def loss(self, model: FunctionalModel, params: Params, buffers: Params, batch: Batch, task: LocalTask) -> Tensor:
@@ -104,8 +98,8 @@ class LocalRule(Protocol):
         """The gradients that the step uses, before clipping and weight decay."""
         ...
 
-    def finish(self, params: Params, task: LocalTask, num_steps: int) -> tuple[Upload, Memory]:
-        """The upload and the new memory, after ``num_steps`` steps that led from ``task.params`` to ``params``."""
+    def finish(self, params: Params, buffers: Params, task: LocalTask, num_steps: int) -> tuple[Params, Memory]:
+        """What to upload besides the trained model, and the new memory, after ``num_steps`` steps from ``task.params``."""
         ...
 
 
@@ -148,3 +142,37 @@ class Algorithm:
 
     local: LocalRule
     server: ServerRule
+
+
+class AlgorithmConfig(BaseModel):
+    """The settings of an algorithm: subclass, give ``name`` a ``Literal`` type, and register it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+
+    def build(self, num_clients: int) -> Algorithm:
+        """The rules for a federation of ``num_clients`` clients, of which a cohort takes part in each round."""
+        raise TypeError(f"{type(self).__name__} does not define build(num_clients) -> Algorithm")
+
+
+@dataclass(frozen=True)
+class RefinerContext:
+    """What a refiner may know of the experiment."""
+
+    model: FunctionalModel
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    device: torch.device
+
+
+class RefinerConfig(BaseModel):
+    """The settings of a refiner: subclass, give ``name`` a ``Literal`` type, and register it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+
+    def build(self, context: RefinerContext) -> Refiner:
+        """The refiner for one experiment."""
+        raise TypeError(f"{type(self).__name__} does not define build(context) -> Refiner")

@@ -1,1 +1,8 @@
-"""See docs/design.md."""
+"""Where images come from and who holds them. See docs/data.md."""
+
+from fedftg.data.config import DataConfig, PartitionConfig
+from fedftg.data.federated import FederatedData
+from fedftg.data.partition import partition, skew
+from fedftg.data.sources import SOURCES, ImageDataset, load
+
+__all__ = ["SOURCES", "DataConfig", "FederatedData", "ImageDataset", "PartitionConfig", "load", "partition", "skew"]

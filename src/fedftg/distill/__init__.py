@@ -1,1 +1,8 @@
-"""See docs/design.md."""
+"""The core: teachers, class counts and a generator in, a better student out. Knows no client, round or file.
+
+Zhang, Shen, Ding, Tao, Duan, "Fine-tuning Global Model via Data-Free Knowledge Distillation for Non-IID Federated
+Learning", CVPR 2022, https://arxiv.org/abs/2203.09249.
+
+Dimension letters: ``K`` teachers, ``B`` batch, ``C`` classes, ``D`` image channels, ``H W`` image height and width,
+``Z`` noise, ``I`` iterations.
+"""

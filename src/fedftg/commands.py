@@ -1,0 +1,222 @@
+"""One function per command: finds recipes and run folders, calls the parts, and says what was written where."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedftg import config as configs
+from fedftg import experiment, recipes
+from fedftg.algorithms.registry import ALGORITHMS, REFINERS
+from fedftg.config import RunConfig
+from fedftg.data import sources
+from fedftg.data.federated import FederatedData
+from fedftg.data.partition import partition as split
+from fedftg.data.partition import skew
+from fedftg.distill.config import PRESETS
+from fedftg.engine.executors import EXECUTORS
+from fedftg.errors import InputError
+from fedftg.experiment import Run
+from fedftg.models.registry import MODELS
+from fedftg.progress import Progress
+from fedftg.report import plots, table
+from fedftg.report.load import RunRecord, load_run
+from fedftg.rundir import checkpoint
+from fedftg.rundir.folder import RunFolder
+from fedftg.seeds import SERVER, numpy_rng
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Runs, and the files that a table and a plot of them were written to."""
+
+    runs: list[RunRecord]
+    table: Path
+    plot: Path
+
+
+@dataclass(frozen=True)
+class PartitionReport:
+    """Who holds what, and the files that it was written to."""
+
+    class_names: list[str]
+    class_counts: list[list[int]]
+    skew: dict[str, float]
+    plot: Path
+    data: Path
+
+
+def run(
+    recipe: RunConfig | Mapping[str, Any] | str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    out: Path | str | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Run:
+    """One experiment, from its config to its deployed model.
+
+    Args:
+        recipe: a `RunConfig`, nested settings as in a recipe, the path or name of a recipe, or None for the default one.
+        overrides: ``"key=value"`` strings, as after ``--set``.
+        out: folder of the run; by default ``runs/NAME``, or the next free ``runs/NAME-2``, ...
+        resume: go on with the run in ``out``; without ``out`` with the newest in ``runs`` with the same settings.
+            Without a recipe, the settings are those that the run in ``out`` was started with.
+        progress: who is told how it goes on; None is silent.
+
+    Raises:
+        InputError: wrong input; nothing was written.
+        ClientError: a client's training failed; the run can be resumed.
+    """
+    folder = Path(out) if out is not None else None
+    if resume and folder is not None and recipe is None:
+        recipe = RunFolder(folder).read_config()
+    config = _config(recipe, overrides)
+    if folder is None:
+        found = _existing(config, RUNS) if resume else None
+        if resume and found is None:
+            raise InputError(
+                f"no run of {config.name!r} with these settings is in {RUNS}/; leave --resume out to start one, "
+                "or name its folder by --out"
+            )
+        folder = found or _fresh(RUNS, config.name)
+    return experiment.run(config, folder, resume=resume, progress=progress)
+
+
+def _config(recipe: RunConfig | Mapping[str, Any] | str | Path | None, overrides: Sequence[str]) -> RunConfig:
+    if isinstance(recipe, RunConfig):
+        recipe = recipe.model_dump(mode="json", exclude_none=True)
+    if isinstance(recipe, Mapping):
+        return configs.from_mapping(configs.apply(recipe, overrides))
+    return configs.load(recipes.find(str(recipe or recipes.DEFAULT)), overrides)
+
+
+def compare(given: Sequence[str], overrides: Sequence[str], out: Path, progress: Progress) -> Report:
+    """Runs what is missing, and writes one table and one plot of all.
+
+    Args:
+        given: recipes (path or name), or folders of runs; a recipe whose run is in ``out`` already, with the same
+            settings, is not run again, and an unfinished one is resumed.
+        out: the folder of run folders.
+    """
+    if len(given) < 2:
+        raise InputError(f"compare needs two or more recipes or run folders, got {len(given)}")
+    folders = {item: Path(item) for item in given if RunFolder(Path(item)).config_file.is_file()}
+    # All recipes are checked before the first is run, so that a typo in the last one costs no time.
+    wanted = {item: configs.load(recipes.find(item), overrides) for item in given if item not in folders}
+    for item, config in wanted.items():
+        folders[item] = _run_if_missing(config, out, progress)
+    runs = [load_run(folders[item]) for item in given]
+    name = "+".join(dict.fromkeys(run.name for run in runs))
+    return _write_report(runs, out / "comparisons" / name[:120])
+
+
+def report(folder: Path) -> Report:
+    """Writes the table and the plot of one run into its folder ``report``."""
+    return _write_report([load_run(folder)], folder / "report")
+
+
+def partition(recipe: str | None, overrides: Sequence[str], out: Path | None) -> PartitionReport:
+    """Splits the data as the recipe would, without training; writes a heatmap and the counts."""
+    config = configs.load(recipes.find(recipe or recipes.DEFAULT), overrides)
+    dataset = sources.load(config.data)
+    parts = split(dataset.train_labels.numpy(), config.partition, numpy_rng(config.seed, 0, SERVER, "partition"))
+    counts = FederatedData(dataset, parts).class_counts
+    folder = out or RUNS / "partitions" / config.name
+    _make(folder)
+    names, table_of_counts = list(dataset.class_names), counts.tolist()
+    law = config.partition.law + (f" alpha={config.partition.alpha:g}" if config.partition.law == "dirichlet" else "")
+    title = f"{config.data.name}, {law}, {config.partition.sizes} sizes, seed {config.seed}"
+    measures = skew(counts.numpy())
+    plot = plots.partition_heatmap(table_of_counts, names, folder / "partition.png", title=title)
+    content = {"class_names": names, "class_counts": table_of_counts, "skew": measures}
+    data = folder / "partition.json"
+    data.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return PartitionReport(names, table_of_counts, measures, plot, data)
+
+
+def export(folder: Path, to: Path) -> int:
+    """Writes the deployed (refined) global model of a run's last checkpoint; returns the round it is from.
+
+    Parameters and buffers lie in one safetensors file under their names in the module, so that
+    ``module.load_state_dict(safetensors.torch.load_file(to))`` loads it.
+
+    Raises:
+        InputError: no run, no checkpoint yet, or a wrong file name.
+    """
+    config = RunFolder(folder).read_config()
+    if to.suffix != ".safetensors":
+        raise InputError(f"--to must end in .safetensors, got {to.name!r}")
+    if not to.parent.is_dir():
+        raise InputError(f"--to: folder {to.parent} does not exist; make it first")
+    kept = checkpoint.load(RunFolder(folder).checkpoint, "cpu")
+    if kept is None:
+        raise InputError(f"{folder} has no checkpoint yet; let the run finish a round first")
+    metadata = {"model": json.dumps(config["model"]), "round": str(kept.state.round)}
+    checkpoint.write_tensors(to, {**kept.state.params, **kept.state.buffers}, metadata)
+    return kept.state.round
+
+
+def listing() -> dict[str, list[str]]:
+    """Every name that a recipe or command may use, by kind."""
+    return {
+        "data sets": sorted(sources.SOURCES),
+        "models": [*sorted(MODELS), "package.module.Class (any nn.Module)"],
+        "algorithms": list(ALGORITHMS),
+        "refiners": list(REFINERS),
+        "presets of fedftg": list(PRESETS),
+        "executors": list(EXECUTORS),
+        "recipes": recipes.names(),
+    }
+
+
+def _run_if_missing(config: RunConfig, out: Path, progress: Progress) -> Path:
+    folder = _existing(config, out)
+    if folder is None:
+        folder = _fresh(out, config.name)
+        experiment.run(config, folder, progress=progress)
+    elif not RunFolder(folder).finished or load_run(folder).config.get("rounds") != config.rounds:
+        experiment.run(config, folder, resume=True, progress=progress)
+    return folder
+
+
+def _existing(config: RunConfig, parent: Path) -> Path | None:
+    """The newest run in ``parent`` that is this experiment and not longer than it, or None."""
+    found = []
+    for path in parent.glob("*/config.toml"):
+        try:
+            other = configs.from_mapping(RunFolder(path.parent).read_config())
+        except InputError:
+            continue  # written by another version: not this experiment
+        if configs.first_difference(other, config) is None and other.rounds <= config.rounds:
+            found.append((path.stat().st_mtime, path.parent))
+    return max(found)[1] if found else None
+
+
+def _fresh(parent: Path, name: str) -> Path:
+    path, number = parent / name, 1
+    while path.exists():
+        number += 1
+        path = parent / f"{name}-{number}"
+    return path
+
+
+def _write_report(runs: list[RunRecord], folder: Path) -> Report:
+    _make(folder)
+    table_file = folder / "table.md"
+    table_file.write_text(table.markdown_table(runs), encoding="utf-8")
+    return Report(runs, table_file, plots.accuracy_plot(runs, folder / "accuracy.png"))
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}; choose another folder by --out") from None
+
+

@@ -1,0 +1,212 @@
+"""The settings of a run: TOML in and out, ``--set``, and one line for whatever is wrong with them."""
+
+from __future__ import annotations
+
+import importlib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
+
+from fedftg.algorithms.base import AlgorithmConfig, RefinerConfig
+from fedftg.algorithms.fedavg import FedAvgConfig
+from fedftg.algorithms.fedftg import FedFTGConfig
+from fedftg.algorithms.registry import ALGORITHMS, REFINERS
+from fedftg.data.config import DataConfig, PartitionConfig
+from fedftg.engine.evaluate import EvaluationConfig
+from fedftg.engine.executors import ExecutorConfig
+from fedftg.engine.local_train import LocalConfig
+from fedftg.engine.sampling import CohortConfig
+from fedftg.errors import InputError, explain, unknown
+from fedftg.models.registry import ModelConfig
+
+Section = TypeVar("Section", bound=BaseModel)
+
+
+class CheckpointConfig(BaseModel):
+    """How often the state is written."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    every: int = Field(default=1, ge=1, description="write the state each so many rounds, and after the last one")
+
+
+def _named(key: str, table: Mapping[str, type[Section]], given: Any) -> Any:
+    """Turns ``{name = "fedprox", mu = 0.1}`` into the settings class that is registered under the name."""
+    if not isinstance(given, Mapping):
+        return given
+    name = given.get("name")
+    if not isinstance(name, str):
+        raise InputError(f"{key}.name must be one of {', '.join(sorted(table))}, got {name!r}")
+    if name not in table:
+        raise unknown(f"{key}.name", name, table)
+    return parse(table[name], given, key)
+
+
+def _algorithm(given: Any) -> Any:
+    return _named("algorithm", ALGORITHMS, given)
+
+
+def _refiner(given: Any) -> Any:
+    return _named("refiner", REFINERS, given)
+
+
+class RunConfig(BaseModel):
+    """One experiment. The defaults are those of a run without recipe, apart from the recipe's own values."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(default="run", pattern=r"^[\w.+=-]+$", description="letters, digits, and . _ + = -; names the folder")
+    seed: int = Field(default=0, ge=0, description="the only source of randomness")
+    rounds: int = Field(default=20, ge=1)
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    threads: int = Field(default=0, ge=0, description="CPU threads; 0 takes as many as the machine has cores")
+    plugins: tuple[str, ...] = Field(default=(), description="modules to import first: they register own algorithms")
+    data: DataConfig = DataConfig()
+    partition: PartitionConfig = PartitionConfig()
+    cohort: CohortConfig = CohortConfig()
+    model: ModelConfig = ModelConfig()
+    algorithm: Annotated[SerializeAsAny[AlgorithmConfig], BeforeValidator(_algorithm)] = FedAvgConfig()
+    refiner: Annotated[SerializeAsAny[RefinerConfig], BeforeValidator(_refiner)] = FedFTGConfig()
+    local: LocalConfig = LocalConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    executor: ExecutorConfig = ExecutorConfig()
+
+    def to_toml(self) -> str:
+        """Every setting, also those left at their default, as TOML; what has no value is left out."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def parse(cls: type[Section], given: Mapping[str, Any], prefix: str = "") -> Section:
+    """Validates settings; raises `InputError` with the first thing that is wrong, in one line."""
+    try:
+        return cls.model_validate(given)
+    except ValidationError as error:
+        raise explain(error, cls, prefix) from None
+
+
+def load(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """A recipe with ``key=value`` overrides applied.
+
+    Choosing another ``algorithm.name`` or ``refiner.name`` drops the recipe's other settings of that section, because
+    they belong to the one that it named.
+
+    Raises:
+        InputError: missing file, no TOML, unknown key, wrong type, impossible value.
+    """
+    given = read_recipe(path) if path is not None else {}
+    return from_mapping(apply(given, overrides))
+
+
+def from_mapping(given: Mapping[str, Any]) -> RunConfig:
+    """The config of nested settings, after its plugins were imported."""
+    for module in given.get("plugins", ()):
+        try:
+            importlib.import_module(str(module))
+        except ImportError as error:
+            raise InputError(
+                f"plugin {module!r} cannot be imported ({error}); install it or put its folder on PYTHONPATH"
+            ) from None
+    return parse(RunConfig, given)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The settings of a recipe; ``extends = "other.toml"`` lays them over those of a recipe beside it.
+
+    The run's ``name`` is that of the file, unless the recipe gives one.
+    """
+    chain, seen = [path], {path.resolve()}
+    layers = [read_toml(path)]
+    while "extends" in layers[-1]:
+        parent = chain[-1].parent / str(layers[-1].pop("extends"))
+        if parent.resolve() in seen:
+            raise InputError(f"recipe {chain[-1]}: extends leads in a circle by {parent.name}; name another recipe")
+        seen.add(parent.resolve())
+        chain.append(parent)
+        layers.append(read_toml(parent))
+    given: dict[str, Any] = {}
+    for layer in reversed(layers):
+        pairs = [(f"{key}.{leaf}", value) for key, part in layer.items() if isinstance(part, dict) for leaf, value in part.items()]
+        pairs += [(key, value) for key, value in layer.items() if not isinstance(value, dict)]
+        given = _lay_over(given, pairs)
+    given["name"] = layers[0].get("name", path.stem)
+    return given
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file, or one line that says why there is none."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read recipe {path}: {error.strerror}; give a path or a name from 'fedftg list'") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {path} is not valid TOML: {error}") from None
+
+
+def apply(given: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Nested settings with ``a.b=value`` laid over them; values are TOML where they parse, else plain strings."""
+    return _lay_over(given, [_split(override) for override in overrides])
+
+
+def _lay_over(given: Mapping[str, Any], pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in given.items()}
+    for key, value in pairs:
+        section = key.removesuffix(".name")
+        if section in ("algorithm", "refiner") and section != key:
+            current = result.get(section)
+            if isinstance(current, dict) and current.get("name", value) != value:
+                result[section] = {}
+    for key, value in pairs:
+        target = result
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise InputError(f"cannot set {key}: {parent!r} is a single value and has no keys below it")
+        target[leaf] = value
+    return result
+
+
+def _split(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"--set needs key=value, got {override!r}; for example --set rounds=50")
+    try:
+        value: Any = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    return key.strip(), value
+
+
+RESUME_MAY_CHANGE = ("name", "rounds", "device", "data.root", "checkpoint", "evaluation.targets", "threads")
+"""What may differ when a run is resumed: the length, where things lie and what does not change results."""
+
+
+def check_resumable(before: RunConfig, now: RunConfig) -> None:
+    """Refuses to go on with settings that would make another experiment of it."""
+    key = first_difference(before, now)
+    if key is not None:
+        raise InputError(
+            f"--resume cannot change {key}; only {', '.join(RESUME_MAY_CHANGE)} may change; start a new run for the rest"
+        )
+
+
+def first_difference(before: RunConfig, now: RunConfig) -> str | None:
+    """The first setting that makes two configs different experiments, or None."""
+    left, right = (_flat(config.model_dump(mode="json")) for config in (before, now))
+    for key in sorted({*left, *right}):
+        allowed = any(key == may or key.startswith(may + ".") for may in RESUME_MAY_CHANGE)
+        if not allowed and left.get(key) != right.get(key):
+            return key
+    return None
+
+
+def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

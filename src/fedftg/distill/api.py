@@ -1,0 +1,184 @@
+"""`refine`: the core for anyone's classifiers, without a federation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int, Num
+from torch import Tensor, nn
+
+from fedftg.distill.config import DistillConfig, preset
+from fedftg.distill.distiller import Distiller, DistillMetrics, Progress
+from fedftg.distill.generator import Generator
+from fedftg.distill.labels import check_class_counts, class_probabilities
+from fedftg.distill.teachers import Classifier, ListedTeachers
+from fedftg.errors import InputError
+from fedftg.params import first_non_finite
+from fedftg.seeds import SERVER, seed_for, torch_rng
+
+
+@dataclass(frozen=True)
+class RefineResult:
+    """What `refine` returns."""
+
+    model: nn.Module
+    """The refined copy of the student, in the mode that the student was given in."""
+    generator: Generator
+    metrics: DistillMetrics
+    """Per iteration."""
+    rolled_back: str | None
+    """Why ``model`` and ``generator`` are as they were given, or None where all went well."""
+    class_probabilities: Float[Tensor, " C"]
+    """``p_t(y)``, from the class counts."""
+    _rng: torch.Generator = field(repr=False)
+
+    @torch.no_grad()
+    def sample(
+        self, n: int, labels: int | Sequence[int] | Int[Tensor, " N"] | None = None
+    ) -> tuple[Float[Tensor, "N D H W"], Int[Tensor, " N"]]:
+        """``n`` synthetic images ``(N, D, H, W)`` and their labels ``(N,)``, on the generator's device.
+
+        Args:
+            n: at least 1. Every call gives new images.
+            labels: one for all, one for each, or None: drawn from ``p_t(y)``.
+
+        Raises:
+            InputError: ``n`` < 1, or labels that are not ``n`` numbers below the number of classes.
+        """
+        if n < 1:
+            raise InputError(f"n must be >= 1, got {n}; it is the number of images")
+        classes = self.generator.num_classes
+        if labels is None:
+            chosen = torch.multinomial(self.class_probabilities, n, replacement=True, generator=self._rng)
+        else:
+            chosen = torch.as_tensor(labels).cpu()
+            chosen = chosen.expand(n) if chosen.ndim == 0 else chosen
+        wrong = tuple(chosen.shape) != (n,) or chosen.is_floating_point()
+        if wrong or int(chosen.min()) < 0 or int(chosen.max()) >= classes:
+            raise InputError(f"labels must be one or {n} whole numbers from 0 to {classes - 1}, got {labels}")
+        noise = torch.randn(n, self.generator.noise_dim, generator=self._rng)
+        device = next(self.generator.parameters()).device
+        chosen = chosen.to(device, torch.int64)
+        images: Tensor = self.generator(noise.to(device), chosen)
+        return images, chosen
+
+
+def refine(
+    student: nn.Module,
+    teachers: Sequence[Classifier],
+    class_counts: Num[Tensor, "K C"] | Sequence[Sequence[float]],
+    *,
+    config: str | DistillConfig = "fedftg",
+    generator: Generator | None = None,
+    image_shape: Sequence[int] = (3, 32, 32),
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> RefineResult:
+    """A better copy of ``student``, distilled from ``teachers`` with no data.
+
+    Nothing that is given is changed: not the student, the teachers, the generator, their modes and flags, nor torch's
+    global random state. The same seed gives the same result on the same machine.
+
+    Args:
+        student: a classifier from images ``(B, D, H, W)`` to logits ``(B, C)``, such as the average of the teachers. The
+            work is done on its device.
+        teachers: at least one classifier on the same device with the same classes; architectures may differ. Modules
+            evaluate whatever their mode; a function is called as it is.
+        class_counts: ``(K, C)``: how many training samples of each class each teacher has seen.
+        config: the name of a preset (``fedftg``, ``paper``, ``official``), or `preset` with changes.
+        generator: where to start from, such as ``result.generator`` of an earlier call; None: a new one. Its noise length
+            and image shape go before ``config.noise_dim`` and ``image_shape``.
+        image_shape: ``(D, H, W)`` of the classifiers' images: 1 or 3 channels, 8 to 224 pixels a side.
+        seed: of everything that is drawn.
+        progress: called as ``progress(iterations done, iterations in all)``.
+
+    Raises:
+        InputError: inputs that do not fit together; the message says what to do.
+    """
+    settings = preset(config) if isinstance(config, str) else config
+    device = _device(student)
+    ensemble = ListedTeachers(teachers)
+    counts = _counts(class_counts, len(ensemble))
+    if generator is None:
+        new = _new_generator(settings, counts.shape[1], image_shape, seed)
+    else:
+        new = copy.deepcopy(generator)
+        settings = settings.model_copy(update={"noise_dim": new.noise_dim})
+        if new.num_classes != counts.shape[1]:
+            raise InputError(
+                f"class_counts must have a column for each of the generator's {new.num_classes} classes, "
+                f"got {counts.shape[1]}"
+            )
+    new = new.to(device)
+    start = copy.deepcopy(new).eval()
+    model = _copy_of(student)
+    _probe(model, ensemble, new.image_shape, device)
+    metrics = Distiller(settings, new).refine(
+        model, ensemble, counts, rng=torch_rng(seed, 0, SERVER, "refine"), progress=progress
+    )
+    broken = first_non_finite(model.state_dict()) or first_non_finite(new.state_dict())
+    return RefineResult(
+        model=_copy_of(student) if broken else model,
+        generator=start if broken else new.eval(),
+        metrics=metrics,
+        rolled_back=f"{broken} is not finite; lower student_lr or generator_lr" if broken else None,
+        class_probabilities=class_probabilities(counts),
+        _rng=torch_rng(seed, 0, SERVER, "sample"),
+    )
+
+
+def _device(student: nn.Module) -> torch.device:
+    parameter = next(student.parameters(), None)
+    if parameter is None:
+        raise InputError(f"student {type(student).__name__} has no parameters; give a classifier that can be trained")
+    return parameter.device
+
+
+def _copy_of(student: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(student)
+    copied.zero_grad()
+    return copied
+
+
+def _counts(class_counts: Tensor | Sequence[Sequence[float]], num_teachers: int) -> Float[Tensor, "K C"]:
+    try:
+        counts = torch.as_tensor(class_counts)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"class_counts must be a table (teachers, classes) of numbers, got {error}") from None
+    columns = counts.shape[1] if counts.ndim == 2 else 0
+    return check_class_counts(counts, num_teachers=num_teachers, num_classes=columns)
+
+
+def _new_generator(settings: DistillConfig, num_classes: int, image_shape: Sequence[int], seed: int) -> Generator:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_for(seed, 0, SERVER, "generator"))
+        return Generator(settings.noise_dim, num_classes, image_shape, settings.generator_width)
+
+
+@torch.no_grad()
+def _probe(model: nn.Module, teachers: ListedTeachers, image_shape: Sequence[int], device: torch.device) -> None:
+    """Calls every classifier once, so that a wrong image shape or device is told in one line."""
+    images = torch.zeros(2, *image_shape, device=device)
+    modes = [(module, module.training) for module in model.modules()]
+    calls: list[tuple[str, Classifier]] = [("student", model.eval())]
+    calls += [(f"teacher {k}", _only(teachers.part(k, k + 1))) for k in range(len(teachers))]
+    for name, call in calls:
+        try:
+            call(images)
+        except InputError:
+            raise
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise InputError(
+                f"{name} does not take images of shape {tuple(images.shape)} on {device}: {reason}; "
+                "pass the image_shape that it was trained with, and put all models on one device"
+            ) from error
+    for module, training in modes:
+        module.training = training
+
+
+def _only(teacher: ListedTeachers) -> Classifier:
+    return lambda images: teacher(images)[0]

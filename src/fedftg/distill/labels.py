@@ -1,0 +1,104 @@
+"""Class counts of the teachers: customised label sampling ``p_t(y)`` and ensemble weights ``a_k(y)``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int, Num
+from torch import Tensor
+
+from fedftg.errors import InputError
+
+LabelSampling = Literal["iid", "proportional", "uniform"]
+Ensemble = Literal["class", "samples", "uniform"]
+
+
+def check_class_counts(
+    class_counts: Num[Tensor, "K C"], *, num_teachers: int, num_classes: int
+) -> Float[Tensor, "K C"]:
+    """``(K, C)`` float64 on the CPU, after checking shape and values.
+
+    Raises:
+        InputError: wrong shape, a negative or non-finite count, or no sample at all.
+    """
+    if tuple(class_counts.shape) != (num_teachers, num_classes):
+        raise InputError(
+            f"class_counts must have shape (teachers, classes) = ({num_teachers}, {num_classes}), "
+            f"got {tuple(class_counts.shape)}; give one row per teacher and one column per class"
+        )
+    counts = class_counts.detach().to("cpu", torch.float64)
+    if not bool(torch.isfinite(counts).all()) or bool((counts < 0).any()):
+        raise InputError(
+            "class_counts must be finite and >= 0, got a negative or non-finite one; "
+            "count the training samples of each class that each teacher has seen"
+        )
+    if not bool(counts.sum() > 0):
+        raise InputError("class_counts are all 0, allowed is at least one sample; leave out teachers that saw no data")
+    return counts
+
+
+def class_probabilities(class_counts: Float[Tensor, "K C"]) -> Float[Tensor, " C"]:
+    """``(C,)`` float64: ``p_t(y)``, proportional to the samples of class ``y`` over the teachers; 0 where none holds it."""
+    totals = class_counts.to(torch.float64).sum(dim=0)
+    return totals / totals.sum()
+
+
+def ensemble_weights(class_counts: Float[Tensor, "K C"], kind: Ensemble = "class") -> Float[Tensor, "K C"]:
+    """``(K, C)`` float32: ``a_k(y)``, the weight of teacher ``k`` on a sample drawn for class ``y``.
+
+    Columns sum to 1; with ``class`` the column of a class that no teacher holds is 0 (it is never drawn).
+
+    Args:
+        class_counts: at least one sample in all.
+        kind: ``class``: ``n_k^y / sum_j n_j^y``, the paper's (the public code adds 1e-6 to the denominator);
+            ``samples``: ``n_k / sum_j n_j`` for every class, as FedDF weights; ``uniform``: ``1 / K``.
+    """
+    counts = class_counts.to(torch.float64)
+    if kind == "class":
+        totals = counts.sum(dim=0)
+        weights = torch.where(totals > 0, counts / totals.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+    elif kind == "samples":
+        weights = (counts.sum(dim=1, keepdim=True) / counts.sum()).expand_as(counts)
+    else:
+        weights = torch.full_like(counts, 1 / counts.shape[0])
+    return weights.to(torch.float32)
+
+
+def sample_labels(
+    class_counts: Float[Tensor, "K C"],
+    num_batches: int,
+    batch_size: int,
+    kind: LabelSampling = "iid",
+    *,
+    rng: torch.Generator,
+) -> Int[Tensor, "I B"]:
+    """``(num_batches, batch_size)`` int64 labels on the CPU. A class that no teacher holds is never drawn.
+
+    Args:
+        class_counts: at least one sample in all.
+        num_batches: ``I``.
+        batch_size: ``B``.
+        kind: ``iid`` draws each label from ``p_t(y)``, as in the paper; ``proportional`` lays out all labels by
+            proportion, shuffles them once and cuts them into batches, as the public code does: the histogram of all
+            batches together is fixed; ``uniform`` draws each label uniformly from the classes that some teacher holds.
+        rng: the source of all draws.
+    """
+    probabilities = class_probabilities(class_counts)
+    number = num_batches * batch_size
+    if kind == "proportional":
+        labels = _laid_out(probabilities, number)[torch.randperm(number, generator=rng)]
+    else:
+        present = probabilities.nonzero().squeeze(1)
+        shares = probabilities[present] if kind == "iid" else torch.ones_like(probabilities[present])
+        labels = present[torch.multinomial(shares, number, replacement=True, generator=rng)]
+    return labels.view(num_batches, batch_size)
+
+
+def _laid_out(probabilities: Float[Tensor, " C"], number: int) -> Int[Tensor, " N"]:
+    """``number`` labels in ascending order; class ``y`` ends at ``floor(number * sum_{c <= y} p(c))``."""
+    # float64 products and a floor, as in the public code: exact arithmetic would move single labels.
+    ends = (probabilities.cumsum(dim=0) * number).floor().to(torch.int64)
+    # The last cut is the end whatever the rounding; taken at the last class that is held, an absent one stays absent.
+    ends[int(probabilities.nonzero().max()) :] = number
+    return torch.searchsorted(ends, torch.arange(number), right=True)

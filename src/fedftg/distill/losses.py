@@ -1,0 +1,137 @@
+"""The losses of FedFTG as pure functions of logits, labels, noise and images.
+
+    min_w max_theta E_{y ~ p_t(y), z ~ N(0, I)} [ sum_k a_k(y) (L_md - lambda_cls L_cls) - lambda_dis L_dis ]
+
+`model_discrepancy` is ``sum_k a_k(y) L_md``, `fidelity` is ``sum_k a_k(y) L_cls``, `diversity` is ``L_dis``;
+`student_loss` is what the student minimises on the same images. All have a plus sign; the distiller sets the signs.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Discrepancy = Literal["kl", "l1_logits"]
+FidelityWeighting = Literal["sample", "batch_mean"]
+StudentLoss = Literal["kl", "soft_cross_entropy"]
+
+
+def kl_divergence(
+    teacher_logits: Float[Tensor, "K B C"], student_logits: Float[Tensor, "B C"], temperature: float = 1.0
+) -> Float[Tensor, "K B"]:
+    """``(K, B)``: ``KL(teacher_k || student)`` of every sample in nats, summed over classes, times ``temperature**2``.
+
+    The factor keeps the gradient's size independent of the temperature (Hinton et al. 2015). 0 where both agree.
+    """
+    teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
+    student = F.log_softmax(student_logits / temperature, dim=-1)
+    return (teacher.exp() * (teacher - student)).sum(dim=-1) * temperature**2
+
+
+def l1_logits(teacher_logits: Float[Tensor, "K B C"], student_logits: Float[Tensor, "B C"]) -> Float[Tensor, "K B"]:
+    """``(K, B)``: the absolute difference of the logits, mean over classes (the public code's discrepancy)."""
+    return (teacher_logits - student_logits).abs().mean(dim=-1)
+
+
+def model_discrepancy(
+    teacher_logits: Float[Tensor, "K B C"],
+    student_logits: Float[Tensor, "B C"],
+    weights: Float[Tensor, "K B"],
+    *,
+    kind: Discrepancy = "kl",
+    temperature: float = 1.0,
+    mask: Bool[Tensor, " B"] | None = None,
+) -> Float[Tensor, ""]:
+    """Scalar ``sum_k a_k(y) L_md``: summed over teachers, mean over the batch.
+
+    Args:
+        teacher_logits: detach them for a gradient that reaches the images through the student only.
+        student_logits: the global model's.
+        weights: ``a_k(y_i)``, the ensemble weight of each teacher on each sample.
+        kind: ``kl`` as in the paper; ``l1_logits`` as in the public code.
+        temperature: for ``kl`` only; the logits are divided by it.
+        mask: samples that count; the others add 0, the mean is over all ``B`` still, so that a batch with few hard
+            samples takes a small step instead of a noisy one. None: all count.
+    """
+    if kind == "kl":
+        values = kl_divergence(teacher_logits, student_logits, temperature)
+    else:
+        values = l1_logits(teacher_logits, student_logits)
+    per_sample = (weights * values).sum(dim=0)
+    if mask is not None:
+        per_sample = per_sample * mask
+    return per_sample.mean()
+
+
+def fidelity(
+    teacher_logits: Float[Tensor, "K B C"],
+    labels: Int[Tensor, " B"],
+    weights: Float[Tensor, "K B"],
+    *,
+    weighting: FidelityWeighting = "sample",
+) -> Float[Tensor, ""]:
+    """Scalar ``sum_k a_k(y) L_cls``: the teachers' cross-entropy on the drawn labels, summed over teachers.
+
+    ``sample`` weights every sample and takes the mean over the batch, as in the paper. ``batch_mean`` multiplies each
+    teacher's mean cross-entropy by its mean weight, as the public code does: the weights of single samples are lost.
+    """
+    num_teachers, batch, classes = teacher_logits.shape
+    targets = labels.expand(num_teachers, batch).reshape(-1)
+    values = F.cross_entropy(teacher_logits.reshape(-1, classes), targets, reduction="none").view(num_teachers, batch)
+    if weighting == "sample":
+        return (weights * values).sum(dim=0).mean()
+    return (weights.mean(dim=1) * values.mean(dim=1)).sum()
+
+
+def diversity(noise: Float[Tensor, "B Z"], images: Float[Tensor, "B D H W"]) -> Float[Tensor, ""]:
+    """Scalar ``L_dis = exp(-mean_ij dist(z_i, z_j) dist(x_i, x_j))``, in ``(0, 1]``; 1 where all images are equal.
+
+    The mean is over all ``B * B`` ordered pairs, ``i = j`` included. Noise distance: mean squared difference; image
+    distance: mean absolute difference over all pixels. The paper gives the form, the public code the distances.
+    """
+    flat = images.flatten(start_dim=1)
+    image_distance = torch.cdist(flat, flat, p=1.0) / flat.shape[1]
+    noise_distance = (noise[:, None] - noise[None]).square().mean(dim=-1)
+    return torch.exp(-(noise_distance * image_distance).mean())
+
+
+def ensemble_probabilities(
+    teacher_logits: Float[Tensor, "K B C"], weights: Float[Tensor, "K B"], temperature: float = 1.0
+) -> Float[Tensor, "B C"]:
+    """``(B, C)``: ``sum_k a_k(y_i) softmax(teacher_k / temperature)``; rows sum to what the weights sum to."""
+    return (weights.unsqueeze(-1) * F.softmax(teacher_logits / temperature, dim=-1)).sum(dim=0)
+
+
+def student_loss(
+    student_logits: Float[Tensor, "B C"],
+    ensemble: Float[Tensor, "B C"],
+    *,
+    kind: StudentLoss = "kl",
+    temperature: float = 1.0,
+) -> Float[Tensor, ""]:
+    """Scalar distance of the student from the ensemble's probabilities, times ``temperature**2``.
+
+    ``kl``: ``KL(ensemble || student)`` in nats, mean over the batch, as in the paper. ``soft_cross_entropy``: mean over
+    the batch *and the classes*, as in the public code, so its gradient is ``C`` times smaller.
+    """
+    log_student = F.log_softmax(student_logits / temperature, dim=-1)
+    if kind == "kl":
+        # xlogy: a probability of 0 adds 0, not NaN.
+        per_sample = (torch.xlogy(ensemble, ensemble) - ensemble * log_student).sum(dim=-1)
+        return per_sample.mean() * temperature**2
+    return -(ensemble * log_student).mean() * temperature**2
+
+
+def transferable(
+    ensemble: Float[Tensor, "B C"], student_logits: Float[Tensor, "B C"], labels: Int[Tensor, " B"]
+) -> Bool[Tensor, " B"]:
+    """``(B,)``: where the ensemble predicts the drawn label and the student does not.
+
+    From these samples the student can only learn something right: the transferability constraint of DFRD (Wang et al.,
+    NeurIPS 2023).
+    """
+    return (ensemble.argmax(dim=-1) == labels) & (student_logits.argmax(dim=-1) != labels)

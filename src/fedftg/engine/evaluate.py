@@ -1,0 +1,40 @@
+"""Accuracy and loss on the test set."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+
+from fedftg.data.federated import FederatedData
+from fedftg.models.functional import FunctionalModel
+from fedftg.params import Params
+
+
+class EvaluationConfig(BaseModel):
+    """When and how models are evaluated."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    every: int = Field(default=1, ge=1, description="evaluate each so many rounds, and always after the last one")
+    batch_size: int = Field(default=500, ge=1, description="changes speed and memory, not results")
+    track_all: bool = Field(
+        default=True, description="keep every client's last upload for the 'all' accuracy (one model per client)"
+    )
+    targets: tuple[float, ...] = Field(
+        default=(), description="accuracies between 0 and 1; the summary says in which round each was first reached"
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    model: FunctionalModel, params: Params, buffers: Params, data: FederatedData, batch_size: int
+) -> tuple[float, float]:
+    """Accuracy in [0, 1] and mean cross-entropy over the whole test set, in evaluation mode."""
+    correct, loss, total = [], [], 0
+    for images, labels in data.test_batches(batch_size):
+        logits = model(params, buffers, images, train=False)
+        correct.append((logits.argmax(dim=1) == labels).sum())
+        loss.append(F.cross_entropy(logits, labels, reduction="sum").double())
+        total += len(labels)
+    return float(torch.stack(correct).sum()) / total, float(torch.stack(loss).sum()) / total

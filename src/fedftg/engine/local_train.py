@@ -1,0 +1,101 @@
+"""The one local training loop: every executor, and any deployment, calls `train`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from fedftg import params as tree
+from fedftg.algorithms.base import Batch, ClientResult, LocalRule, LocalTask
+from fedftg.models.functional import FunctionalModel
+from fedftg.params import Params
+
+
+class LocalConfig(BaseModel):
+    """SGD on a client. The defaults are those of the FedFTG paper's CIFAR experiments."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    lr: float = Field(default=0.1, gt=0, description="learning rate of the first round")
+    lr_decay: float = Field(default=0.998, gt=0, le=1, description="factor per round; 1 keeps the rate")
+    epochs: int = Field(default=5, ge=1, description="passes over the client's data in a round")
+    steps: int | None = Field(default=None, ge=1, description="when given, this many minibatches instead of epochs")
+    batch_size: int = Field(default=50, ge=1, description="the last batch of an epoch may be smaller")
+    weight_decay: float = Field(default=1e-3, ge=0, description="added to the gradient after clipping, as SGD does")
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="0 is plain SGD; the buffer is new in every round")
+    max_grad_norm: float = Field(default=10.0, ge=0, description="gradients are clipped at this norm; 0 switches it off")
+
+    def lr_at(self, round: int) -> float:
+        """The rate in a round counted from 1."""
+        return self.lr * self.lr_decay ** (round - 1)
+
+
+def clip(grads: Params, max_norm: float) -> Params:
+    """Gradients scaled so that their joint norm is at most ``max_norm``; 0 returns them as they are."""
+    if max_norm == 0:
+        return grads
+    norms = torch._foreach_norm(list(grads.values()))
+    factor = (max_norm / (torch.stack(norms).norm() + 1e-6)).clamp(max=1.0)
+    return dict(zip(grads, torch._foreach_mul(list(grads.values()), factor), strict=True))
+
+
+class Sgd:
+    """SGD with weight decay and momentum on leaf tensors, in place; the arithmetic of ``torch.optim.SGD``."""
+
+    def __init__(self, params: Params, lr: float, settings: LocalConfig) -> None:
+        self._params = list(params.values())
+        self._lr = lr
+        self._weight_decay = settings.weight_decay
+        self._momentum = settings.momentum
+        self._velocity: list[Tensor] | None = None
+
+    @torch.no_grad()
+    def step(self, grads: Params) -> None:
+        """One step along the gradients."""
+        steps = list(grads.values())
+        if self._weight_decay:
+            steps = list(torch._foreach_add(steps, self._params, alpha=self._weight_decay))
+        if self._momentum:
+            if self._velocity is None:
+                self._velocity = [step.clone() for step in steps]
+            else:
+                torch._foreach_mul_(self._velocity, self._momentum)
+                torch._foreach_add_(self._velocity, steps)
+            steps = self._velocity
+        torch._foreach_add_(self._params, steps, alpha=-self._lr)
+
+
+def train(
+    model: FunctionalModel,
+    rule: LocalRule,
+    task: LocalTask,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    class_counts: Tensor,
+    settings: LocalConfig,
+) -> ClientResult:
+    """One client's round: steps over ``batches``, starting from ``task.params``, which stay as they are.
+
+    Order in a step: the rule's gradient correction, clipping, weight decay, momentum, step.
+
+    Args:
+        batches: images ``(B, D, H, W)`` and labels ``(B,)``; none at all gives the received model back.
+        class_counts: ``(C,)``, passed on in the result.
+    """
+    params = {name: tensor.detach().clone().requires_grad_() for name, tensor in task.params.items()}
+    buffers = tree.clone(task.buffers)
+    sgd = Sgd(params, task.lr, settings)
+    losses: list[Tensor] = []
+    for images, labels in batches:
+        loss = rule.loss(model, params, buffers, Batch(images, labels), task)
+        grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True, materialize_grads=True)
+        with torch.no_grad():
+            corrected = rule.correct(dict(zip(params, grads, strict=True)), params, task)
+            sgd.step(clip(corrected, settings.max_grad_norm))
+        losses.append(loss.detach())
+    trained = {name: tensor.detach() for name, tensor in params.items()}
+    extra, memory = rule.finish(trained, buffers, task, len(losses))
+    mean_loss = float(torch.stack(losses).double().mean()) if losses else float("nan")
+    return ClientResult(task.client, task.num_samples, class_counts, trained, buffers, extra, memory, mean_loss)

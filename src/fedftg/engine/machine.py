@@ -1,0 +1,68 @@
+"""The machine that a run is on: device, threads, versions, memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedftg.errors import InputError
+
+
+def resolve_device(name: str) -> str:
+    """``auto`` is a GPU where there is one; asking for one that is not there is an error."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device {name!r} needs an NVIDIA GPU and a CUDA build of torch; none is here, use device=cpu")
+    return name
+
+
+@contextmanager
+def cpu_threads(wanted: int) -> Iterator[int]:
+    """Sets torch's threads for a while; 0 is the number of cores this process may use."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(wanted or len(os.sched_getaffinity(0)))
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+def environment(threads: int, device: str) -> dict[str, Any]:
+    """What the numbers of a run may depend on besides its config."""
+    packages = ("fedftg", "torch", "numpy", "safetensors", "pydantic")
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "command": ["fedftg", *sys.argv[1:]] if Path(sys.argv[0]).name == "fedftg" else None,
+    }
+
+
+def peak_memory_mb() -> float:
+    """The most memory that this process held so far, in MB (10^6 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,51 @@
+"""Which clients take part in a round."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fedftg.seeds import SERVER, numpy_rng
+
+
+class CohortConfig(BaseModel):
+    """Either a fixed ``size`` or a ``probability``; neither means that all clients take part."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int | None = Field(default=None, ge=1, description="so many clients a round, drawn without replacement")
+    probability: float | None = Field(
+        default=None, gt=0, le=1, description="each client joins a round with this probability; 1 means all of them"
+    )
+
+    @model_validator(mode="after")
+    def _only_one(self) -> CohortConfig:
+        if self.size is not None and self.probability is not None:
+            raise ValueError("cohort.size and cohort.probability exclude each other; give one of them")
+        return self
+
+
+def cohort(config: CohortConfig, candidates: list[int], seed: int, round: int) -> list[int]:
+    """The ids of the clients of a round, ascending; at least one.
+
+    ``probability`` is the FedFTG paper's Bernoulli sampling: each candidate joins on its own, and an empty draw is
+    repeated, so that 100 clients at 0.1 give 5 to 15 most of the time.
+
+    Args:
+        candidates: clients that may take part (those with data), ascending.
+        round: counted from 1; every round has a seed of its own.
+
+    Raises:
+        ValueError: ``size`` is larger than the number of candidates.
+    """
+    rng = numpy_rng(seed, round, SERVER, "cohort")
+    if config.size is not None:
+        if config.size > len(candidates):
+            raise ValueError(f"cohort.size {config.size} is more than the {len(candidates)} clients that have data")
+        chosen = rng.choice(len(candidates), size=config.size, replace=False)
+        return sorted(candidates[index] for index in chosen)
+    if config.probability is not None:
+        while True:
+            joined = rng.random(len(candidates)) < config.probability
+            if joined.any():
+                return [client for client, joins in zip(candidates, joined, strict=True) if joins]
+    return list(candidates)

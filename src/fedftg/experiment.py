@@ -1,0 +1,323 @@
+"""From a config to objects, and the round loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from fedftg import config as configs
+from fedftg.algorithms.base import (
+    Algorithm,
+    ClientResult,
+    LocalTask,
+    Metrics,
+    Refiner,
+    RefinerContext,
+    ServerState,
+)
+from fedftg.config import RunConfig
+from fedftg.data import sources
+from fedftg.data.federated import FederatedData
+from fedftg.data.partition import partition
+from fedftg.engine import executors, sampling
+from fedftg.engine.evaluate import evaluate
+from fedftg.engine.executors import Executor
+from fedftg.engine.machine import cpu_threads, environment, peak_memory_mb, resolve_device
+from fedftg.engine.memory import ClientStore, rejection
+from fedftg.errors import InputError
+from fedftg.models import registry as models
+from fedftg.models.functional import FunctionalModel
+from fedftg.params import Params, first_non_finite
+from fedftg.progress import Progress, Silent
+from fedftg.rundir import checkpoint, records
+from fedftg.rundir.folder import RunFolder, summarise
+from fedftg.rundir.records import Record
+from fedftg.seeds import SERVER, numpy_rng, seed_for, torch_rng
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    folder: Path
+    summary: Record
+    state: ServerState
+    model: torch.nn.Module
+    """The deployed (refined) global model, in evaluation mode."""
+
+
+@dataclass
+class Experiment:
+    """The objects that a config names."""
+
+    config: RunConfig
+    data: FederatedData
+    model: FunctionalModel
+    algorithm: Algorithm
+    refiner: Refiner
+    executor: Executor
+    state: ServerState
+    clients: ClientStore
+    partition_record: Record = field(repr=False)
+
+    def run_round(self, progress: Progress) -> Record:
+        """One round: local training, aggregation, refining, evaluation. The state moves on only when all is done."""
+        number = self.state.round + 1
+        clock = _Clock()
+        cohort = sampling.cohort(self.config.cohort, self._candidates(), self.config.seed, number)
+        with clock.phase("local"):
+            results, rejected = self._train(number, cohort, progress)
+        with clock.phase("aggregate"):
+            progress.phase(number, "aggregate", 0, 1)
+            selected, server_metrics, undone = self._aggregate(results)
+        with clock.phase("refine"):
+            refined, refine_metrics, rolled_back = self._refine(number, selected, results, progress)
+        with clock.phase("aggregate"):
+            self.clients.update(results)
+        with clock.phase("evaluate"):
+            due = number % self.config.evaluation.every == 0 or number == self.config.rounds
+            accuracy, loss = self._evaluate(number, selected, refined, progress) if due else ({}, {})
+        self.state = replace(refined, round=number)
+        record: Record = {"round": number, "clients": cohort}
+        if rejected:
+            record["rejected"] = rejected
+        record |= {"seconds": clock.seconds, "accuracy": accuracy, "loss": loss}
+        record |= {"server": server_metrics, "refine": refine_metrics}
+        reasons = [reason for reason in (undone, rolled_back) if reason]
+        return record | ({"rolled_back": "; ".join(reasons)} if reasons else {})
+
+    def _candidates(self) -> list[int]:
+        return [client for client in range(self.data.num_clients) if self.data.num_samples(client) > 0]
+
+    def _tasks(self, number: int, cohort: list[int]) -> Iterator[LocalTask]:
+        message = self.algorithm.server.message(self.state)
+        for client in cohort:
+            yield LocalTask(
+                round=number,
+                client=client,
+                params=self.state.params,
+                buffers=self.state.buffers,
+                memory=self.clients.memory(client),
+                message=message,
+                num_samples=self.data.num_samples(client),
+                relative_size=self.data.relative_size(client),
+                lr=self.config.local.lr_at(number),
+                seed=seed_for(self.config.seed, number, client, "local"),
+            )
+
+    def _train(self, number: int, cohort: list[int], progress: Progress) -> tuple[list[ClientResult], list[Record]]:
+        kept: list[ClientResult] = []
+        rejected: list[Record] = []
+        progress.phase(number, "local", 0, len(cohort))
+        tasks = self._tasks(number, cohort)
+        for done, result in enumerate(self.executor.run(self.algorithm.local, tasks), start=1):
+            reason = rejection(result)
+            if reason is None:
+                kept.append(result)
+            else:
+                rejected.append({"client": result.client, "reason": reason})
+            progress.phase(number, "local", done, len(cohort))
+        return kept, rejected
+
+    def _aggregate(self, results: list[ClientResult]) -> tuple[ServerState, Metrics, str | None]:
+        if not results:
+            return self.state, {}, "no client update was usable; the global model stays as it was"
+        state, metrics = self.algorithm.server.step(self.state, results)
+        bad = _non_finite(state)
+        if bad is not None:
+            return self.state, {}, f"the aggregate was not finite ({bad}); the global model stays as it was"
+        losses = [(result.loss, result.num_samples) for result in results if math.isfinite(result.loss)]
+        total = sum(size for _, size in losses)
+        if total:
+            metrics = {"local_loss": sum(loss * size for loss, size in losses) / total, **metrics}
+        return state, metrics, None
+
+    def _refine(
+        self, number: int, state: ServerState, results: list[ClientResult], progress: Progress
+    ) -> tuple[ServerState, Metrics, str | None]:
+        if not results:
+            return state, {}, None
+        progress.phase(number, "refine", 0, 1)
+        rng = torch_rng(self.config.seed, number, SERVER, "refine")
+        refined, metrics = self.refiner.refine(state, results, rng)
+        bad = _non_finite(refined)
+        if bad is not None:
+            return state, metrics, f"fine-tuning was not finite ({bad}); rolled back to the aggregate"
+        return refined, metrics, None
+
+    def _evaluate(
+        self, number: int, selected: ServerState, refined: ServerState, progress: Progress
+    ) -> tuple[Metrics, Metrics]:
+        candidates: dict[str, tuple[Params, Params]] = {"selected": (selected.params, selected.buffers)}
+        if self.clients.tracks_uploads:
+            average = self.clients.average()
+            candidates["all"] = (
+                {name: average[name] for name in selected.params},
+                {name: average[name] for name in selected.buffers},
+            )
+        if refined is not selected:
+            candidates["refined"] = (refined.params, refined.buffers)
+        accuracy: Metrics = {}
+        loss: Metrics = {}
+        for done, (kind, (params, buffers)) in enumerate(candidates.items()):
+            progress.phase(number, "evaluate", done, len(candidates))
+            accuracy[kind], loss[kind] = evaluate(
+                self.model, params, buffers, self.data, self.config.evaluation.batch_size
+            )
+        accuracy.setdefault("refined", accuracy["selected"])
+        loss.setdefault("refined", loss["selected"])
+        return accuracy, loss
+
+
+def build(config: RunConfig) -> Experiment:
+    """Loads the data, splits it, and makes every object of a run; nothing is written.
+
+    Raises:
+        InputError: the data, the partition, the model or the cohort is impossible.
+    """
+    device = resolve_device(config.device)
+    dataset = sources.load(config.data)
+    parts = partition(dataset.train_labels.numpy(), config.partition, numpy_rng(config.seed, 0, SERVER, "partition"))
+    data = FederatedData(dataset, parts, device=device)
+    with_data = sum(data.num_samples(client) > 0 for client in range(data.num_clients))
+    if config.cohort.size is not None and config.cohort.size > with_data:
+        raise InputError(
+            f"cohort.size must be at most the number of clients with data, {with_data}, got {config.cohort.size}"
+        )
+    module = models.build(
+        config.model, data.num_classes, data.image_shape, seed_for(config.seed, 0, SERVER, "model")
+    )
+    model = FunctionalModel(module.to(device))
+    params, buffers = model.init()
+    algorithm = config.algorithm.build(data.num_clients)
+    context = RefinerContext(model, data.num_classes, data.image_shape, torch.device(device))
+    refiner = config.refiner.build(context)
+    state = ServerState(
+        round=0,
+        params=params,
+        buffers=buffers,
+        server=algorithm.server.init(params),
+        refiner=refiner.init(params, torch_rng(config.seed, 0, SERVER, "refiner")),
+    )
+    sizes = [data.num_samples(client) for client in range(data.num_clients)]
+    clients = ClientStore(
+        lambda: algorithm.local.init_memory(params, buffers),
+        {**params, **buffers},
+        sizes,
+        config.evaluation.track_all,
+    )
+    executor = executors.build(config.executor, model, data, config.local)
+    record = {"class_names": list(dataset.class_names), "class_counts": data.class_counts.tolist()}
+    return Experiment(config, data, model, algorithm, refiner, executor, state, clients, record)
+
+
+def run(config: RunConfig, folder: Path, *, resume: bool = False, progress: Progress | None = None) -> Run:
+    """Runs an experiment to its last round, or goes on with one that was stopped.
+
+    After ``kill -9`` at any moment, resuming gives the same ``rounds.jsonl`` (times aside) and weights as an
+    uninterrupted run on the same machine with the same number of threads.
+
+    Args:
+        folder: where the run's files go; must not hold another run unless ``resume``.
+        resume: goes on after the last whole state in ``folder``; finished runs are returned as they are.
+
+    Raises:
+        InputError: wrong input; nothing was written, and an existing run is as it was.
+        ClientError: a client's training failed; names round, client and stage. The run can be resumed.
+    """
+    progress = progress or Silent()
+    run_folder = RunFolder(folder)
+    with cpu_threads(config.threads) as threads:
+        experiment = build(config)
+        device = str(experiment.data.device)
+        if resume:
+            _restore(experiment, run_folder, environment(threads, device))
+        else:
+            run_folder.create(config.to_toml(), environment(threads, device), experiment.partition_record)
+        _run_rounds(experiment, run_folder, progress)
+    header = _header(config)
+    if not run_folder.finished:
+        rows = records.read(run_folder.rounds_file)
+        summary = summarise(header, rows, config.evaluation.targets, peak_memory_mb())
+        records.write_json(run_folder.summary_file, summary)
+    summary = records.read_json(run_folder.summary_file)
+    model = experiment.model.module(experiment.state.params, experiment.state.buffers)
+    return Run(folder, summary, experiment.state, model)
+
+
+def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress) -> None:
+    config = experiment.config
+    progress.start(config, experiment.state.round, experiment.data.num_clients)
+    saved = experiment.state.round
+    try:
+        while experiment.state.round < config.rounds:
+            record = experiment.run_round(progress)
+            records.append(folder.rounds_file, record)
+            done = experiment.state.round
+            if done % config.checkpoint.every == 0 or done == config.rounds:
+                checkpoint.save(folder.checkpoint, experiment.state, experiment.clients)
+                saved = done
+            progress.round_done(record)
+    except KeyboardInterrupt:
+        if experiment.state.round > saved:
+            checkpoint.save(folder.checkpoint, experiment.state, experiment.clients)
+        raise
+    finally:
+        progress.finish()
+
+
+def _restore(experiment: Experiment, folder: RunFolder, session: Record) -> None:
+    config = experiment.config
+    configs.check_resumable(configs.from_mapping(folder.read_config()), config)
+    kept = checkpoint.load(folder.checkpoint, str(experiment.data.device))
+    done = 0
+    if kept is not None:
+        done = kept.state.round
+        if done > config.rounds:
+            raise InputError(f"{folder.path} is at round {done} already; rounds must be at least that, got {config.rounds}")
+        experiment.state = kept.state
+        experiment.clients.records = kept.clients
+        experiment.clients.change_sum = kept.change_sum
+    if folder.finished and done == config.rounds:
+        return
+    folder.reopen(config.to_toml(), session, done)
+
+
+def _header(config: RunConfig) -> Record:
+    refiner = config.refiner.name
+    preset = getattr(config.refiner, "preset", None)
+    return {
+        "name": config.name,
+        "algorithm": config.algorithm.name,
+        "refiner": f"{refiner} ({preset})" if preset else refiner,
+        "seed": config.seed,
+    }
+
+
+def _non_finite(state: ServerState) -> str | None:
+    for part in (state.params, state.buffers, state.server, state.refiner):
+        name = first_non_finite(part)
+        if name is not None:
+            return name
+    return None
+
+
+class _Clock:
+    """Adds up seconds per phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {"local": 0.0, "aggregate": 0.0, "refine": 0.0, "evaluate": 0.0}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(self.seconds[name] + time.perf_counter() - start, 6)
+
+

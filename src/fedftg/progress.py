@@ -1,0 +1,151 @@
+"""How a run tells a person how it goes on."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+from rich import progress as bars
+from rich.console import Console
+
+from fedftg.config import RunConfig
+from fedftg.rundir.records import Record
+
+
+class Progress(Protocol):
+    """Who is told how a run goes on."""
+
+    def start(self, config: RunConfig, done: int, clients: int) -> None:
+        """Before the first round of this session; ``done`` rounds are there already."""
+        ...
+
+    def phase(self, round: int, name: str, done: int, total: int) -> None:
+        """``done`` of ``total`` parts of a phase (local, aggregate, refine, evaluate) of a round."""
+        ...
+
+    def round_done(self, record: Record) -> None:
+        """The record that was just written."""
+        ...
+
+    def finish(self) -> None:
+        """After the last round, and when the run is stopped."""
+        ...
+
+
+class Silent:
+    """Tells nobody."""
+
+    def start(self, config: RunConfig, done: int, clients: int) -> None:
+        """Nothing."""
+
+    def phase(self, round: int, name: str, done: int, total: int) -> None:
+        """Nothing."""
+
+    def round_done(self, record: Record) -> None:
+        """Nothing."""
+
+    def finish(self) -> None:
+        """Nothing."""
+
+
+class PlainLines:
+    """One line a round, for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._rounds = 0
+        self._started = 0.0
+        self._first = 0
+
+    def start(self, config: RunConfig, done: int, clients: int) -> None:
+        """Names the run."""
+        self._rounds, self._first, self._started = config.rounds, done, time.monotonic()
+        self._console.print(_headline(config, done, clients), soft_wrap=True, highlight=False)
+
+    def phase(self, round: int, name: str, done: int, total: int) -> None:
+        """Nothing."""
+
+    def round_done(self, record: Record) -> None:
+        """Round, accuracies, seconds, and an estimate of what is left."""
+        number = record["round"]
+        per_round = (time.monotonic() - self._started) / (number - self._first)
+        left = _duration(per_round * (self._rounds - number))
+        line = f"round {number}/{self._rounds}  {_accuracies(record)}  {sum(record['seconds'].values()):.1f} s  {left} left"
+        self._console.print(line, soft_wrap=True, highlight=False)
+        for warning in _warnings(record):
+            self._console.print(warning, soft_wrap=True, highlight=False)
+
+    def finish(self) -> None:
+        """Nothing."""
+
+
+class Live:
+    """A bar with round, phase, accuracies and time left, for terminals."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = bars.Progress(
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(bar_width=None),
+            bars.TextColumn("{task.fields[phase]}"),
+            bars.TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+            transient=True,
+        )
+        self._task: bars.TaskID | None = None
+        self._rounds = 0
+
+    def start(self, config: RunConfig, done: int, clients: int) -> None:
+        """Shows the bar."""
+        self._rounds = config.rounds
+        self._console.print(_headline(config, done, clients), highlight=False)
+        self._task = self._bar.add_task(f"round {done}/{config.rounds}", total=config.rounds, completed=done, phase="")
+        self._bar.start()
+
+    def phase(self, round: int, name: str, done: int, total: int) -> None:
+        """Moves within a round: most of its time is local training."""
+        share = {"local": 0.6 * done / total, "aggregate": 0.6, "refine": 0.62, "evaluate": 0.9}[name]
+        part = f"{name} {done}/{total}" if name == "local" else name
+        if self._task is not None:
+            self._bar.update(self._task, completed=round - 1 + share, phase=part)
+
+    def round_done(self, record: Record) -> None:
+        """Shows the accuracies of the last evaluated round; warnings stay above the bar."""
+        number = record["round"]
+        for warning in _warnings(record):
+            self._bar.console.print(warning, highlight=False)
+        if self._task is not None:
+            text = f"round {number}/{self._rounds}  {_accuracies(record)}"
+            self._bar.update(self._task, completed=number, description=text)
+
+    def finish(self) -> None:
+        """Takes the bar away."""
+        self._bar.stop()
+
+
+def for_console(console: Console) -> Progress:
+    """A bar on a terminal, plain lines anywhere else."""
+    return Live(console) if console.is_terminal else PlainLines(console)
+
+
+def _headline(config: RunConfig, done: int, clients: int) -> str:
+    refiner = "" if config.refiner.name == "none" else f" + {config.refiner.name}"
+    resumed = f", resumed after round {done}" if done else ""
+    return f"{config.name}: {config.algorithm.name}{refiner}, {config.data.name}, {clients} clients, seed {config.seed}{resumed}"
+
+
+def _accuracies(record: Record) -> str:
+    if not record["accuracy"]:
+        return "not evaluated"
+    return "  ".join(f"{kind} {100 * value:.2f} %" for kind, value in record["accuracy"].items())
+
+
+def _warnings(record: Record) -> list[str]:
+    lines = [f"  client {item['client']} rejected: {item['reason']}" for item in record.get("rejected", ())]
+    return [*lines, f"  {record['rolled_back']}"] if "rolled_back" in record else lines
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,123 @@
+"""The folder of a run: what is in it, and how it comes to be."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedftg.errors import InputError
+from fedftg.rundir import records
+from fedftg.rundir.records import Record
+
+
+_FIRST_FILES = {"environment.json", "environment.json.part", "partition.json", "partition.json.part"}
+"""What a run that died before it was set up may leave; config.toml, written last, makes a folder a run."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run's files, and the ways in which they are written."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """Every setting of the run."""
+        return self.path / "config.toml"
+
+    @property
+    def rounds_file(self) -> Path:
+        """One JSON object a round."""
+        return self.path / "rounds.jsonl"
+
+    @property
+    def summary_file(self) -> Path:
+        """There once all rounds are done."""
+        return self.path / "summary.json"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder of the last whole state."""
+        return self.path / "checkpoint"
+
+    @property
+    def finished(self) -> bool:
+        """Whether all rounds were done, so that there is a summary."""
+        return self.summary_file.exists()
+
+    def create(self, config_toml: str, environment: Record, partition: Record) -> None:
+        """Makes the folder and writes what is known before the first round.
+
+        Raises:
+            InputError: the folder holds something already, or cannot be made.
+        """
+        try:
+            if self.path.exists() and {item.name for item in self.path.iterdir()} - _FIRST_FILES:
+                raise InputError(f"{self.path} exists already; go on with it by --resume, or give another --out")
+            self.path.mkdir(parents=True, exist_ok=True)
+            records.write_json(self.path / "environment.json", {"sessions": [environment]})
+            records.write_json(self.path / "partition.json", partition)
+            records.write_atomically(self.config_file, config_toml.encode())
+        except OSError as error:
+            raise InputError(f"cannot write to {self.path}: {error.strerror}; choose another folder by --out") from None
+
+    def reopen(self, config_toml: str, environment: Record, num_rounds: int) -> None:
+        """Makes the folder ready to go on after ``num_rounds`` rounds: what lies beyond them is dropped."""
+        path = self.path / "environment.json"
+        sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"]
+        records.write_json(path, {"sessions": [*sessions, {**environment, "resumed_after_round": num_rounds}]})
+        records.write_atomically(self.config_file, config_toml.encode())
+        records.cut(self.rounds_file, num_rounds)
+        self.summary_file.unlink(missing_ok=True)
+
+    def read_config(self) -> dict[str, Any]:
+        """The settings that the run was started with.
+
+        Raises:
+            InputError: the folder is no run.
+        """
+        try:
+            return tomllib.loads(self.config_file.read_text(encoding="utf-8"))
+        except OSError:
+            raise InputError(f"{self.path} holds no run (no config.toml); give the folder of a run, such as runs/default") from None
+        except tomllib.TOMLDecodeError as error:
+            raise InputError(f"{self.config_file} is not valid TOML: {error}") from None
+
+
+def summarise(header: Record, rows: Sequence[Record], targets: Sequence[float], peak_memory_mb: float) -> Record:
+    """The content of ``summary.json`` from the records of all rounds.
+
+    ``rounds_to`` gives for each target the first round whose deployed (``refined``) accuracy reached it, or None.
+    """
+    evaluated = [row for row in rows if row.get("accuracy")]
+    accuracy: Record = {}
+    for kind in ("selected", "all", "refined"):
+        series = [(row["round"], row["accuracy"][kind]) for row in evaluated if row["accuracy"].get(kind) is not None]
+        if series:
+            last = [value for _, value in series[-10:]]
+            best_round, best = max(series, key=lambda pair: pair[1])
+            accuracy[kind] = {
+                "final": series[-1][1],
+                "best": best,
+                "best_round": best_round,
+                "mean_last_10": sum(last) / len(last),
+            }
+    reached = {
+        str(target): next((row["round"] for row in evaluated if row["accuracy"]["refined"] >= target), None)
+        for target in targets
+    }
+    phases = ("local", "aggregate", "refine", "evaluate")
+    seconds = {phase: sum(row["seconds"].get(phase, 0.0) for row in rows) for phase in phases}
+    return {
+        **header,
+        "rounds": len(rows),
+        "accuracy": accuracy,
+        "rounds_to": reached,
+        "seconds": {**seconds, "total": sum(seconds.values())},
+        "rejected_updates": sum(len(row.get("rejected", ())) for row in rows),
+        "peak_memory_mb": peak_memory_mb,
+    }

@@ -1,0 +1,241 @@
+"""Every registered algorithm passes every check; a third party's algorithm gets them by registering itself."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.func import grad, vmap
+
+from fedftg import params as tree
+from fedftg.algorithms.base import Algorithm, Batch, ClientResult, LocalTask, ServerState
+from fedftg.algorithms.registry import ALGORITHMS
+from fedftg.engine.local_train import LocalConfig, train
+from fedftg.models.functional import FunctionalModel
+from fedftg.params import Params
+
+NUM_CLIENTS, CLASSES = 5, 3
+SETTINGS = LocalConfig(lr=0.1, epochs=1, batch_size=4)
+
+every_algorithm = pytest.mark.parametrize("name", sorted(ALGORITHMS))
+
+
+def make_model() -> FunctionalModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return FunctionalModel(
+            nn.Sequential(nn.Flatten(), nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, CLASSES))
+        )
+
+
+MODEL = make_model()
+
+
+def make(name: str, **settings: object) -> Algorithm:
+    return ALGORITHMS[name](**settings).build(NUM_CLIENTS)  # type: ignore[arg-type]
+
+
+def initial(algorithm: Algorithm) -> ServerState:
+    params, buffers = MODEL.init()
+    return ServerState(0, params, buffers, algorithm.server.init(params), {})
+
+
+def batches(client: int, round: int, steps: int = 3) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    rng = torch.Generator().manual_seed(100 * round + client)
+    return [
+        (torch.randn(4, 2, 2, 2, generator=rng), torch.randint(CLASSES, (4,), generator=rng)) for _ in range(steps)
+    ]
+
+
+def make_task(algorithm: Algorithm, state: ServerState, client: int, memory: Params, num_samples: int = 12) -> LocalTask:
+    return LocalTask(
+        round=state.round + 1,
+        client=client,
+        params=state.params,
+        buffers=state.buffers,
+        memory=memory,
+        message=algorithm.server.message(state),
+        num_samples=num_samples,
+        relative_size=1.0,
+        lr=SETTINGS.lr,
+        seed=0,
+    )
+
+
+Sizes = Callable[[int], int]
+
+
+def rounds(
+    algorithm: Algorithm, state: ServerState, memories: dict[int, Params], numbers: range, sizes: Sizes = lambda _: 12
+) -> tuple[ServerState, dict[int, Params]]:
+    """Some rounds with two clients each, memories carried along."""
+    memories = dict(memories)
+    for number in numbers:
+        results = []
+        for client in (number % NUM_CLIENTS, (number + 1) % NUM_CLIENTS):
+            memory = memories.get(client) or algorithm.local.init_memory(*MODEL.init())
+            task = make_task(algorithm, state, client, memory, sizes(client))
+            result = train(MODEL, algorithm.local, task, batches(client, number), torch.ones(CLASSES), SETTINGS)
+            results.append(result)
+            memories[client] = result.memory
+        state, _ = algorithm.server.step(state, results)
+        state = replace(state, round=number)
+    return state, memories
+
+
+def assert_same(left: Params, right: Params) -> None:
+    assert list(left) == list(right)
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def some_results(algorithm: Algorithm, state: ServerState) -> list[ClientResult]:
+    found = []
+    for client in range(3):
+        task = make_task(algorithm, state, client, algorithm.local.init_memory(*MODEL.init()), 10 + client)
+        found.append(train(MODEL, algorithm.local, task, batches(client, 1), torch.ones(CLASSES), SETTINGS))
+    return found
+
+
+@every_algorithm
+def test_works_under_vmap(name: str) -> None:
+    algorithm = make(name)
+    state, memories = rounds(algorithm, initial(algorithm), {}, range(1, 3))
+    params, buffers = state.params, state.buffers
+    memory = algorithm.local.init_memory(*MODEL.init())
+    clients = [0, 1]
+    tasks = [make_task(algorithm, state, client, memories.get(client, memory)) for client in clients]
+    data = [batches(client, 9, steps=1)[0] for client in clients]
+
+    def corrected(params: Params, buffers: Params, images: torch.Tensor, labels: torch.Tensor, memory: Params) -> Params:
+        task = replace(tasks[0], memory=memory)
+
+        def loss(params: Params, buffers: Params) -> torch.Tensor:
+            return algorithm.local.loss(MODEL, params, buffers, Batch(images, labels), task)
+
+        return algorithm.local.correct(grad(loss)(params, buffers), params, task)
+
+    one_by_one = [
+        corrected(params, tree.clone(buffers), *batch, task.memory) for batch, task in zip(data, tasks, strict=True)
+    ]
+    together = vmap(corrected)(
+        tree.stack([params] * 2),
+        tree.stack([tree.clone(buffers) for _ in clients]),
+        torch.stack([images for images, _ in data]),
+        torch.stack([labels for _, labels in data]),
+        tree.stack([task.memory for task in tasks]) if tasks[0].memory else {},
+    )
+    for alone, vectorized in zip(one_by_one, tree.unstack(together), strict=True):
+        for key in alone:
+            torch.testing.assert_close(alone[key], vectorized[key], rtol=1e-4, atol=1e-6)
+
+
+@every_algorithm
+def test_inputs_stay_as_they_are(name: str) -> None:
+    algorithm = make(name)
+    state, memories = rounds(algorithm, initial(algorithm), {}, range(1, 3))
+    client, memory = next(iter(memories.items()))
+    task = make_task(algorithm, state, client, memory)
+    copies = [tree.clone(values) for values in (task.params, task.buffers, task.memory, task.message)]
+    result = train(MODEL, algorithm.local, task, batches(0, 1), torch.ones(CLASSES), SETTINGS)
+    algorithm.server.step(state, [result])
+    for before, after in zip(copies, (task.params, task.buffers, task.memory, task.message), strict=True):
+        assert_same(before, after)
+    assert_same(copies[0], state.params)
+
+
+@every_algorithm
+def test_saved_and_loaded_state_goes_on_the_same(name: str) -> None:
+    algorithm = make(name)
+    half, memories = rounds(algorithm, initial(algorithm), {}, range(1, 4))
+    whole, _ = rounds(algorithm, half, memories, range(4, 8))
+    copy = ServerState(half.round, *(tree.clone(part) for part in (half.params, half.buffers, half.server)), {})
+    again, _ = rounds(make(name), copy, {k: tree.clone(v) for k, v in memories.items()}, range(4, 8))
+    assert_same(whole.params, again.params)
+    assert_same(whole.server, again.server)
+
+
+@every_algorithm
+def test_order_of_clients_does_not_matter(name: str) -> None:
+    algorithm = make(name)
+    state = initial(algorithm)
+    results = some_results(algorithm, state)
+    one, _ = algorithm.server.step(state, results)
+    other, _ = algorithm.server.step(state, results[::-1])
+    assert_same(one.params, other.params)
+    assert_same(one.buffers, other.buffers)
+    assert_same(one.server, other.server)
+
+
+@every_algorithm
+def test_empty_client_is_harmless(name: str) -> None:
+    algorithm = make(name)
+    state = initial(algorithm)
+    results = some_results(algorithm, state)
+    task = make_task(algorithm, state, 4, algorithm.local.init_memory(*MODEL.init()), num_samples=0)
+    empty = train(MODEL, algorithm.local, task, [], torch.zeros(CLASSES), SETTINGS)
+    assert_same(empty.params, state.params)
+    without, _ = algorithm.server.step(state, results)
+    with_it, _ = algorithm.server.step(state, [*results, empty])
+    assert_same(without.params, with_it.params)
+    assert_same(without.server, with_it.server)
+
+
+@every_algorithm
+def test_same_inputs_give_same_bits(name: str) -> None:
+    one, _ = rounds(make(name), initial(make(name)), {}, range(1, 4))
+    other, _ = rounds(make(name), initial(make(name)), {}, range(1, 4))
+    assert_same(one.params, other.params)
+
+
+@every_algorithm
+def test_the_model_moves(name: str) -> None:
+    algorithm = make(name)
+    start = initial(algorithm)
+    state, _ = rounds(algorithm, start, {}, range(1, 2))
+    assert all(not torch.equal(state.params[key], start.params[key]) for key in ("1.weight", "4.weight"))
+    assert not torch.equal(state.buffers["2.running_mean"], start.buffers["2.running_mean"])
+    assert state.buffers["2.num_batches_tracked"].item() == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("fedprox", {"mu": 0}), ("moon", {"mu": 0}), ("feddyn", {"alpha": 0, "weighting": "samples"})],
+)
+def test_identity_with_fedavg(name: str, settings: dict[str, object]) -> None:
+    """Over several rounds, with clients of different sizes, bit for bit."""
+
+    def sizes(client: int) -> int:
+        return 5 + 3 * client
+
+    ours, _ = rounds(make(name, **settings), initial(make(name)), {}, range(1, 5), sizes)
+    fedavg, _ = rounds(make("fedavg"), initial(make("fedavg")), {}, range(1, 5), sizes)
+    assert_same(ours.params, fedavg.params)
+    assert_same(ours.buffers, fedavg.buffers)
+
+
+@pytest.mark.parametrize("name", ["feddyn", "scaffold"])
+def test_identity_with_fedavg_equal_sizes(name: str) -> None:
+    """The default, uniform weights are the weights by size where all sizes are equal: alpha = 0 for ever, SCAFFOLD in
+    round 1, whose control variates are still zero."""
+    settings = {"alpha": 0} if name == "feddyn" else {}
+    last = 5 if name == "feddyn" else 2
+    ours, _ = rounds(make(name, **settings), initial(make(name)), {}, range(1, last))
+    fedavg, _ = rounds(make("fedavg"), initial(make("fedavg")), {}, range(1, last))
+    assert_same(ours.params, fedavg.params)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("fedprox", {"mu": 0.5}), ("moon", {"mu": 5.0, "temperature": 0.1}), ("feddyn", {"alpha": 0.1})]
+)
+def test_differs_from_fedavg_where_it_should(name: str, settings: dict[str, object]) -> None:
+    ours, _ = rounds(make(name, **settings), initial(make(name)), {}, range(1, 8))
+    fedavg, _ = rounds(make("fedavg"), initial(make("fedavg")), {}, range(1, 8))
+    assert not torch.equal(ours.params["1.weight"], fedavg.params["1.weight"])
+
+
+def test_scaffold_differs_from_round_2() -> None:
+    ours, _ = rounds(make("scaffold"), initial(make("scaffold")), {}, range(1, 3))
+    fedavg, _ = rounds(make("fedavg"), initial(make("fedavg")), {}, range(1, 3))
+    assert not torch.equal(ours.params["1.weight"], fedavg.params["1.weight"])

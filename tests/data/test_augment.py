@@ -1,0 +1,49 @@
+import pytest
+import torch
+
+from fedftg.data.augment import flip_crop
+
+
+def slow(images, rng):
+    """One image and one pixel at a time, from the same numbers."""
+    size, depth, height, width = images.shape
+    flipped = torch.rand(size, generator=rng) < 0.5
+    cropped = torch.rand(size, generator=rng) < 0.5
+    offsets = torch.randint(0, 9, (size, 2), generator=rng)
+    result = torch.zeros_like(images)
+    for b in range(size):
+        image = images[b].flip(-1) if flipped[b] else images[b]
+        down, right = (int(offset) - 4 for offset in offsets[b]) if cropped[b] else (0, 0)
+        for y in range(height):
+            for x in range(width):
+                if 0 <= y + down < height and 0 <= x + right < width:
+                    result[b, :, y, x] = image[:, y + down, x + right]
+    return result
+
+
+@pytest.mark.parametrize("shape", [(40, 3, 9, 12), (40, 1, 8, 8), (1, 3, 32, 32), (0, 3, 8, 8)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_equals_the_slow_way(shape, dtype):
+    images = torch.randint(1, 255, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before = images.clone()
+    fast = flip_crop(images, torch.Generator().manual_seed(7))
+    assert fast.dtype == dtype
+    assert fast.is_contiguous()
+    assert torch.equal(fast, slow(images, torch.Generator().manual_seed(7)))
+    assert torch.equal(images, before)
+
+
+def test_half_are_flipped_and_half_cropped():
+    images = torch.arange(1, 65, dtype=torch.uint8).view(1, 1, 8, 8).repeat(4000, 1, 1, 1)
+    changed = flip_crop(images, torch.Generator().manual_seed(0))
+    same = (changed == images).all(dim=(1, 2, 3)).float().mean()
+    mirrored = (changed == images.flip(-1)).all(dim=(1, 2, 3)).float().mean()
+    # Each: 1/2 * (1/2 uncropped + 1/2 cropped at no shift, 1/81) = 0.2531; 3 sigma of 4000 draws is 0.021.
+    assert same == pytest.approx(0.2531, abs=0.021)
+    assert mirrored == pytest.approx(0.2531, abs=0.021)
+
+
+def test_leaves_the_global_random_state():
+    state = torch.get_rng_state()
+    flip_crop(torch.zeros(4, 3, 8, 8), torch.Generator().manual_seed(0))
+    assert torch.equal(state, torch.get_rng_state())

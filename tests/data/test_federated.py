@@ -1,0 +1,135 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from fedftg.data import FederatedData, ImageDataset
+from fedftg.errors import InputError
+
+
+def make_dataset(train=20, test=7, depth=1, augment="none"):
+    """Image i is constantly i, so a batch tells which samples it holds."""
+    images = torch.arange(train, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, depth, 8, 8)
+    return ImageDataset(
+        train_images=images,
+        train_labels=torch.arange(train) % 3,
+        test_images=torch.full((test, depth, 8, 8), 255, dtype=torch.uint8),
+        test_labels=torch.arange(test) % 3,
+        class_names=("a", "b", "c", "never"),
+        mean=(0.5,) * depth,
+        std=(0.25,) * depth,
+        augment=augment,
+    )
+
+
+@pytest.fixture()
+def data():
+    return FederatedData(make_dataset(), [np.arange(0, 10), np.array([10]), np.array([], dtype=int), np.arange(11, 20)])
+
+
+def samples(batches):
+    return [((images[:, 0, 0, 0] * 0.25 + 0.5) * 255).round().int().tolist() for images, _ in batches]
+
+
+def draw(data, client, seed=0, **options):
+    settings = {"num_epochs": 1, "num_steps": None, "batch_size": 4} | options
+    return samples(data.batches(client, rng=torch.Generator().manual_seed(seed), **settings))
+
+
+def test_facts(data):
+    assert data.num_clients == 4
+    assert data.num_classes == 4
+    assert data.image_shape == (1, 8, 8)
+    assert [data.num_samples(client) for client in range(4)] == [10, 1, 0, 9]
+    assert [data.relative_size(client) for client in range(4)] == [2.0, 0.2, 0.0, 1.8]
+    assert data.class_counts.tolist() == [[4, 3, 3, 0], [0, 1, 0, 0], [0, 0, 0, 0], [3, 3, 3, 0]]
+    assert data.class_counts.dtype == torch.int64
+
+
+def test_an_epoch_is_every_sample_once_in_a_new_order(data):
+    batches = draw(data, 0, num_epochs=2)
+    assert [len(batch) for batch in batches] == [4, 4, 2, 4, 4, 2]
+    first, second = sum(batches[:3], []), sum(batches[3:], [])
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+
+
+def test_same_seed_same_batches(data):
+    assert draw(data, 0, seed=1) == draw(data, 0, seed=1)
+    assert draw(data, 0, seed=1) != draw(data, 0, seed=2)
+
+
+def test_labels_belong_to_images(data):
+    for images, labels in data.batches(3, num_epochs=1, num_steps=None, batch_size=4, rng=torch.Generator()):
+        held = ((images[:, 0, 0, 0] * 0.25 + 0.5) * 255).round().long()
+        assert torch.equal(held % 3, labels)
+
+
+def test_min_batch_drops_the_last(data):
+    assert [len(batch) for batch in draw(data, 3, min_batch=2)] == [4, 4]
+    assert [len(batch) for batch in draw(data, 3, min_batch=1)] == [4, 4, 1]
+
+
+def test_large_batch_is_all_samples(data):
+    assert [len(batch) for batch in draw(data, 0, batch_size=64, min_batch=2)] == [10]
+
+
+@pytest.mark.parametrize("client", [1, 2])
+def test_too_few_samples_give_nothing_and_end(data, client):
+    assert draw(data, client, num_epochs=3, min_batch=2) == []
+    assert draw(data, client, num_steps=50, min_batch=2) == []
+
+
+def test_num_steps_overrides_epochs_and_goes_round(data):
+    batches = draw(data, 0, num_epochs=1, num_steps=7)
+    assert [len(batch) for batch in batches] == [4, 4, 2, 4, 4, 2, 4]
+    assert draw(data, 0, num_steps=0) == []
+    assert draw(data, 1, num_steps=3) == [[10]] * 3
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(0, 0), (0.1, 1), (0.5, 2), (1.5, 4), (1.34, 4)])
+def test_fractions_of_an_epoch(data, epochs, steps):
+    assert len(draw(data, 0, num_epochs=epochs)) == steps
+
+
+@pytest.mark.parametrize("batch_size", [0, 1])
+def test_batches_too_small_for_the_model(data, batch_size):
+    with pytest.raises(InputError, match=f"batch_size must be >= 2, got {batch_size}"):
+        data.batches(0, num_epochs=1, num_steps=None, batch_size=batch_size, rng=torch.Generator(), min_batch=2)
+
+
+def test_normalise():
+    data = FederatedData(make_dataset(depth=3), [np.arange(20)])
+    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).repeat(1, 3, 8, 8)
+    normalised = data.normalise(images)
+    assert normalised.dtype == torch.float32
+    assert normalised[0].unique().tolist() == [-2.0]
+    assert normalised[1].unique().tolist() == [2.0]
+
+
+def test_augmentation_pads_with_black_before_normalisation():
+    dataset = dataclasses.replace(make_dataset(augment="flip_crop"), train_images=torch.full((20, 1, 8, 8), 255).byte())
+    data = FederatedData(dataset, [np.arange(20)])
+    ((images, _),) = data.batches(0, num_epochs=1, num_steps=None, batch_size=20, rng=torch.Generator().manual_seed(0))
+    assert images.unique().tolist() == [-2.0, 2.0]
+
+
+def test_test_batches_are_never_augmented():
+    data = FederatedData(make_dataset(augment="flip_crop"), [np.arange(20)])
+    batches = list(data.test_batches(3))
+    assert [len(labels) for _, labels in batches] == [3, 3, 1]
+    assert torch.equal(torch.cat([labels for _, labels in batches]), torch.arange(7) % 3)
+    assert all((images == 2.0).all() for images, _ in batches)
+
+
+@pytest.mark.parametrize("parts", [[], [np.array([20])], [np.array([-1])]])
+def test_refuses_parts_that_cannot_be(parts):
+    with pytest.raises(ValueError, match="client"):
+        FederatedData(make_dataset(), parts)
+
+
+def test_global_random_state_is_untouched(data):
+    state = torch.get_rng_state()
+    draw(data, 0, num_epochs=2)
+    assert torch.equal(state, torch.get_rng_state())

@@ -1,0 +1,93 @@
+"""PNG files are written for every kind of run and partition, at the promised width and without a warning."""
+
+import math
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedftg.errors import InputError
+from fedftg.report.load import RunRecord
+from fedftg.report.plots import accuracy_plot, partition_heatmap, running_mean
+
+
+def run_of(name: str, values: list[float], refiner: str = "none", every: int = 1, all_: bool = True) -> RunRecord:
+    rounds = [
+        {
+            "round": index * every,
+            "accuracy": {"selected": value, "refined": value} | ({"all": value / 2} if all_ else {}),
+        }
+        for index, value in enumerate(values, start=1)
+    ]
+    config = {"rounds": 10, "algorithm": {"name": "fedavg"}, "refiner": {"name": refiner}}
+    return RunRecord(Path("/runs") / name, name, config, rounds, None)
+
+
+def size(path: Path) -> tuple[int, int]:
+    content = path.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", content[16:24])
+    return width, height
+
+
+def test_running_mean_by_hand() -> None:
+    assert running_mean([1.0, 3.0, 5.0, 7.0], window=2) == [1.0, 2.0, 4.0, 6.0]
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        [run_of("a", [0.1, 0.5])],
+        [run_of("a", [0.1, 0.5], "fedftg")],
+        [run_of("a", [0.1], "fedftg", all_=False)],
+        [run_of("a", [])],
+        [run_of("a", []), run_of("_b $x$ [c]", [0.2, 0.3], "fedftg", every=5)],
+        [run_of("a", [0.1, math.nan, 0.3]), run_of("b", [math.nan], "fedftg")],
+        [run_of("a", [0.5] * 400, "fedftg"), run_of("b", [0.4] * 1000)],
+        [run_of(f"run-{index}", [0.1, 0.2], "fedftg") for index in range(15)],
+        [run_of("n" * 200, [0.1]), run_of("m" * 200, [0.1])],
+    ],
+    ids=["base", "refined", "one-point", "none", "odd-name", "nan", "long", "many", "long-names"],
+)
+def test_accuracy_plot_is_1200_wide(runs: list[RunRecord], tmp_path: Path) -> None:
+    path = accuracy_plot(runs, tmp_path / "new" / "plot.png")
+    assert path == tmp_path / "new" / "plot.png"
+    assert size(path)[0] == 1200
+
+
+def test_accuracy_plot_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="at least one run"):
+        accuracy_plot([], tmp_path / "plot.png")
+
+
+def test_path_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write"):
+        accuracy_plot([run_of("a", [0.1])], tmp_path / "file" / "plot.png")
+
+
+@pytest.mark.parametrize(("clients", "classes"), [(1, 2), (5, 2), (20, 10), (100, 100), (1000, 200)])
+def test_heatmap_sizes(clients: int, classes: int, tmp_path: Path) -> None:
+    counts = [[(client * 7 + klass * 3) % 11 for klass in range(classes)] for client in range(clients)]
+    path = partition_heatmap(counts, [f"class {index}" for index in range(classes)], tmp_path / "h.png")
+    width, height = size(path)
+    assert width == 1200
+    assert 400 <= height <= 1300
+
+
+@pytest.mark.parametrize("counts", [[[0, 0], [0, 0]], [[1, 0], [0, 0], [5000, 3]]], ids=["empty", "log"])
+def test_heatmap_of_extreme_counts(counts: list[list[int]], tmp_path: Path) -> None:
+    size(partition_heatmap(counts, ["$a", "b"], tmp_path / "h.png", title="odd $ title"))
+
+
+@pytest.mark.parametrize(("counts", "names"), [([], ["a"]), ([[1, 2]], ["a"]), ([[]], [])])
+def test_heatmap_refuses_what_does_not_fit(counts: list[list[int]], names: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="need at least one client"):
+        partition_heatmap(counts, names, tmp_path / "h.png")
+
+
+def test_pyplot_is_not_imported(tmp_path: Path) -> None:
+    before = "matplotlib.pyplot" in sys.modules
+    accuracy_plot([run_of("a", [0.1])], tmp_path / "plot.png")
+    assert ("matplotlib.pyplot" in sys.modules) == before

@@ -1,0 +1,218 @@
+"""Numbers of comparison tables by hand, bases, notes, and width."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from fedftg.report.load import RunRecord, load_run
+from fedftg.report.table import comparison_rows, markdown_table, partition_table, score, terminal_table
+
+
+def run_of(
+    folder: Path,
+    selected: Sequence[float],
+    refined: Sequence[float] | None = None,
+    *,
+    algorithm: str = "fedavg",
+    every: int = 1,
+    planned: int | None = None,
+    all_: bool = True,
+    finished: bool = True,
+    settings: str = "",
+    preset: str = "paper",
+) -> RunRecord:
+    """A run that evaluates ``selected`` (and ``refined``, with a refiner) each ``every`` rounds; 0.5 s a round."""
+    folder.mkdir(parents=True)
+    refiner = "none" if refined is None else "fedftg"
+    extra = "" if refined is None else f'preset = "{preset}"\n'
+    rounds = len(selected) * every
+    (folder / "config.toml").write_text(
+        f'name = "{folder.name}"\nrounds = {planned or rounds}\n[algorithm]\nname = "{algorithm}"\n'
+        f'[refiner]\nname = "{refiner}"\n{extra}{settings}'
+    )
+    lines = []
+    for number in range(1, rounds + 1):
+        record: dict[str, object] = {"round": number, "seconds": {"local": 0.4, "evaluate": 0.1}}
+        if number % every == 0:
+            at = number // every - 1
+            accuracy = {"selected": selected[at], "refined": selected[at] if refined is None else refined[at]}
+            record["accuracy"] = accuracy | ({"all": 0.1} if all_ else {})
+        lines.append(json.dumps(record) + "\n")
+    (folder / "rounds.jsonl").write_text("".join(lines))
+    if finished:
+        (folder / "summary.json").write_text("{}")
+    return load_run(folder)
+
+
+def rendered(table: Table, width: int = 80) -> list[str]:
+    console = Console(width=width, color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().splitlines()
+
+
+def test_score_by_hand() -> None:
+    """Twelve values 0.00, 0.01, ..., 0.11: the last ten are 0.02 to 0.11 with mean 0.065; best is the last."""
+    result = score(range(1, 13), [index / 100 for index in range(12)])
+    assert result is not None
+    assert result.mean_last == pytest.approx(0.065)
+    assert (result.final, result.best, result.best_round, result.evaluations) == (0.11, 0.11, 12, 12)
+
+
+def test_score_of_nothing_and_of_nan() -> None:
+    assert score([], []) is None
+    result = score([1, 2], [0.5, math.nan])
+    assert result is not None
+    assert math.isnan(result.mean_last)
+    assert (result.best, result.best_round) == (0.5, 1)
+    result = score([3], [math.nan])
+    assert result is not None
+    assert math.isnan(result.best)
+
+
+def test_gain_over_the_base(tmp_path: Path) -> None:
+    """Base .50 .60, deployed .52 .66: gains .02 and .06, mean .04."""
+    base = run_of(tmp_path / "base", [0.5, 0.6])
+    ours = run_of(tmp_path / "ours", [0.51, 0.61], [0.52, 0.66])
+    first, second = comparison_rows([base, ours])
+    assert first.is_base
+    assert first.gain is None
+    assert first.refined is None
+    assert first.deployed == first.selected
+    assert second.gain is not None
+    assert second.gain.base == "base"
+    assert second.gain.final == pytest.approx(0.06)
+    assert second.gain.mean_last == pytest.approx(0.04)
+    assert (second.gain.until, second.gain.whole, second.gain.differs) == (2, True, ())
+    assert (second.refiner, second.rounds, second.seconds) == ("fedftg (paper)", 2, 1.0)
+
+
+def test_each_algorithm_has_its_own_base(tmp_path: Path) -> None:
+    runs = [
+        run_of(tmp_path / "moon-ours", [0.1], [0.8], algorithm="moon"),
+        run_of(tmp_path / "avg-base", [0.5]),
+        run_of(tmp_path / "moon-base", [0.6], algorithm="moon"),
+        run_of(tmp_path / "avg-ours", [0.1], [0.7]),
+        run_of(tmp_path / "alone", [0.1], [0.7], algorithm="feddyn"),
+    ]
+    rows = comparison_rows(runs)
+    assert [row.gain and round(row.gain.final, 6) for row in rows] == [0.2, None, None, 0.2, None]
+    assert [row.is_base for row in rows] == [False, True, True, False, False]
+
+
+def test_of_several_bases_the_nearest_settings_count(tmp_path: Path) -> None:
+    far = run_of(tmp_path / "far", [0.1], settings="[partition]\nalpha = 0.6\n")
+    near = run_of(tmp_path / "near", [0.2], settings="[partition]\nalpha = 0.3\n")
+    ours = run_of(tmp_path / "ours", [0.3], [0.5], settings="[partition]\nalpha = 0.3\n")
+    gain = comparison_rows([far, near, ours])[2].gain
+    assert gain is not None
+    assert (gain.base, gain.differs) == ("near", ())
+    gain = comparison_rows([far, ours])[1].gain
+    assert gain is not None
+    assert gain.differs == ("partition.alpha",)
+    assert "ours and its base far differ also in partition.alpha." in markdown_table([far, ours])
+
+
+def test_unfinished_run_is_compared_where_both_were_evaluated(tmp_path: Path) -> None:
+    base = run_of(tmp_path / "base", [0.1, 0.2, 0.3, 0.9])
+    ours = run_of(tmp_path / "ours", [0.1, 0.1], [0.2, 0.3], planned=4, finished=False)
+    gain = comparison_rows([base, ours])[1].gain
+    assert gain is not None
+    assert gain.mean_last == pytest.approx(0.1)
+    assert (gain.until, gain.whole) == (2, False)
+    text = markdown_table([base, ours])
+    assert "ours vs base: up to round 2, the last that both evaluated." in text
+    assert "Unfinished: ours." in text
+    assert "| 2/4 |" in text
+
+
+def test_evaluation_every_five_rounds(tmp_path: Path) -> None:
+    row = comparison_rows([run_of(tmp_path / "a", [0.2, 0.4], [0.3, 0.1], every=5)])[0]
+    assert row.deployed is not None
+    assert row.deployed.mean_last == pytest.approx(0.2)
+    assert (row.rounds, row.deployed.best_round, row.deployed.evaluations) == (10, 5, 2)
+
+
+def test_base_and_run_never_evaluated_in_the_same_round(tmp_path: Path) -> None:
+    base = run_of(tmp_path / "base", [0.2], every=2)
+    ours = run_of(tmp_path / "ours", [0.2], [0.3], every=3)
+    assert comparison_rows([base, ours])[1].gain is None
+
+
+def test_no_evaluation_at_all(tmp_path: Path) -> None:
+    runs = [run_of(tmp_path / "a", []), run_of(tmp_path / "b", [], [])]
+    assert all(row.deployed is None for row in comparison_rows(runs))
+    assert "| a | fedavg | none | 0 | - | - | - | - | - | 0.0 |" in markdown_table(runs).replace("| base |", "| - |")
+    assert rendered(terminal_table(runs))
+
+
+def test_markdown_by_hand(tmp_path: Path) -> None:
+    base = run_of(tmp_path / "base", [0.5, 0.6])
+    ours = run_of(tmp_path / "ours", [0.51, 0.61], [0.52, 0.66])
+    lines = markdown_table([base, ours]).splitlines()
+    assert lines[2] == "| base | fedavg | none | 2 | 55.00 (60.00) | 10.00 (10.00) | - | base | 60.00 @2 | 1.0 |"
+    assert lines[3] == (
+        "| ours | fedavg | fedftg (paper) | 2 | 56.00 (61.00) | 10.00 (10.00) | **59.00** (66.00) "
+        "| +4.00 (+6.00) | 66.00 @2 | 1.0 |"
+    )
+    assert lines[5].startswith("Test accuracy in %: mean of the last 10 evaluations (of all 2 where fewer)")
+
+
+def test_terminal_table_fits_80_columns_and_cuts_nothing(tmp_path: Path) -> None:
+    base = run_of(tmp_path / "cifar10_cnn_dir03_scaffold", [0.5] * 1000, algorithm="scaffold")
+    name = "cifar10_cnn_dir03_scaffold_fedftg_official"
+    ours = run_of(tmp_path / name, [0.61] * 900, [0.62] * 900, algorithm="scaffold", planned=1000, preset="official")
+    lines = rendered(terminal_table([base, ours]))
+    assert max(len(line.rstrip()) for line in lines) <= 80
+    text = "\n".join(lines)
+    assert "…" not in text
+    for part in ("rounds", "selected", "all", "refined", "vs base", "best", "seconds", "+12.00", "of 1000", "500"):
+        assert part in text, part
+    assert name in "".join(line[:20].strip() for line in lines)
+
+
+def test_terminal_table_without_all_and_without_base(tmp_path: Path) -> None:
+    header = rendered(terminal_table([run_of(tmp_path / "a", [0.5], [0.6], all_=False)]))[1].split()
+    assert header == ["method", "rounds", "selected", "refined", "best", "seconds"]
+
+
+def test_names_are_not_read_as_markup(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "a[bold]|b", [0.5])
+    assert "a[bold]|b" in rendered(terminal_table([run]))[3]
+    assert "a[bold]\\|b" in markdown_table([run])
+
+
+def test_nan_is_shown(tmp_path: Path) -> None:
+    base = run_of(tmp_path / "base", [0.5])
+    ours = run_of(tmp_path / "ours", [0.5], [math.nan])
+    line = markdown_table([base, ours]).splitlines()[3]
+    assert "| nan (nan) | nan (nan) | nan @1 |" in line
+    assert "**50.00**" in markdown_table([base, ours])
+
+
+def test_no_runs() -> None:
+    assert comparison_rows([]) == []
+    assert rendered(terminal_table([]))
+    assert markdown_table([]).startswith("| run |")
+
+
+def test_partition_table_by_hand() -> None:
+    text = "\n".join(rendered(partition_table([[3, 1], [0, 0], [0, 5]], ["cat", "[dog]"], {"total_variation": 0.25})))
+    rows = [line.split() for line in text.splitlines()[2:]]
+    assert rows[0] == ["0", "4", "2", "cat", "75%"]
+    assert rows[1] == ["1", "0", "0", "-", "-"]
+    assert rows[2] == ["2", "5", "1", "[dog]", "100%"]
+    assert "3 clients, 9 samples, 2 classes" in text
+    assert "total_variation 0.25" in text
+
+
+def test_partition_table_of_many_clients() -> None:
+    """Clients 20 to 99 hold 20 to 99 samples."""
+    lines = rendered(partition_table([[client] for client in range(100)], ["a"], {}))
+    assert sum(line.rstrip().endswith("%") for line in lines) == 19
+    assert any("20 to 99" in line and "80 more clients" in line for line in lines)

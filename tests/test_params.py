@@ -1,0 +1,64 @@
+import pytest
+import torch
+
+from fedftg import params as tree
+
+
+def make(*values: float) -> tree.Params:
+    return {"w": torch.tensor(values), "n": torch.tensor(3)}
+
+
+def test_weighted_mean_by_hand() -> None:
+    """(1*2 + 3*6) / 4 = 5 and (1*4 + 3*0) / 4 = 1; the integer 3 stays 3."""
+    mean = tree.weighted_mean([make(2.0, 4.0), make(6.0, 0.0)], [1, 3])
+    assert mean["w"].tolist() == [5.0, 1.0]
+    assert mean["n"].item() == 3
+    assert mean["n"].dtype == torch.int64
+
+
+def test_weighted_mean_rounds_integers() -> None:
+    """(1 + 2 + 2) / 3 = 1.67 is 2."""
+    counts = [{"n": torch.tensor(value)} for value in (1, 2, 2)]
+    assert tree.weighted_mean(counts, [1, 1, 1])["n"].item() == 2
+
+
+def test_mean_of_equal_trees_is_the_tree_bit_for_bit() -> None:
+    one = {"w": torch.randn(1000, generator=torch.Generator().manual_seed(0))}
+    mean = tree.weighted_mean([one] * 7, [3, 1, 4, 1, 5, 9, 2])
+    assert torch.equal(mean["w"], one["w"])
+
+
+def test_weight_zero_is_skipped_even_if_not_finite() -> None:
+    mean = tree.weighted_mean([make(1.0), make(float("nan"))], [1, 0])
+    assert mean["w"].tolist() == [1.0]
+
+
+@pytest.mark.parametrize("weights", [[0.0, 0.0], [1.0, -1.0], [1.0], []])
+def test_impossible_weights(weights: list[float]) -> None:
+    with pytest.raises(ValueError, match="weight"):
+        tree.weighted_mean([make(1.0), make(2.0)], weights)
+
+
+def test_arithmetic_by_hand_and_arguments_unchanged() -> None:
+    left, right = make(1.0, 2.0), make(10.0, 20.0)
+    assert tree.add(left, right, scale=0.5)["w"].tolist() == [6.0, 12.0]
+    assert tree.sub(right, left)["w"].tolist() == [9.0, 18.0]
+    assert tree.zeros_like(left)["w"].tolist() == [0.0, 0.0]
+    assert left["w"].tolist() == [1.0, 2.0]
+    assert right["w"].tolist() == [10.0, 20.0]
+
+
+def test_norm_is_over_all_floating_tensors() -> None:
+    """sqrt(3^2 + 4^2) = 5; the integer does not count."""
+    assert tree.norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0]), "n": torch.tensor(100)}) == 5.0
+
+
+def test_first_non_finite_names_the_tensor() -> None:
+    assert tree.first_non_finite(make(1.0)) is None
+    assert tree.first_non_finite({"a": torch.ones(2), "b": torch.tensor([1.0, float("inf")])}) == "b"
+
+
+def test_prefix_round_trip() -> None:
+    both = tree.prefixed(make(1.0), "x/") | tree.prefixed(make(2.0), "y/")
+    assert tree.unprefixed(both, "y/")["w"].tolist() == [2.0]
+    assert list(tree.unprefixed(both, "x/")) == ["w", "n"]

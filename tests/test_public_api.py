@@ -1,0 +1,80 @@
+"""What users and scripts may rely on: a change here is a change of the contract."""
+
+import inspect
+import tomllib
+from pathlib import Path
+
+import click
+
+import fedftg
+from fedftg import cli
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_public_names() -> None:
+    assert set(fedftg.__all__) == {
+        "ClientError",
+        "DistillConfig",
+        "InputError",
+        "RefineResult",
+        "Run",
+        "RunConfig",
+        "__version__",
+        "refine",
+        "register_algorithm",
+        "register_refiner",
+        "run",
+    }
+    assert all(hasattr(fedftg, name) for name in fedftg.__all__)
+
+
+def test_version_is_that_of_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert fedftg.__version__ == project["version"]
+
+
+def test_refine_signature() -> None:
+    parameters = inspect.signature(fedftg.refine).parameters
+    assert list(parameters) == [
+        "student", "teachers", "class_counts", "config", "generator", "image_shape", "seed", "progress",
+    ]  # fmt: skip
+    assert [parameters[name].default for name in ("config", "generator", "image_shape", "seed", "progress")] == [
+        "fedftg", None, (3, 32, 32), 0, None,
+    ]  # fmt: skip
+    assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in list(parameters)[3:])
+
+
+def test_run_signature() -> None:
+    assert list(inspect.signature(fedftg.run).parameters) == ["recipe", "overrides", "out", "resume", "progress"]
+
+
+def test_frozen_cli() -> None:
+    frozen = {
+        "run": ["--out", "--resume", "--set", "recipe"],
+        "compare": ["--out", "--set", "items"],
+        "report": ["folder"],
+        "partition": ["--out", "--set", "recipe"],
+        "list": [],
+        "export": ["--to", "folder"],
+    }
+    found = {}
+    for name, command in cli.cli.commands.items():
+        found[name] = sorted(
+            parameter.opts[0] if isinstance(parameter, click.Option) else str(parameter.name)
+            for parameter in command.params
+        )
+    assert found == frozen
+
+
+def test_frozen_config_keys() -> None:
+    config = fedftg.RunConfig().model_dump()
+    for key in (
+        "seed", "rounds", "data.name", "data.root", "partition.law", "partition.num_clients", "partition.alpha",
+        "cohort.size", "cohort.probability", "model.name", "algorithm.name", "refiner.name", "refiner.preset",
+        "local.lr", "local.epochs", "local.batch_size", "executor.name", "device",
+    ):  # fmt: skip
+        value = config
+        for part in key.split("."):
+            assert part in value, key
+            value = value[part]
