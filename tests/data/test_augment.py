@@ -6,7 +6,7 @@ from fedftg.data.augment import flip_crop
 
 def slow(images, rng):
     """One image and one pixel at a time, from the same numbers."""
-    size, depth, height, width = images.shape
+    size, _, height, width = images.shape
     flipped = torch.rand(size, generator=rng) < 0.5
     cropped = torch.rand(size, generator=rng) < 0.5
     offsets = torch.randint(0, 9, (size, 2), generator=rng)

@@ -1,4 +1,5 @@
 import dataclasses
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ def make_dataset(train=20, test=7, depth=1, augment="none"):
     )
 
 
-@pytest.fixture()
+@pytest.fixture
 def data():
     return FederatedData(make_dataset(), [np.arange(0, 10), np.array([10]), np.array([], dtype=int), np.arange(11, 20)])
 
@@ -50,7 +51,7 @@ def test_facts(data):
 def test_an_epoch_is_every_sample_once_in_a_new_order(data):
     batches = draw(data, 0, num_epochs=2)
     assert [len(batch) for batch in batches] == [4, 4, 2, 4, 4, 2]
-    first, second = sum(batches[:3], []), sum(batches[3:], [])
+    first, second = list(chain(*batches[:3])), list(chain(*batches[3:]))
     assert sorted(first) == sorted(second) == list(range(10))
     assert first != second
 

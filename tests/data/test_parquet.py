@@ -138,7 +138,7 @@ def test_missing_folder_files_and_splits(tmp_path, hub):
     assert "no train-*.parquet in" in error_of(tmp_path)
     hub.write(tmp_path / "train.parquet", [hub.encode(hub.grey(1)[0])], {"label": [0]})
     assert "no test-*.parquet or valid-*.parquet or validation-*.parquet in" in error_of(tmp_path)
-    with pytest.raises(InputError, match="needs data.root: the folder with train-"):
+    with pytest.raises(InputError, match=r"needs data\.root: the folder with train-"):
         load(DataConfig(name="parquet"))
 
 

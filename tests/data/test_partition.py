@@ -76,7 +76,7 @@ def test_one_client_holds_all_and_num_samples_clients_hold_one_each():
 
 
 def test_more_clients_than_samples_says_what_to_do():
-    with pytest.raises(InputError, match="partition.num_clients is 11, but there are only 10 .*use at most 10"):
+    with pytest.raises(InputError, match=r"partition\.num_clients is 11, but there are only 10 .*use at most 10"):
         partition(np.zeros(10, dtype=int), PartitionConfig(num_clients=11), np.random.default_rng(0))
 
 

@@ -122,7 +122,7 @@ def test_wrong_image_size_for_cifar10(tmp_path, hub):
 
 
 def test_missing_root():
-    with pytest.raises(InputError, match="data set 'cifar10' needs data.root: the folder with train-"):
+    with pytest.raises(InputError, match=r"data set 'cifar10' needs data\.root: the folder with train-"):
         load(DataConfig(name="cifar10"))
 
 

@@ -85,7 +85,7 @@ def test_the_check_leaves_statistics_alone_and_the_model_training():
 def test_kaiming_fan_out():
     """Deviation sqrt(2 / (512 * 9)) = 0.0208 for the last 3x3 convolution."""
     weight = make("resnet18").blocks[-1].conv2.weight
-    assert float(weight.std()) == pytest.approx(0.02083, rel=0.01)
+    assert float(weight.detach().std()) == pytest.approx(0.02083, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ from torch import nn
 
 class Own(nn.Sequential):
     def __init__(self, num_classes, width=4):
-        super().__init__(nn.Flatten(), nn.LazyLinear(width), nn.Linear(width, num_classes))
+        super().__init__(nn.Flatten(), nn.Linear(3072, width), nn.Linear(width, num_classes))
 
 def make(image_shape, num_classes, **rest):
     depth, height, width = image_shape
@@ -161,7 +161,7 @@ def make(image_shape, num_classes, **rest):
 """
 
 
-@pytest.fixture()
+@pytest.fixture
 def own_module(tmp_path, monkeypatch):
     (tmp_path / "own_model_for_test.py").write_text(MODULE)
     (tmp_path / "broken_model_for_test.py").write_text("1 / 0")

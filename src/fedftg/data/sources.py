@@ -221,7 +221,8 @@ def measured_normalisation(images: Array) -> tuple[tuple[float, ...], tuple[floa
 def stratified_subset(labels: Labels, count: int | None, seed: int) -> Labels:
     """``count`` ascending indices into ``labels`` ``(N,)``, each class in its proportion; None takes all.
 
-    So does a count above N. Shares are rounded down, and what is then left goes to the classes with the largest remainders, so the sum is exact.
+    So does a count above N. Shares are rounded down, and what is then left goes to the classes with the largest
+    remainders, so the sum is exact.
     """
     if count is None or count >= len(labels):
         return np.arange(len(labels))

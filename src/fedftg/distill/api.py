@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedftg.distill.config import DistillConfig, preset
 from fedftg.distill.distiller import Distiller, DistillMetrics, Progress
 from fedftg.distill.generator import Generator
-from fedftg.distill.labels import check_class_counts, class_probabilities
+from fedftg.distill.labels import check_class_counts, class_probabilities, sample_labels
 from fedftg.distill.teachers import Classifier, ListedTeachers
 from fedftg.errors import InputError
 from fedftg.params import first_non_finite
@@ -52,7 +52,7 @@ class RefineResult:
             raise InputError(f"n must be >= 1, got {n}; it is the number of images")
         classes = self.generator.num_classes
         if labels is None:
-            chosen = torch.multinomial(self.class_probabilities, n, replacement=True, generator=self._rng)
+            chosen = sample_labels(self.class_probabilities[None], 1, n, rng=self._rng)[0]
         else:
             chosen = torch.as_tensor(labels).cpu()
             chosen = chosen.expand(n) if chosen.ndim == 0 else chosen
@@ -83,14 +83,14 @@ def refine(
     global random state. The same seed gives the same result on the same machine.
 
     Args:
-        student: a classifier from images ``(B, D, H, W)`` to logits ``(B, C)``, such as the average of the teachers. The
-            work is done on its device.
+        student: a classifier from images ``(B, D, H, W)`` to logits ``(B, C)``, such as the average of the teachers.
+            The work is done on its device.
         teachers: at least one classifier on the same device with the same classes; architectures may differ. Modules
             evaluate whatever their mode; a function is called as it is.
         class_counts: ``(K, C)``: how many training samples of each class each teacher has seen.
         config: the name of a preset (``fedftg``, ``paper``, ``official``), or `preset` with changes.
-        generator: where to start from, such as ``result.generator`` of an earlier call; None: a new one. Its noise length
-            and image shape go before ``config.noise_dim`` and ``image_shape``.
+        generator: where to start from, such as ``result.generator`` of an earlier call; None: a new one. Its noise
+            length and image shape go before ``config.noise_dim`` and ``image_shape``.
         image_shape: ``(D, H, W)`` of the classifiers' images: 1 or 3 channels, 8 to 224 pixels a side.
         seed: of everything that is drawn.
         progress: called as ``progress(iterations done, iterations in all)``.
@@ -100,7 +100,9 @@ def refine(
     """
     settings = preset(config) if isinstance(config, str) else config
     device = _device(student)
-    ensemble = ListedTeachers(teachers)
+    if isinstance(teachers, nn.Module) and not isinstance(teachers, nn.ModuleList):
+        raise InputError(f"teachers must be a list of classifiers, got one {type(teachers).__name__}; pass [teacher]")
+    ensemble = ListedTeachers(list(teachers))
     counts = _counts(class_counts, len(ensemble))
     if generator is None:
         new = _new_generator(settings, counts.shape[1], image_shape, seed)

@@ -1,4 +1,4 @@
-"""`DistillConfig` and its presets: ``paper``, ``official`` (the public code, exactly), ``fedftg`` (ours, the default)."""
+"""`DistillConfig` and its presets: ``paper``, ``official`` (the public code) and ``fedftg`` (ours, the default)."""
 
 from __future__ import annotations
 
@@ -63,6 +63,9 @@ class DistillConfig(BaseModel):
     ensemble: Ensemble = Field(
         default="class", description="weights of the teachers: class is a_k(y), samples by their data, uniform 1/K"
     )
+    ensemble_epsilon: float = Field(
+        default=0.0, ge=0, description="added to a class's total in a_k(y); 1e-6 in the public code, seen in the last bit only"
+    )
 
     lambda_md: float = Field(default=1.0, ge=0, description="weight of L_md; 0 switches hard sample mining off")
     lambda_cls: float = Field(default=1.0, ge=0, description="weight of L_cls; 0 lets images look like no class")
@@ -119,6 +122,7 @@ _OFFICIAL: dict[str, Any] = {
     "generator_update": "per_client",
     "student_loss": "soft_cross_entropy",
     "label_sampling": "proportional",
+    "ensemble_epsilon": 1e-6,
 }
 
 # Starts from a prototype's measurements on small skewed federations (METHOD section 8); tuned by pilots.

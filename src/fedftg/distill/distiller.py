@@ -142,7 +142,8 @@ class Distiller:
         self.generator.load_state_dict(saved)
         self._calls = int(memory[_CALLS])
         device = next(self.generator.parameters()).device
-        self._averaged = {name: t.to(device) for name, t in clone(unprefixed(memory, _AVERAGED)).items()}
+        averaged = clone(unprefixed(memory, _AVERAGED)) if self.config.generator_ema else {}
+        self._averaged = {name: tensor.to(device) for name, tensor in averaged.items()}
         self._optimizer = self._new_optimizer()
         if self.config.generator_optimizer_state == "kept":
             for name, parameter in self.generator.named_parameters():
@@ -189,7 +190,7 @@ class Distiller:
             ),
             teachers=teachers,
             class_counts=counts,
-            class_weights=ensemble_weights(counts, config.ensemble).to(device),
+            class_weights=ensemble_weights(counts, config.ensemble, config.ensemble_epsilon).to(device),
             rng=rng,
             device=device,
         )

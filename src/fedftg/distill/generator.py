@@ -22,8 +22,9 @@ class Generator(nn.Module):
 
     ``Linear(noise)`` and ``Linear(one-hot label)`` give ``width`` channels each of a small base map; BatchNorm; then
     per upsampling (nearest, x2) a 3x3 convolution, BatchNorm and LeakyReLU 0.2, with ``2 * width`` channels and
-    ``width`` in the last; a 3x3 convolution to the image channels, tanh and BatchNorm without affine, so that every channel of a
-    training batch has mean 0 and variance 1, like normalised real images. At 32x32 this is the public code's generator.
+    ``width`` in the last; a 3x3 convolution to the image channels, tanh and BatchNorm without affine, so that every
+    channel of a training batch has mean 0 and variance 1, like normalised real images. At 32x32 this is the public
+    code's generator.
     Sizes that are no multiple of the upsampling are generated larger and cropped at the centre.
 
     Args:

@@ -39,24 +39,26 @@ def check_class_counts(
 
 
 def class_probabilities(class_counts: Float[Tensor, "K C"]) -> Float[Tensor, " C"]:
-    """``(C,)`` float64: ``p_t(y)``, proportional to the samples of class ``y`` over the teachers; 0 where none holds it."""
+    """``(C,)`` float64: ``p_t(y)``, proportional to the samples of class ``y``; 0 where no teacher holds any."""
     totals = class_counts.to(torch.float64).sum(dim=0)
     return totals / totals.sum()
 
 
-def ensemble_weights(class_counts: Float[Tensor, "K C"], kind: Ensemble = "class") -> Float[Tensor, "K C"]:
+def ensemble_weights(
+    class_counts: Float[Tensor, "K C"], kind: Ensemble = "class", epsilon: float = 0.0
+) -> Float[Tensor, "K C"]:
     """``(K, C)`` float32: ``a_k(y)``, the weight of teacher ``k`` on a sample drawn for class ``y``.
 
-    Columns sum to 1; with ``class`` the column of a class that no teacher holds is 0 (it is never drawn).
+    Columns sum to 1 (but for ``epsilon``); with ``class`` the column of a class that no teacher holds is 0 (it is never drawn).
 
     Args:
         class_counts: at least one sample in all.
-        kind: ``class``: ``n_k^y / sum_j n_j^y``, the paper's (the public code adds 1e-6 to the denominator);
+        kind: ``class``: ``n_k^y / (sum_j n_j^y + epsilon)``, the paper's with 0, the public code's with 1e-6;
             ``samples``: ``n_k / sum_j n_j`` for every class, as FedDF weights; ``uniform``: ``1 / K``.
     """
     counts = class_counts.to(torch.float64)
     if kind == "class":
-        totals = counts.sum(dim=0)
+        totals = counts.sum(dim=0) + epsilon
         weights = torch.where(totals > 0, counts / totals.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
     elif kind == "samples":
         weights = (counts.sum(dim=1, keepdim=True) / counts.sum()).expand_as(counts)

@@ -19,6 +19,9 @@ Discrepancy = Literal["kl", "l1_logits"]
 FidelityWeighting = Literal["sample", "batch_mean"]
 StudentLoss = Literal["kl", "soft_cross_entropy"]
 
+_MOST_DIFFERENCES = 2**24
+"""How many differences of pixels `diversity` holds at once: 64 MiB."""
+
 
 def kl_divergence(
     teacher_logits: Float[Tensor, "K B C"], student_logits: Float[Tensor, "B C"], temperature: float = 1.0
@@ -79,12 +82,13 @@ def fidelity(
     ``sample`` weights every sample and takes the mean over the batch, as in the paper. ``batch_mean`` multiplies each
     teacher's mean cross-entropy by its mean weight, as the public code does: the weights of single samples are lost.
     """
+    if weighting == "batch_mean":
+        terms = [(F.cross_entropy(logits, labels) * weight).mean() for logits, weight in zip(teacher_logits, weights, strict=True)]
+        return torch.stack(terms).sum()
     num_teachers, batch, classes = teacher_logits.shape
     targets = labels.expand(num_teachers, batch).reshape(-1)
     values = F.cross_entropy(teacher_logits.reshape(-1, classes), targets, reduction="none").view(num_teachers, batch)
-    if weighting == "sample":
-        return (weights * values).sum(dim=0).mean()
-    return (weights.mean(dim=1) * values.mean(dim=1)).sum()
+    return (weights * values).sum(dim=0).mean()
 
 
 def diversity(noise: Float[Tensor, "B Z"], images: Float[Tensor, "B D H W"]) -> Float[Tensor, ""]:
@@ -94,16 +98,22 @@ def diversity(noise: Float[Tensor, "B Z"], images: Float[Tensor, "B D H W"]) -> 
     distance: mean absolute difference over all pixels. The paper gives the form, the public code the distances.
     """
     flat = images.flatten(start_dim=1)
-    image_distance = torch.cdist(flat, flat, p=1.0) / flat.shape[1]
-    noise_distance = (noise[:, None] - noise[None]).square().mean(dim=-1)
-    return torch.exp(-(noise_distance * image_distance).mean())
+    if len(flat) * flat.numel() <= _MOST_DIFFERENCES:
+        image_distance = (flat[None] - flat[:, None]).abs().mean(dim=-1)
+    else:  # the same up to rounding, without all differences in memory at once
+        image_distance = torch.cdist(flat, flat, p=1.0) / flat.shape[1]
+    noise_distance = (noise[None] - noise[:, None]).square().mean(dim=-1)
+    return torch.exp((-noise_distance * image_distance).mean())
 
 
 def ensemble_probabilities(
     teacher_logits: Float[Tensor, "K B C"], weights: Float[Tensor, "K B"], temperature: float = 1.0
 ) -> Float[Tensor, "B C"]:
     """``(B, C)``: ``sum_k a_k(y_i) softmax(teacher_k / temperature)``; rows sum to what the weights sum to."""
-    return (weights.unsqueeze(-1) * F.softmax(teacher_logits / temperature, dim=-1)).sum(dim=0)
+    total = torch.zeros_like(teacher_logits[0])
+    for logits, weight in zip(teacher_logits, weights, strict=True):
+        total = total + F.softmax(logits / temperature, dim=-1) * weight[:, None]
+    return total
 
 
 def student_loss(

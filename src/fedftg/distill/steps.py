@@ -97,6 +97,18 @@ class Task:
         ]
         return torch.stack(parts).sum(dim=0)
 
+    @torch.no_grad()
+    def transferable(
+        self, images: Tensor, teacher_logits: Tensor | None, student_logits: Tensor, labels: Tensor
+    ) -> Bool[Tensor, " B"]:
+        """``(B,)``: samples that count in L_md; ``teacher_logits`` are those of all teachers where they are there."""
+        if teacher_logits is None:
+            ensemble = self.ensemble(images, labels)
+        else:
+            weights = self.class_weights[:, labels]
+            ensemble = losses.ensemble_probabilities(teacher_logits, weights, self.config.temperature)
+        return losses.transferable(ensemble, student_logits, labels)
+
 
 def require_grad(parameters: list[nn.Parameter], flag: bool) -> None:
     """Sets the flag on all of them."""
@@ -123,62 +135,92 @@ def generator_steps(task: Task, noise: Float[Tensor, "B Z"], labels: Int[Tensor,
 def _generator_step(task: Task, noise: Tensor, labels: Tensor, start: int, stop: int) -> Float[Tensor, " 3"]:
     """One Adam step on the teachers ``start <= k < stop``; returns their share of the three metrics.
 
-    The gradient is collected at the images and at the student's logits, teacher chunk by teacher chunk, so that the
-    graphs of one chunk only are in memory. No gradient of a teacher's or the student's weights is computed.
+    No gradient of a teacher's or the student's weights is computed.
     """
-    config = task.config
     images = task.generator(noise, labels)
+    task.generator_optimizer.zero_grad()
+    if len(task.chunks(start, stop)) == 1:
+        metrics = _backward_at_once(task, images, noise, labels, start, stop)
+    else:
+        metrics = _backward_in_chunks(task, images, noise, labels, start, stop)
+    task.generator_optimizer.step()
+    return metrics
+
+
+def _backward_at_once(
+    task: Task, images: Tensor, noise: Tensor, labels: Tensor, start: int, stop: int
+) -> Float[Tensor, " 3"]:
+    """The generator's gradient through one graph of all teachers, in the public code's order of operations.
+
+    The order matters to the ``official`` preset: the biases before a BatchNorm have no gradient but rounding errors,
+    which Adam scales up to whole steps, so another order ends in visibly different weights.
+    """
+    teacher_logits = task.teacher_logits(images, start, stop)
+    student_logits = task.student_logits(images)
+    mask = None
+    if task.config.discrepancy_mask == "transferable":
+        whole = len(task.teachers) == stop - start
+        mask = task.transferable(images, teacher_logits if whole else None, student_logits, labels)
+    discrepancy, fidelity = _terms(task, teacher_logits, student_logits, labels, slice(start, stop), mask)
+    diversity = losses.diversity(noise, images)
+    loss = _weighted(task.config, discrepancy, fidelity)
+    if task.config.lambda_dis:
+        # Each of K single steps carries 1/K of the diversity, so that they and the joint step have the same sum.
+        loss = loss + task.config.lambda_dis * diversity / (len(task.teachers) / (stop - start))
+    if loss.requires_grad:
+        loss.backward()
+    share = (stop - start) / len(task.teachers)
+    return torch.stack([discrepancy.detach(), fidelity.detach(), share * diversity.detach()])
+
+
+def _backward_in_chunks(
+    task: Task, images: Tensor, noise: Tensor, labels: Tensor, start: int, stop: int
+) -> Float[Tensor, " 3"]:
+    """The same gradient, collected at the images and at the student's logits with one chunk's graphs in memory."""
+    config, share = task.config, (stop - start) / len(task.teachers)
     leaf = images.detach().requires_grad_()
     student_logits = task.student_logits(leaf)
     student_leaf = student_logits.detach().requires_grad_()
-    # Each of K single steps carries 1/K of the diversity, so that single steps and the joint one have the same sum.
-    share = (stop - start) / len(task.teachers)
+    mask = None
+    if config.discrepancy_mask == "transferable":
+        mask = task.transferable(leaf.detach(), None, student_leaf, labels)
     diversity = share * losses.diversity(noise, leaf)
     (config.lambda_dis * diversity).backward(inputs=[leaf])  # type: ignore[no-untyped-call]
-    discrepancy, fidelity = _teacher_terms(task, leaf, student_leaf, labels, start, stop)
-    if student_leaf.grad is not None:
-        student_logits.backward(student_leaf.grad, inputs=[leaf])  # type: ignore[no-untyped-call]
-    task.generator_optimizer.zero_grad()
-    images.backward(leaf.grad)
-    task.generator_optimizer.step()
-    return torch.stack([discrepancy, fidelity, diversity.detach()])
-
-
-def _teacher_terms(
-    task: Task, leaf: Tensor, student_leaf: Tensor, labels: Tensor, start: int, stop: int
-) -> tuple[Tensor, Tensor]:
-    """Adds the gradient of ``lambda_cls L_cls - lambda_md L_md`` to both leaves; returns ``L_md`` and ``L_cls``."""
-    config = task.config
-    weights = task.class_weights[:, labels]
-    masked = config.discrepancy_mask == "transferable"
-    mask: Bool[Tensor, " B"] | None = None
-    chunks = task.chunks(start, stop)
-    if masked and chunks != [(0, len(task.teachers))]:
-        mask = losses.transferable(task.ensemble(leaf.detach(), labels), student_leaf, labels)
-    discrepancies, fidelities = [], []
-    for first, last in chunks:
+    sums = torch.zeros(2, device=task.device)
+    for first, last in task.chunks(start, stop):
         logits = task.teacher_logits(leaf, first, last)
-        if masked and mask is None:
-            ensemble = losses.ensemble_probabilities(logits.detach(), weights, config.temperature)
-            mask = losses.transferable(ensemble, student_leaf, labels)
-        discrepancy = losses.model_discrepancy(
-            logits.detach() if config.teacher_gradient == "detached" else logits,
-            student_leaf,
-            weights[first:last],
-            kind=config.discrepancy,
-            temperature=config.temperature,
-            mask=mask,
-        )
-        fidelity = losses.fidelity(logits, labels, weights[first:last], weighting=config.fidelity_weighting)
-        # A term of weight 0 is left out, so that it cannot turn the others into NaN.
-        loss = config.lambda_cls * fidelity if config.lambda_cls else fidelity.new_zeros(())
-        if config.lambda_md:
-            loss = loss - config.lambda_md * discrepancy
+        discrepancy, fidelity = _terms(task, logits, student_leaf, labels, slice(first, last), mask)
+        loss = _weighted(config, discrepancy, fidelity)
         if loss.requires_grad:
             loss.backward(inputs=[leaf, student_leaf])  # type: ignore[no-untyped-call]
-        discrepancies.append(discrepancy.detach())
-        fidelities.append(fidelity.detach())
-    return torch.stack(discrepancies).sum(), torch.stack(fidelities).sum()
+        sums += torch.stack([discrepancy.detach(), fidelity.detach()])
+    if student_leaf.grad is not None:
+        student_logits.backward(student_leaf.grad, inputs=[leaf])  # type: ignore[no-untyped-call]
+    images.backward(leaf.grad)
+    return torch.cat([sums, diversity.detach()[None]])
+
+
+def _terms(
+    task: Task, teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, part: slice, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``L_md`` and ``L_cls`` of some teachers, weighted and summed."""
+    config = task.config
+    weights = task.class_weights[part][:, labels]
+    discrepancy = losses.model_discrepancy(
+        teacher_logits.detach() if config.teacher_gradient == "detached" else teacher_logits,
+        student_logits,
+        weights,
+        kind=config.discrepancy,
+        temperature=config.temperature,
+        mask=mask,
+    )
+    return discrepancy, losses.fidelity(teacher_logits, labels, weights, weighting=config.fidelity_weighting)
+
+
+def _weighted(config: DistillConfig, discrepancy: Tensor, fidelity: Tensor) -> Tensor:
+    """``lambda_cls L_cls - lambda_md L_md``; a term of weight 0 is left out, so it cannot turn the others into NaN."""
+    loss = -config.lambda_md * discrepancy if config.lambda_md else discrepancy.new_zeros(())
+    return loss + config.lambda_cls * fidelity if config.lambda_cls else loss
 
 
 def student_steps(task: Task, noise: Float[Tensor, "B Z"], labels: Int[Tensor, " B"]) -> Float[Tensor, " 2"]:

@@ -67,7 +67,7 @@ class ListedTeachers(Teachers):
         for index, other in enumerate(logits):
             if other.shape != logits[0].shape:
                 raise InputError(
-                    f"all teachers must have the same classes, got logits of shape {tuple(logits[0].shape)} from teacher 0 "
+                    f"all teachers must have the same classes, got logits {tuple(logits[0].shape)} from teacher 0 "
                     f"and {tuple(other.shape)} from teacher {index}"
                 )
         return torch.stack(logits)

@@ -51,7 +51,7 @@ class ResNet18(nn.Module):
         image_shape: ``(D, H, W)``.
         stem: "imagenet": 7x7 convolution and 3x3 max-pool, both of stride 2, so that a 32x32 image is 8x8 when the
             first block sees it (the paper's choice); "small": 3x3 convolution of stride 1, which is more accurate on
-            small images and takes about 16 times the work.
+            small images and takes about 15 times the work.
         normalisation: "batch", "group" or "none".
         groups: of GroupNorm.
     """
