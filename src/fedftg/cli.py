@@ -30,9 +30,7 @@ def cli() -> None:
 def run(recipe: str | None, overrides: Sequence[str], out: Path | None, resume: bool) -> None:
     """Run one experiment; RECIPE is a file or a name (default: FedAvg + FedFTG on built-in data)."""
     console = _console()
-    done = commands.run(
-        recipe, overrides=overrides, out=out, resume=resume, progress=progress.for_console(console)
-    )
+    done = commands.run(recipe, overrides=overrides, out=out, resume=resume, progress=progress.for_console(console))
     _show(console, commands.report(done.folder))
     _say(console, f"run folder: {done.folder}")
 

@@ -62,7 +62,7 @@ def run(
     """One experiment, from its config to its deployed model.
 
     Args:
-        recipe: a `RunConfig`, nested settings as in a recipe, the path or name of a recipe, or None for the default one.
+        recipe: a `RunConfig`, nested settings as in a recipe, the path or name of a recipe, or None: the default.
         overrides: ``"key=value"`` strings, as after ``--set``.
         out: folder of the run; by default ``runs/NAME``, or the next free ``runs/NAME-2``, ...
         resume: go on with the run in ``out``; without ``out`` with the newest in ``runs`` with the same settings.
@@ -218,5 +218,3 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror}; choose another folder by --out") from None
-
-

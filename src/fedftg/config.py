@@ -34,11 +34,11 @@ class CheckpointConfig(BaseModel):
     every: int = Field(default=1, ge=1, description="write the state each so many rounds, and after the last one")
 
 
-def _named(key: str, table: Mapping[str, type[Section]], given: Any) -> Any:
-    """Turns ``{name = "fedprox", mu = 0.1}`` into the settings class that is registered under the name."""
+def _named(key: str, table: Mapping[str, type[Section]], default: str, given: Any) -> Any:
+    """Turns ``{name = "fedprox", mu = 0.1}`` into the settings class registered under the name, or the default's."""
     if not isinstance(given, Mapping):
         return given
-    name = given.get("name")
+    name = given.get("name", default)
     if not isinstance(name, str):
         raise InputError(f"{key}.name must be one of {', '.join(sorted(table))}, got {name!r}")
     if name not in table:
@@ -47,11 +47,11 @@ def _named(key: str, table: Mapping[str, type[Section]], given: Any) -> Any:
 
 
 def _algorithm(given: Any) -> Any:
-    return _named("algorithm", ALGORITHMS, given)
+    return _named("algorithm", ALGORITHMS, "fedavg", given)
 
 
 def _refiner(given: Any) -> Any:
-    return _named("refiner", REFINERS, given)
+    return _named("refiner", REFINERS, "fedftg", given)
 
 
 class RunConfig(BaseModel):
@@ -59,7 +59,9 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(default="run", pattern=r"^[\w.+=-]+$", description="letters, digits, and . _ + = -; names the folder")
+    name: str = Field(
+        default="run", pattern=r"^[\w.+=-]+$", description="letters, digits, and . _ + = -; names the folder"
+    )
     seed: int = Field(default=0, ge=0, description="the only source of randomness")
     rounds: int = Field(default=20, ge=1)
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
@@ -130,7 +132,12 @@ def read_recipe(path: Path) -> dict[str, Any]:
         layers.append(read_toml(parent))
     given: dict[str, Any] = {}
     for layer in reversed(layers):
-        pairs = [(f"{key}.{leaf}", value) for key, part in layer.items() if isinstance(part, dict) for leaf, value in part.items()]
+        pairs = [
+            (f"{key}.{leaf}", value)
+            for key, part in layer.items()
+            if isinstance(part, dict)
+            for leaf, value in part.items()
+        ]
         pairs += [(key, value) for key, value in layer.items() if not isinstance(value, dict)]
         given = _lay_over(given, pairs)
     given["name"] = layers[0].get("name", path.stem)
@@ -142,7 +149,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"cannot read recipe {path}: {error.strerror}; give a path or a name from 'fedftg list'") from None
+        raise InputError(
+            f"cannot read recipe {path}: {error.strerror}; give a path or a name from 'fedftg list'"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"recipe {path} is not valid TOML: {error}") from None
 
@@ -191,7 +200,8 @@ def check_resumable(before: RunConfig, now: RunConfig) -> None:
     key = first_difference(before, now)
     if key is not None:
         raise InputError(
-            f"--resume cannot change {key}; only {', '.join(RESUME_MAY_CHANGE)} may change; start a new run for the rest"
+            f"--resume cannot change {key}; only {', '.join(RESUME_MAY_CHANGE)} may change; "
+            "start a new run for the rest"
         )
 
 

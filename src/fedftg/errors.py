@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 
 class InputError(ValueError):
@@ -23,7 +24,10 @@ class ClientError(RuntimeError):
 def unknown(kind: str, got: str, allowed: Iterable[str]) -> InputError:
     """``unknown model 'restnet18'; did you mean 'resnet18'? allowed: cnn, lenet, ...``"""
     names = sorted(allowed)
-    near = difflib.get_close_matches(got, names, n=1, cutoff=0.5)
+    # Only what comes after the last point is compared: 'algorithm.mu' is not like 'algorithm.name'.
+    leaves = {name.rpartition(".")[2]: name for name in names} if "." in got else {name: name for name in names}
+    close = difflib.get_close_matches(got.rpartition(".")[2], leaves, n=1, cutoff=0.5)
+    near = [leaves[name] for name in close]
     hint = f"did you mean {near[0]!r}? " if near else ""
     return InputError(f"unknown {kind} {got!r}; {hint}allowed: {', '.join(names)}")
 
@@ -43,11 +47,42 @@ def explain(error: ValidationError, cls: type[BaseModel], prefix: str = "") -> I
         parent = path.rpartition(".")[0]
         keys = [f"{parent}.{key}" if parent else key for key in owner.model_fields]
         return unknown("key", path, keys)
-    message = first["msg"][0].lower() + first["msg"][1:]
-    message = message.removeprefix("input should be ").removeprefix("input should ")
-    must = message if message.startswith(("match", "have", "be ")) else f"be {message}"
-    hint = f"; {field.description}" if field is not None and field.description else ""
-    return InputError(f"{path} must {must}, got {first['input']!r}{hint}")
+    description = field.description if field is not None else None
+    if first["type"] == "string_pattern_mismatch" and description:
+        return InputError(f"{path} must be {description}; got {first['input']!r}")
+    hint = f"; {description}" if description else ""
+    return InputError(f"{path} must be {_allowed(first)}, got {first['input']!r}{hint}")
+
+
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "a string",
+    "tuple": "a list",
+    "dict": "a section of keys",
+    "model": "a section of keys",
+    "path": "a path",
+}
+_COMPARISONS = {
+    "greater_than": (">", "gt"),
+    "greater_than_equal": (">=", "ge"),
+    "less_than": ("<", "lt"),
+    "less_than_equal": ("<=", "le"),
+}
+
+
+def _allowed(problem: ErrorDetails) -> str:
+    """What pydantic would have accepted, in words that need no Python."""
+    kind = problem["type"]
+    if kind in _COMPARISONS:
+        sign, key = _COMPARISONS[kind]
+        bound = problem["ctx"][key]
+        return f"{sign} {bound:g}" if isinstance(bound, float) else f"{sign} {bound}"
+    word = next((word for type_, word in _TYPES.items() if kind.startswith(f"{type_}_")), None)
+    if word is not None:
+        return word
+    return problem["msg"].removeprefix("Input should be ")
 
 
 def _owner(cls: type[BaseModel], location: tuple[int | str, ...]) -> tuple[type[BaseModel], FieldInfo | None]:

@@ -190,9 +190,7 @@ def build(config: RunConfig) -> Experiment:
         raise InputError(
             f"cohort.size must be at most the number of clients with data, {with_data}, got {config.cohort.size}"
         )
-    module = models.build(
-        config.model, data.num_classes, data.image_shape, seed_for(config.seed, 0, SERVER, "model")
-    )
+    module = models.build(config.model, data.num_classes, data.image_shape, seed_for(config.seed, 0, SERVER, "model"))
     model = FunctionalModel(module.to(device))
     params, buffers = model.init()
     algorithm = config.algorithm.build(data.num_clients)
@@ -280,7 +278,9 @@ def _restore(experiment: Experiment, folder: RunFolder, session: Record) -> None
     if kept is not None:
         done = kept.state.round
         if done > config.rounds:
-            raise InputError(f"{folder.path} is at round {done} already; rounds must be at least that, got {config.rounds}")
+            raise InputError(
+                f"{folder.path} is at round {done} already; rounds must be at least that, got {config.rounds}"
+            )
         experiment.state = kept.state
         experiment.clients.records = kept.clients
         experiment.clients.change_sum = kept.change_sum
@@ -319,5 +319,3 @@ class _Clock:
         start = time.perf_counter()
         yield
         self.seconds[name] = round(self.seconds[name] + time.perf_counter() - start, 6)
-
-

@@ -70,7 +70,8 @@ class PlainLines:
         number = record["round"]
         per_round = (time.monotonic() - self._started) / (number - self._first)
         left = _duration(per_round * (self._rounds - number))
-        line = f"round {number}/{self._rounds}  {_accuracies(record)}  {sum(record['seconds'].values()):.1f} s  {left} left"
+        seconds = sum(record["seconds"].values())
+        line = f"round {number}/{self._rounds}  {_accuracies(record)}  {seconds:.1f} s  {left} left"
         self._console.print(line, soft_wrap=True, highlight=False)
         for warning in _warnings(record):
             self._console.print(warning, soft_wrap=True, highlight=False)
@@ -131,7 +132,8 @@ def for_console(console: Console) -> Progress:
 def _headline(config: RunConfig, done: int, clients: int) -> str:
     refiner = "" if config.refiner.name == "none" else f" + {config.refiner.name}"
     resumed = f", resumed after round {done}" if done else ""
-    return f"{config.name}: {config.algorithm.name}{refiner}, {config.data.name}, {clients} clients, seed {config.seed}{resumed}"
+    method = f"{config.algorithm.name}{refiner}"
+    return f"{config.name}: {method}, {config.data.name}, {clients} clients, seed {config.seed}{resumed}"
 
 
 def _accuracies(record: Record) -> str:

@@ -43,12 +43,12 @@ def initial(algorithm: Algorithm) -> ServerState:
 
 def batches(client: int, round: int, steps: int = 3) -> list[tuple[torch.Tensor, torch.Tensor]]:
     rng = torch.Generator().manual_seed(100 * round + client)
-    return [
-        (torch.randn(4, 2, 2, 2, generator=rng), torch.randint(CLASSES, (4,), generator=rng)) for _ in range(steps)
-    ]
+    return [(torch.randn(4, 2, 2, 2, generator=rng), torch.randint(CLASSES, (4,), generator=rng)) for _ in range(steps)]
 
 
-def make_task(algorithm: Algorithm, state: ServerState, client: int, memory: Params, num_samples: int = 12) -> LocalTask:
+def make_task(
+    algorithm: Algorithm, state: ServerState, client: int, memory: Params, num_samples: int = 12
+) -> LocalTask:
     return LocalTask(
         round=state.round + 1,
         client=client,
@@ -108,7 +108,9 @@ def test_works_under_vmap(name: str) -> None:
     tasks = [make_task(algorithm, state, client, memories.get(client, memory)) for client in clients]
     data = [batches(client, 9, steps=1)[0] for client in clients]
 
-    def corrected(params: Params, buffers: Params, images: torch.Tensor, labels: torch.Tensor, memory: Params) -> Params:
+    def corrected(
+        params: Params, buffers: Params, images: torch.Tensor, labels: torch.Tensor, memory: Params
+    ) -> Params:
         task = replace(tasks[0], memory=memory)
 
         def loss(params: Params, buffers: Params) -> torch.Tensor:
@@ -227,7 +229,8 @@ def test_identity_with_fedavg_equal_sizes(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"), [("fedprox", {"mu": 0.5}), ("moon", {"mu": 5.0, "temperature": 0.1}), ("feddyn", {"alpha": 0.1})]
+    ("name", "settings"),
+    [("fedprox", {"mu": 0.5}), ("moon", {"mu": 5.0, "temperature": 0.1}), ("feddyn", {"alpha": 0.1})],
 )
 def test_differs_from_fedavg_where_it_should(name: str, settings: dict[str, object]) -> None:
     ours, _ = rounds(make(name, **settings), initial(make(name)), {}, range(1, 8))

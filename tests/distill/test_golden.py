@@ -1,18 +1,35 @@
 """The ``official`` preset against numbers measured by running the authors' public code.
 
-The file may be replaced by another with other sizes: ``FEDFTG_GOLDEN=/path/to/other.npz pytest tests/distill``. All sizes
-come from the arrays. Tolerance: 1e-4 of the largest number of each tensor.
+The file may be replaced by another with other sizes: ``FEDFTG_GOLDEN=/path/to/other.npz pytest tests/distill``. All
+sizes come from the arrays. Tolerance: 1e-4 of the largest number of each tensor.
+
+**What can be asked of the final states.** A convolution's bias in front of BatchNorm has a gradient of exactly 0; in
+float32 it is rounding noise of about 1e-9 that Adam, which divides by its size, turns into steps of the size of the
+rate, 0.01. The running means of the generator, in evaluation mode, carry that to the student. So the end of a run in
+float32 depends on the last bit of every sum: the public formulas run here with other thread counts (1 to 16), vector
+instructions (SSE, AVX2, AVX-512) or with oneDNN off end up to 0.67 (``blocks.*.0.bias``) and 0.11 (student) from the
+file, and as far from each other; none of 60 such settings meets it. Hence three tests instead of one:
+
+1. `plain_loop`, the public procedure as straight loops, is met bit for bit in float32;
+2. and to 1e-9 in float64, where the noise is far below Adam's epsilon and the run is determined;
+3. the file's final states are met to 1e-4 in what rounding cannot touch, and else to ``max(1e-4, 3 * spread)``, where
+   the spread is how far `plain_loop` itself moves when initial weights and noise change in their last bit.
+
+The third test alone could pass a wrong procedure; `test_another_procedure_ends_elsewhere` shows which ones it does not.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedftg.distill import losses
@@ -21,10 +38,13 @@ from fedftg.distill.distiller import Distiller
 from fedftg.distill.generator import Generator
 from fedftg.distill.labels import ensemble_weights, sample_labels
 from fedftg.distill.teachers import ListedTeachers
-from fedftg.params import unprefixed
+from fedftg.params import prefixed, unprefixed
+
+Arrays = dict[str, Tensor]
 
 DEFAULT = Path(__file__).parents[1] / "golden" / "official_step_and_run.npz"
 TOLERANCE = 1e-4
+OFFICIAL = preset("official")
 
 # Layers of the public code's generator, by their names in ours.
 LAYERS = {
@@ -40,10 +60,26 @@ LAYERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def golden() -> dict[str, Tensor]:
-    with np.load(os.environ.get("FEDFTG_GOLDEN") or DEFAULT, allow_pickle=False) as arrays:
+def load(path: str | Path) -> Arrays:
+    with np.load(path, allow_pickle=False) as arrays:
         return {name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files}
+
+
+@pytest.fixture(scope="module")
+def golden() -> Arrays:
+    return load(os.environ.get("FEDFTG_GOLDEN") or DEFAULT)
+
+
+@pytest.fixture(scope="module", params=["golden", "16 pixels, 2 teachers", "64 pixels, grey, 4 teachers"])
+def any_file(request: pytest.FixtureRequest, golden: Arrays, tmp_path_factory: pytest.TempPathFactory) -> Arrays:
+    """The file of the public code, or one with other sizes that `plain_loop` has made here."""
+    if request.param == "golden":
+        return golden
+    small = {"teachers": 2, "batch": 5, "classes": 4, "noise": 7, "width": 3, "shape": (3, 16, 16), "iterations": 2}
+    large = {"teachers": 4, "batch": 6, "classes": 12, "noise": 9, "width": 2, "shape": (1, 64, 64), "iterations": 4}
+    path = tmp_path_factory.mktemp("golden") / "other.npz"
+    np.savez(path, **made(**(small if request.param.startswith("16") else large)))
+    return load(path)
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
@@ -52,7 +88,7 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
 
 
-def generator_state(golden: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def generator_state(golden: Arrays, prefix: str) -> Arrays:
     renamed = {}
     for name, tensor in unprefixed(golden, prefix).items():
         layer, _, leaf = name.rpartition(".")
@@ -60,7 +96,7 @@ def generator_state(golden: dict[str, Tensor], prefix: str) -> dict[str, Tensor]
     return renamed
 
 
-def build_generator(golden: dict[str, Tensor]) -> Generator:
+def build_generator(golden: Arrays) -> Generator:
     state = generator_state(golden, "init.generator.")
     image_shape = tuple(golden["step.fake"].shape[1:])
     width = state["to_image.weight"].shape[1]
@@ -72,89 +108,250 @@ def build_generator(golden: dict[str, Tensor]) -> Generator:
     return generator
 
 
-def build_classifier(golden: dict[str, Tensor], prefix: str) -> nn.Sequential:
+def build_classifier(golden: Arrays, prefix: str) -> nn.Sequential:
     state = unprefixed(golden, prefix)
     out, channels, kernel, _ = state["0.weight"].shape
     classes, flat = state["4.weight"].shape
     size, side = golden["step.fake"].shape[2], math.isqrt(flat // out)
     stride = next(s for s in range(1, size) if (size + 2 - kernel) // s + 1 == side)
-    model = nn.Sequential(
-        nn.Conv2d(channels, out, kernel, stride=stride, padding=1),
-        nn.BatchNorm2d(out),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(flat, classes),
-    )
+    model = classifier(channels, out, kernel, stride, flat, classes)
     model.load_state_dict(state)
     return model
 
 
-def build_teachers(golden: dict[str, Tensor]) -> ListedTeachers:
-    return ListedTeachers([build_classifier(golden, f"init.teacher{k}.") for k in range(golden["counts"].shape[0])])
+def classifier(channels: int, out: int, kernel: int, stride: int, flat: int, classes: int) -> nn.Sequential:
+    convolution = nn.Conv2d(channels, out, kernel, stride=stride, padding=1)
+    return nn.Sequential(convolution, nn.BatchNorm2d(out), nn.ReLU(), nn.Flatten(), nn.Linear(flat, classes))
 
 
-def test_one_batch_at_the_initial_weights(golden: dict[str, Tensor]) -> None:
-    noise, labels, student = golden["step.z"], golden["step.y"], build_classifier(golden, "init.student.").eval()
-    images = build_generator(golden).train()(noise, labels)
-    assert relative_error(images, golden["step.fake"]) < TOLERANCE
-    assert relative_error(student(images), golden["step.student_logits"]) < TOLERANCE
-    assert relative_error(build_teachers(golden)(images), golden["step.teacher_logits"]) < TOLERANCE
-    weights = ensemble_weights(golden["counts"])[:, labels]
-    assert relative_error(weights.T, golden["step.weights"]) < TOLERANCE
+def build_teachers(golden: Arrays, dtype: torch.dtype = torch.float32) -> list[nn.Sequential]:
+    return [build_classifier(golden, f"init.teacher{k}.").to(dtype).eval() for k in range(golden["counts"].shape[0])]
 
 
-def test_generator_losses_of_each_teacher(golden: dict[str, Tensor]) -> None:
-    config, labels = preset("official"), golden["step.y"]
-    weights = ensemble_weights(golden["counts"])[:, labels]
-    teachers, student = golden["step.teacher_logits"], golden["step.student_logits"]
-    diversity = losses.diversity(golden["step.z"], golden["step.fake"])
+def plain_loop(golden: Arrays, dtype: torch.dtype, change: Callable[[Tensor], Tensor] = lambda x: x) -> Arrays:
+    """The public code's procedure as straight loops with one graph per step, in the words of METHOD's table.
+
+    ``change`` is applied to the noise and to all initial parameters.
+    """
+    generator, student = build_generator(golden).to(dtype), build_classifier(golden, "init.student.").to(dtype)
+    teachers = build_teachers(golden, dtype)
+    with torch.no_grad():
+        for parameter in itertools.chain(*(module.parameters() for module in (generator, student, *teachers))):
+            parameter.copy_(change(parameter))
+    table = ensemble_weights(golden["counts"], epsilon=1e-6).to(dtype)
+    student_sgd = torch.optim.SGD(student.parameters(), lr=0.1, weight_decay=1e-3)
+    generator_adam = torch.optim.Adam(generator.parameters(), lr=0.01)
+    for noise, labels in zip(change(golden["run.z"].to(dtype)), golden["run.y"], strict=True):
+        student.eval()
+        generator.train()
+        for k, teacher in enumerate(teachers):
+            generator_adam.zero_grad()
+            generator_objective(generator, teacher, student, noise, labels, table[k], len(teachers))[0].backward()
+            generator_adam.step()
+        student.train()
+        generator.eval()
+        for _ in range(5):
+            images = generator(noise, labels).detach()
+            student_sgd.zero_grad()
+            student_objective(student(images), [teacher(images) for teacher in teachers], table[:, labels]).backward()
+            student_sgd.step()
+    return {**prefixed(student.state_dict(), "student."), **prefixed(generator.state_dict(), "generator.")}
+
+
+def generator_objective(
+    generator: nn.Module,
+    teacher: nn.Module,
+    student: nn.Module,
+    noise: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    num_teachers: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Total, L_md with its minus sign, L_cls and L_dis of one teacher, whose weights by class are ``weights``."""
+    images = generator(noise, labels)
+    teacher_logits, student_logits, weight = teacher(images), student(images), weights[labels]
+    discrepancy = -(weight * (teacher_logits.detach() - student_logits).abs().mean(1)).mean()
+    fidelity = (F.cross_entropy(teacher_logits, labels) * weight).mean()
+    pixels = images.flatten(1)
+    image_distance = (pixels[None] - pixels[:, None]).abs().mean(2)
+    noise_distance = (noise[None] - noise[:, None]).square().mean(2)
+    diversity = torch.exp((-noise_distance * image_distance).mean())
+    return discrepancy + fidelity + diversity / num_teachers, discrepancy, fidelity, diversity
+
+
+def student_objective(student_logits: Tensor, teacher_logits: list[Tensor], weights: Tensor) -> Tensor:
+    ensemble = torch.zeros_like(student_logits)
+    for logits, weight in zip(teacher_logits, weights, strict=True):
+        ensemble = ensemble + logits.softmax(1).detach() * weight[:, None]
+    return -(ensemble * student_logits.log_softmax(1)).mean()
+
+
+def made(
+    *, teachers: int, batch: int, classes: int, noise: int, width: int, shape: tuple[int, int, int], iterations: int
+) -> dict[str, np.ndarray]:
+    """A file as METHOD section 7 describes it, with other sizes."""
+    torch.manual_seed(teachers)
+    names = {ours: public for public, ours in LAYERS.items()}
+
+    def public(state: Arrays) -> Arrays:
+        split = [(name.rpartition("."), tensor) for name, tensor in state.items()]
+        return {f"{names[layer]}.{leaf}": tensor for (layer, _, leaf), tensor in split}
+
+    generator = Generator(noise, classes, shape, width, upsamplings=2)
+    models = [classifier(shape[0], 4, 3, 8, 4 * (shape[1] // 8) ** 2, classes) for _ in range(teachers + 1)]
+    counts = torch.randint(0, 50, (teachers, classes))
+    counts[:, 1] = 0
+    arrays = {"counts": counts, **prefixed(public(generator.state_dict()), "init.generator.")}
+    for k, model in enumerate(models):
+        arrays |= prefixed(model.state_dict(), f"init.teacher{k}." if k < teachers else "init.student.")
+    arrays = {name: tensor.clone() for name, tensor in arrays.items()}
+    held = counts.sum(0).nonzero().squeeze(1)
+    arrays["run.z"] = torch.randn(iterations, batch, noise)
+    arrays["run.y"] = held[torch.randint(len(held), (iterations, batch))]
+    z, y, table = torch.randn(batch + 2, noise), held[torch.randint(len(held), (batch + 2,))], ensemble_weights(counts)
+    arrays |= {"step.z": z, "step.y": y, "step.weights": table[:, y].T}
+    arrays["step.fake"] = fake = generator.train()(z, y).detach()
+    student, rest = models[-1].eval(), [model.eval() for model in models[:-1]]
+    arrays["step.student_logits"] = student(fake).detach()
+    arrays["step.teacher_logits"] = torch.stack([model(fake).detach() for model in rest])
+    values = [generator_objective(generator, t, student, z, y, w, teachers) for t, w in zip(rest, table, strict=True)]
+    arrays["step.losses_total_md_cls_dis"] = torch.tensor([[float(v) for v in row] for row in values])
+    logits = [model(fake) for model in rest]
+    arrays["step.loss_student"] = student_objective(student(fake), logits, table[:, y]).detach()
+    ends = (counts.sum(0).double().cumsum(0) / counts.sum() * 300).floor()
+    arrays["labels.histogram_of_300"] = torch.diff(ends, prepend=torch.zeros(1))
+    final = plain_loop(arrays, torch.float32)
+    arrays |= prefixed(unprefixed(final, "student."), "final.student.")
+    arrays |= prefixed(public(unprefixed(final, "generator.")), "final.generator.")
+    return {name: tensor.numpy() for name, tensor in arrays.items()}
+
+
+def test_one_batch_at_the_initial_weights(any_file: Arrays) -> None:
+    noise, labels, student = any_file["step.z"], any_file["step.y"], build_classifier(any_file, "init.student.").eval()
+    images = build_generator(any_file).train()(noise, labels)
+    assert relative_error(images, any_file["step.fake"]) < TOLERANCE
+    assert relative_error(student(images), any_file["step.student_logits"]) < TOLERANCE
+    teachers = ListedTeachers(build_teachers(any_file))
+    assert relative_error(teachers(images), any_file["step.teacher_logits"]) < TOLERANCE
+    weights = ensemble_weights(any_file["counts"], OFFICIAL.ensemble, OFFICIAL.ensemble_epsilon)[:, labels]
+    assert relative_error(weights.T, any_file["step.weights"]) < TOLERANCE
+
+
+def test_generator_losses_of_each_teacher(any_file: Arrays) -> None:
+    labels, weights = any_file["step.y"], ensemble_weights(any_file["counts"])[:, any_file["step.y"]]
+    teachers, student = any_file["step.teacher_logits"], any_file["step.student_logits"]
+    diversity = losses.diversity(any_file["step.z"], any_file["step.fake"])
     rows = []
     for k in range(len(teachers)):
         one = slice(k, k + 1)
-        discrepancy = losses.model_discrepancy(teachers[one], student, weights[one], kind=config.discrepancy)
-        fidelity = losses.fidelity(teachers[one], labels, weights[one], weighting=config.fidelity_weighting)
-        total = config.lambda_cls * fidelity - config.lambda_md * discrepancy
-        total = total + config.lambda_dis * diversity / len(teachers)
+        discrepancy = losses.model_discrepancy(teachers[one], student, weights[one], kind=OFFICIAL.discrepancy)
+        fidelity = losses.fidelity(teachers[one], labels, weights[one], weighting=OFFICIAL.fidelity_weighting)
+        total = OFFICIAL.lambda_cls * fidelity - OFFICIAL.lambda_md * discrepancy
+        total = total + OFFICIAL.lambda_dis * diversity / len(teachers)
         rows.append(torch.stack([total, -discrepancy, fidelity, diversity]))
-    expected = golden["step.losses_total_md_cls_dis"]
+    expected = any_file["step.losses_total_md_cls_dis"]
     for column in range(4):
         assert relative_error(torch.stack(rows)[:, column], expected[:, column]) < TOLERANCE
 
 
-def test_student_loss(golden: dict[str, Tensor]) -> None:
-    weights = ensemble_weights(golden["counts"])[:, golden["step.y"]]
-    ensemble = losses.ensemble_probabilities(golden["step.teacher_logits"], weights)
-    got = losses.student_loss(golden["step.student_logits"], ensemble, kind=preset("official").student_loss)
-    assert relative_error(got, golden["step.loss_student"]) < TOLERANCE
+def test_student_loss(any_file: Arrays) -> None:
+    weights = ensemble_weights(any_file["counts"])[:, any_file["step.y"]]
+    ensemble = losses.ensemble_probabilities(any_file["step.teacher_logits"], weights)
+    got = losses.student_loss(any_file["step.student_logits"], ensemble, kind=OFFICIAL.student_loss)
+    assert relative_error(got, any_file["step.loss_student"]) < TOLERANCE
 
 
-def test_label_histogram(golden: dict[str, Tensor]) -> None:
-    key = next(name for name in golden if name.startswith("labels.histogram_of_"))
-    number = int(golden[key].sum())
-    kind = preset("official").label_sampling
-    labels = sample_labels(golden["counts"].double(), 1, number, kind, rng=torch.Generator().manual_seed(0))
-    assert torch.bincount(labels.flatten(), minlength=golden["counts"].shape[1]).tolist() == golden[key].tolist()
+def test_label_histogram(any_file: Arrays) -> None:
+    key = next(name for name in any_file if name.startswith("labels.histogram_of_"))
+    number, rng = int(any_file[key].sum()), torch.Generator().manual_seed(0)
+    labels = sample_labels(any_file["counts"].double(), 1, number, OFFICIAL.label_sampling, rng=rng)
+    assert torch.bincount(labels.flatten(), minlength=any_file["counts"].shape[1]).tolist() == any_file[key].tolist()
 
 
-@pytest.mark.parametrize("teacher_chunk", [0, 2])
-def test_final_states_of_a_run(golden: dict[str, Tensor], teacher_chunk: int) -> None:
+def refine(golden: Arrays, dtype: torch.dtype, **overrides: object) -> Arrays:
+    """The student's and the generator's final states by `Distiller`, named as `plain_loop` names them."""
     iterations, batch_size, noise_dim = golden["run.z"].shape
-    config = preset(
-        "official", iterations=iterations, batch_size=batch_size, noise_dim=noise_dim, teacher_chunk=teacher_chunk
-    )
-    generator, student = build_generator(golden), build_classifier(golden, "init.student.")
-    Distiller(config, generator).refine(
+    sizes = {"iterations": iterations, "batch_size": batch_size, "noise_dim": noise_dim}
+    generator, student = build_generator(golden).to(dtype), build_classifier(golden, "init.student.").to(dtype)
+    Distiller(preset("official", **{**sizes, **overrides}), generator).refine(
         student,
-        build_teachers(golden),
+        ListedTeachers(build_teachers(golden, dtype)),
         golden["counts"],
         rng=torch.Generator().manual_seed(0),
         noise=golden["run.z"],
         labels=golden["run.y"],
     )
-    for state, expected in (
-        (student.state_dict(), unprefixed(golden, "final.student.")),
-        (generator.state_dict(), generator_state(golden, "final.generator.")),
-    ):
-        assert set(state) == set(expected)
-        errors = {name: relative_error(state[name], expected[name]) for name in expected}
-        assert max(errors.values()) < TOLERANCE, errors
+    return {**prefixed(student.state_dict(), "student."), **prefixed(generator.state_dict(), "generator.")}
+
+
+def test_a_run_in_float32_is_the_plain_loop_bit_for_bit(any_file: Arrays) -> None:
+    got, expected = refine(any_file, torch.float32), plain_loop(any_file, torch.float32)
+    assert set(got) == set(expected)
+    assert [name for name, tensor in expected.items() if not torch.equal(got[name], tensor)] == []
+
+
+@pytest.mark.parametrize("teacher_chunk", [0, 1, 2])
+def test_a_run_in_float64_is_the_plain_loop(any_file: Arrays, teacher_chunk: int) -> None:
+    got = refine(any_file, torch.float64, teacher_chunk=teacher_chunk)
+    expected = plain_loop(any_file, torch.float64)
+    errors = {name: relative_error(got[name], tensor) for name, tensor in expected.items()}
+    assert {name: error for name, error in errors.items() if error > 1e-9} == {}
+
+
+def test_another_file_is_met(any_file: Arrays, golden: Arrays) -> None:
+    """Files made on this machine; that of the public code has the tests below."""
+    if any_file is not golden:
+        got, expected = refine(any_file, torch.float32), final_states(any_file)
+        assert all(relative_error(got[name], tensor) < TOLERANCE for name, tensor in expected.items())
+
+
+def final_states(golden: Arrays) -> Arrays:
+    student = prefixed(unprefixed(golden, "final.student."), "student.")
+    return {**student, **prefixed(generator_state(golden, "final.generator."), "generator.")}
+
+
+@pytest.fixture(scope="module")
+def allowed(golden: Arrays) -> dict[str, float]:
+    """Per tensor ``max(1e-4, 3 * spread)``: how far six runs move when weights and noise change by 1e-7."""
+    rng = torch.Generator().manual_seed(1)
+
+    def last_bit(tensor: Tensor) -> Tensor:
+        return tensor * (1 + 2e-7 * (torch.rand(tensor.shape, generator=rng) - 0.5))
+
+    base = plain_loop(golden, torch.float32)
+    moved = [plain_loop(golden, torch.float32, last_bit) for _ in range(6)]
+    return {n: max(TOLERANCE, 3 * max(relative_error(other[n], base[n]) for other in moved)) for n in base}
+
+
+def final_errors(golden: Arrays, **overrides: object) -> dict[str, float]:
+    got, expected = refine(golden, torch.float32, **overrides), final_states(golden)
+    assert set(got) == set(expected)
+    return {name: relative_error(got[name], expected[name]) for name in expected}
+
+
+def test_final_states_of_the_public_code(golden: Arrays, allowed: dict[str, float]) -> None:
+    errors = final_errors(golden)
+    assert {name: error for name, error in errors.items() if error > allowed[name]} == {}
+    # Counters are counted, and the bias in front of the student's BatchNorm is moved by weight decay alone.
+    untouched = [name for name in errors if name.endswith("num_batches_tracked") or name == "student.0.bias"]
+    assert len(untouched) == 6
+    assert {name: errors[name] for name in untouched if errors[name] > TOLERANCE} == {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"student_mode": "eval"},
+        {"student_steps": 4},
+        {"student_loss": "kl"},
+        {"student_weight_decay": 0.0},
+        {"generator_steps": 2},
+        {"generator_update": "joint"},
+        {"generator_lr": 0.003},
+    ],
+    ids=str,
+)
+def test_another_procedure_ends_elsewhere(
+    golden: Arrays, allowed: dict[str, float], change: dict[str, object]
+) -> None:
+    assert any(error > allowed[name] for name, error in final_errors(golden, **change).items())

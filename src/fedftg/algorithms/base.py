@@ -99,7 +99,7 @@ class LocalRule(Protocol):
         ...
 
     def finish(self, params: Params, buffers: Params, task: LocalTask, num_steps: int) -> tuple[Params, Memory]:
-        """What to upload besides the trained model, and the new memory, after ``num_steps`` steps from ``task.params``."""
+        """What to upload besides the trained model, and the new memory, after ``num_steps`` steps."""
         ...
 
 
@@ -122,8 +122,10 @@ class ServerRule(Protocol):
 class Refiner(Protocol):
     """Improves the aggregated model on the server."""
 
-    needs_client_models: bool
-    """False where only the aggregate is used, so that uploads may be summed and dropped."""
+    @property
+    def needs_client_models(self) -> bool:
+        """False where only the aggregate is used, so that uploads may be summed and dropped."""
+        ...
 
     def init(self, params: Params, rng: torch.Generator) -> Memory:
         """What the refiner remembers before the first round, such as a generator's weights."""
@@ -151,7 +153,7 @@ class AlgorithmConfig(BaseModel):
 
     name: str
 
-    def build(self, num_clients: int) -> Algorithm:
+    def build(self, num_clients: int) -> Algorithm:  # noqa: ARG002
         """The rules for a federation of ``num_clients`` clients, of which a cohort takes part in each round."""
         raise TypeError(f"{type(self).__name__} does not define build(num_clients) -> Algorithm")
 
@@ -173,6 +175,6 @@ class RefinerConfig(BaseModel):
 
     name: str
 
-    def build(self, context: RefinerContext) -> Refiner:
+    def build(self, context: RefinerContext) -> Refiner:  # noqa: ARG002
         """The refiner for one experiment."""
         raise TypeError(f"{type(self).__name__} does not define build(context) -> Refiner")

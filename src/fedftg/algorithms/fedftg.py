@@ -3,11 +3,12 @@
 Zhang, Shen, Ding, Tao, Duan, "Fine-tuning Global Model via Data-Free Knowledge Distillation for Non-IID Federated
 Learning", CVPR 2022, https://arxiv.org/abs/2203.09249.
 
-    min_w max_theta E_{y ~ p_t(y), z ~ N(0, I)} [ sum_k a_k(y) (L_md - lambda_cls L_cls) - lambda_dis L_dis ],  x = G(z, y; theta)
+    min_w max_theta E_{y ~ p_t(y), z ~ N(0, I)} [ sum_k a_k(y) (L_md - lambda_cls L_cls) - lambda_dis L_dis ]
+    with x = G(z, y; theta)
 
 The clients' models of this round are the teachers, the aggregate is the student, and the generator's weights persist
-over rounds. The work is done by `fedftg.distill.distiller.Distiller`; the differences from paper and public code are the
-fields of `fedftg.distill.config.DistillConfig`.
+over rounds. The work is done by `fedftg.distill.distiller.Distiller`; the differences from paper and public code are
+the fields of `fedftg.distill.config.DistillConfig`.
 """
 
 from __future__ import annotations

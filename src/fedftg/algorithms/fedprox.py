@@ -7,7 +7,7 @@ https://arxiv.org/abs/1812.06127.
     server:  as FedAvg
 
 Differences: the public FedFTG code adds mu to the weight decay, which pulls to zero instead of to the global model;
-here it is the paper's term. The paper's inexact local solver is SGD with a fixed number of epochs, as in its experiments.
+here it is the paper's term. The inexact local solver is SGD with a fixed number of epochs, as in its experiments.
 """
 
 from __future__ import annotations

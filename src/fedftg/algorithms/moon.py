@@ -2,13 +2,15 @@
 
 Li, He, Song, "Model-Contrastive Federated Learning", CVPR 2021, https://arxiv.org/abs/2103.16257.
 
-    client:  SGD on L_k + mu * l_con,  l_con = -log( e^{s(z, z_glob)/tau} / (e^{s(z, z_glob)/tau} + e^{s(z, z_prev)/tau}) )
+    client:  SGD on L_k + mu * l_con,
+             l_con = -log( e^{s(z, z_glob)/tau} / (e^{s(z, z_glob)/tau} + e^{s(z, z_prev)/tau}) )
     server:  as FedAvg
 
-s is the cosine similarity, z the representation by the model in training, z_glob that by the received global model, z_prev that by
-the client's previous upload. Differences: the representation is what enters the last linear layer (the authors add a
-projection head of their own, which changes the model under comparison). The two frozen models run in evaluation mode.
-A client that never took part compares with the initial global model, as in the authors' code.
+s is the cosine similarity, z the representation by the model in training, z_glob that by the received global model,
+z_prev that by the client's previous upload.
+
+Differences: the representation is what enters the last linear layer (the authors add a projection head of their own,
+which changes the model under comparison). The two frozen models run in evaluation mode. A client that never took part compares with the initial global model, as in the authors' code.
 """
 
 from __future__ import annotations

@@ -41,4 +41,3 @@ def _register(table: dict[str, type[Config]], kind: str, name: str, config: type
     if known is not None and known is not config:
         raise InputError(f"{kind} {name!r} is taken by {known.__module__}.{known.__name__}; choose another name")
     table[name] = config
-

@@ -50,9 +50,7 @@ class ControlledLocal(PlainLocal):
         if num_steps == 0:
             return tree.zeros_like(task.memory), task.memory
         scale = 1.0 / (num_steps * task.lr)
-        change = {
-            name: scale * (task.params[name] - params[name]) - control for name, control in task.message.items()
-        }
+        change = {name: scale * (task.params[name] - params[name]) - control for name, control in task.message.items()}
         return change, tree.add(task.memory, change)
 
 

@@ -64,7 +64,7 @@ class DistillConfig(BaseModel):
         default="class", description="weights of the teachers: class is a_k(y), samples by their data, uniform 1/K"
     )
     ensemble_epsilon: float = Field(
-        default=0.0, ge=0, description="added to a class's total in a_k(y); 1e-6 in the public code, seen in the last bit only"
+        default=0.0, ge=0, description="added to a class's total in a_k(y); 1e-6 in the public code: the last bit only"
     )
 
     lambda_md: float = Field(default=1.0, ge=0, description="weight of L_md; 0 switches hard sample mining off")

@@ -215,7 +215,8 @@ class Distiller:
         classes = self.generator.num_classes
         if labels.is_floating_point() or int(labels.min()) < 0 or int(labels.max()) >= classes:
             raise InputError(f"labels must be whole numbers from 0 to {classes - 1}, got {labels.dtype} or others")
-        return list(zip(noise.to(task.device, torch.float32), labels.to(task.device, torch.int64), strict=True))
+        dtype = next(self.generator.parameters()).dtype
+        return list(zip(noise.to(task.device, dtype), labels.to(task.device, torch.int64), strict=True))
 
     def _average_generator(self) -> None:
         """Moves the averaged generator towards the current one; the first call puts it there."""

@@ -49,7 +49,8 @@ def ensemble_weights(
 ) -> Float[Tensor, "K C"]:
     """``(K, C)`` float32: ``a_k(y)``, the weight of teacher ``k`` on a sample drawn for class ``y``.
 
-    Columns sum to 1 (but for ``epsilon``); with ``class`` the column of a class that no teacher holds is 0 (it is never drawn).
+    Columns sum to 1 (but for ``epsilon``); with ``class`` the column of a class that no teacher holds is 0 (it is never
+    drawn).
 
     Args:
         class_counts: at least one sample in all.

@@ -83,7 +83,8 @@ def fidelity(
     teacher's mean cross-entropy by its mean weight, as the public code does: the weights of single samples are lost.
     """
     if weighting == "batch_mean":
-        terms = [(F.cross_entropy(logits, labels) * weight).mean() for logits, weight in zip(teacher_logits, weights, strict=True)]
+        pairs = zip(teacher_logits, weights, strict=True)
+        terms = [(F.cross_entropy(logits, labels) * weight).mean() for logits, weight in pairs]
         return torch.stack(terms).sum()
     num_teachers, batch, classes = teacher_logits.shape
     targets = labels.expand(num_teachers, batch).reshape(-1)

@@ -48,7 +48,8 @@ class Task:
         batch_size = self.config.batch_size
         labels = sample_labels(self.class_counts, num_batches, batch_size, self.config.label_sampling, rng=self.rng)
         noise = torch.randn(num_batches, batch_size, self.config.noise_dim, generator=self.rng)
-        return noise.to(self.device), labels.to(self.device)
+        dtype = next(self.generator.parameters()).dtype
+        return noise.to(self.device, dtype), labels.to(self.device)
 
     def chunks(self, start: int, stop: int) -> list[tuple[int, int]]:
         """The ranges of teachers whose graphs are in memory at a time."""
@@ -168,7 +169,7 @@ def _backward_at_once(
         # Each of K single steps carries 1/K of the diversity, so that they and the joint step have the same sum.
         loss = loss + task.config.lambda_dis * diversity / (len(task.teachers) / (stop - start))
     if loss.requires_grad:
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
     share = (stop - start) / len(task.teachers)
     return torch.stack([discrepancy.detach(), fidelity.detach(), share * diversity.detach()])
 
@@ -196,7 +197,7 @@ def _backward_in_chunks(
         sums += torch.stack([discrepancy.detach(), fidelity.detach()])
     if student_leaf.grad is not None:
         student_logits.backward(student_leaf.grad, inputs=[leaf])  # type: ignore[no-untyped-call]
-    images.backward(leaf.grad)
+    images.backward(leaf.grad)  # type: ignore[no-untyped-call]
     return torch.cat([sums, diversity.detach()[None]])
 
 

@@ -23,8 +23,8 @@ class ClientRecord:
 class ClientStore:
     """Memories of the clients that took part, and the running average of all clients' last uploads.
 
-    A client that never took part costs nothing: its memory is made when asked for, and it counts in the average with the
-    initial model. The average is kept as a float64 sum of weighted changes, so a round costs only its active clients.
+    A client that never took part costs nothing: its memory is made when asked for, and it counts in the average with
+    the initial model. The average is kept as a float64 sum of weighted changes: a round costs only its active clients.
 
     Args:
         init_memory: what a client that never took part remembers.

@@ -83,5 +83,3 @@ def values(module: nn.Module) -> tuple[Params, Params]:
 def count_parameters(params: Params) -> int:
     """How many numbers the parameters hold."""
     return sum(tensor.numel() for tensor in params.values())
-
-

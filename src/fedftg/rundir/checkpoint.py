@@ -1,7 +1,7 @@
 """Checkpoints: safetensors for values, one JSON file that names those of a consistent state.
 
-New files are written beside the old ones; ``checkpoint.json`` is renamed into place last and only then are files that it
-no longer names removed. So whenever the process dies, ``checkpoint.json`` names a whole state. Clients' files are
+New files are written beside the old ones; ``checkpoint.json`` is renamed into place last and only then are files that
+it no longer names removed. So whenever the process dies, ``checkpoint.json`` names a whole state. Clients' files are
 written only when they changed. There is no random state: seeds are derived from (run, round, client, purpose).
 """
 
@@ -101,7 +101,9 @@ def read_tensors(path: Path, device: str) -> Params:
             order = json.loads((file.metadata() or {}).get("order", "null")) or list(file.keys())
             return {name: file.get_tensor(name) for name in order}
     except (OSError, SafetensorError, ValueError) as error:
-        raise InputError(f"checkpoint file {path} cannot be read ({error}); start the run anew without --resume") from error
+        raise InputError(
+            f"checkpoint file {path} cannot be read ({error}); start the run anew without --resume"
+        ) from error
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -109,10 +111,13 @@ def _read_index(folder: Path) -> dict[str, Any]:
     try:
         index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"checkpoint file {path} cannot be read ({error}); start the run anew without --resume") from error
+        raise InputError(
+            f"checkpoint file {path} cannot be read ({error}); start the run anew without --resume"
+        ) from error
     if index.get("format") != FORMAT:
         raise InputError(
-            f"{path} has format {index.get('format')}, this version reads {FORMAT}; resume with the version that wrote it"
+            f"{path} has format {index.get('format')}, this version reads {FORMAT}; "
+            "resume with the version that wrote it"
         )
     return index
 

@@ -13,7 +13,6 @@ from fedftg.errors import InputError
 from fedftg.rundir import records
 from fedftg.rundir.records import Record
 
-
 _FIRST_FILES = {"environment.json", "environment.json.part", "partition.json", "partition.json.part"}
 """What a run that died before it was set up may leave; config.toml, written last, makes a folder a run."""
 
@@ -83,7 +82,9 @@ class RunFolder:
         try:
             return tomllib.loads(self.config_file.read_text(encoding="utf-8"))
         except OSError:
-            raise InputError(f"{self.path} holds no run (no config.toml); give the folder of a run, such as runs/default") from None
+            raise InputError(
+                f"{self.path} holds no run (no config.toml); give the folder of a run, such as runs/default"
+            ) from None
         except tomllib.TOMLDecodeError as error:
             raise InputError(f"{self.config_file} is not valid TOML: {error}") from None
 

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedftg.distill.api import refine
+from fedftg.distill.config import DistillConfig
+from fedftg.distill.generator import Generator
+from fedftg.errors import InputError
+
+SHAPE = (1, 8, 8)
+
+
+def snapshot(module: nn.Module) -> tuple[Any, ...]:
+    return (
+        {name: tensor.clone() for name, tensor in module.state_dict().items()},
+        [layer.training for layer in module.modules()],
+        [(p.requires_grad, None if p.grad is None else p.grad.clone()) for p in module.parameters()],
+    )
+
+
+def unchanged(module: nn.Module, before: tuple[Any, ...]) -> bool:
+    state, modes, flags = snapshot(module)
+    equal = all(torch.equal(tensor, before[0][name]) for name, tensor in state.items())
+    return equal and modes == before[1] and str(flags) == str(before[2])
+
+
+@pytest.fixture
+def models(classifier: Callable[..., nn.Module]) -> list[nn.Module]:
+    """A student and teachers of three architectures, in mixed modes."""
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    return [classifier(0), classifier(1).train(), classifier(2, norm=False, width=3), flat]
+
+
+def test_nothing_that_is_given_changes(
+    models: list[nn.Module], counts: Tensor, config: Callable[..., DistillConfig], generator: Callable[..., Generator]
+) -> None:
+    models[0].train()
+    models[0](torch.ones(2, *SHAPE)).sum().backward()
+    models[1].requires_grad_(False)
+    given = generator()
+    before, global_state = [snapshot(model) for model in [*models, given]], torch.get_rng_state()
+    result = refine(models[0], models[1:], counts, config=config("paper"), image_shape=SHAPE, generator=given)
+    assert all(unchanged(model, state) for model, state in zip([*models, given], before, strict=True))
+    assert torch.equal(global_state, torch.get_rng_state())
+    assert result.rolled_back is None
+    assert not unchanged(result.model, before[0])
+    assert result.model.training
+    assert [p.requires_grad for p in result.model.parameters()] == [True] * 6
+    assert len(result.metrics.student) == 2
+
+
+@pytest.mark.parametrize("name", ["paper", "official", "fedftg"])
+def test_deterministic(
+    models: list[nn.Module], counts: Tensor, config: Callable[..., DistillConfig], name: str
+) -> None:
+    states, images = [], []
+    for seed in (3, 3, 4):
+        torch.manual_seed(len(states))
+        result = refine(models[0], models[1:], counts, config=config(name), image_shape=SHAPE, seed=seed)
+        states.append(torch.cat([t.flatten() for t in result.model.state_dict().values()]))
+        images.append(result.sample(4))
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+    assert torch.equal(images[0][0], images[1][0])
+
+
+def test_presets_by_name(models: list[nn.Module], counts: Tensor) -> None:
+    """At the presets' own sizes."""
+    done: list[tuple[int, int]] = []
+    result = refine(models[0], models[1:], counts.tolist(), image_shape=SHAPE, progress=lambda *pair: done.append(pair))
+    assert done[-1][0] == done[-1][1] == len(done) == len(result.metrics.student)
+    assert result.generator.noise_dim == 100
+
+
+def test_sample(models: list[nn.Module], config: Callable[..., DistillConfig]) -> None:
+    counts = torch.tensor([[1, 0, 3]] * 3)
+    result = refine(models[0], models[1:], counts, config=config(), image_shape=SHAPE)
+    images, labels = result.sample(200)
+    assert images.shape == (200, *SHAPE)
+    assert not images.requires_grad
+    assert sorted(set(labels.tolist())) == [0, 2]
+    assert not torch.equal(images, result.sample(200)[0])
+    assert result.sample(3, 1)[1].tolist() == [1, 1, 1]
+    assert result.sample(3, [2, 1, 0])[1].tolist() == [2, 1, 0]
+    for n, wrong in ((0, None), (2, [1]), (1, [3]), (1, [0.5]), (1, -1)):
+        with pytest.raises(InputError, match="must be"):
+            result.sample(n, wrong)  # type: ignore[arg-type]
+
+
+def test_a_generator_goes_on(
+    models: list[nn.Module], counts: Tensor, config: Callable[..., DistillConfig], generator: Callable[..., Generator]
+) -> None:
+    given = generator(noise_dim=9)
+    result = refine(models[0], models[1:], counts, config=config(), image_shape=(3, 32, 32), generator=given)
+    assert result.generator is not given
+    assert result.generator.noise_dim == 9
+    with pytest.raises(InputError, match="generator's 4 classes, got 3"):
+        refine(models[0], models[1:], counts, config=config(), generator=generator(classes=4))
+
+
+def test_non_finite_result_is_rolled_back(
+    models: list[nn.Module], counts: Tensor, config: Callable[..., DistillConfig], generator: Callable[..., Generator]
+) -> None:
+    given, before = generator(), snapshot(models[0])
+    result = refine(
+        models[0], models[1:], counts, config=config("paper", student_lr=1e30, iterations=4), generator=given
+    )
+    assert result.rolled_back is not None
+    assert "not finite; lower student_lr" in result.rolled_back
+    assert unchanged(result.model, before)
+    assert all(torch.equal(tensor, given.state_dict()[name]) for name, tensor in result.generator.state_dict().items())
+
+
+def test_wrong_inputs(models: list[nn.Module], counts: Tensor, classifier: Callable[..., nn.Module]) -> None:
+    student, teachers = models[0], models[1:]
+    frozen = copy.deepcopy(student).requires_grad_(False)
+    for arguments, changed, message in (
+        ((student, teachers, counts), {"config": "papper"}, "unknown preset 'papper'; did you mean 'paper'"),
+        ((student, [], counts), {}, "at least 1"),
+        ((student, teachers[0], counts), {}, "must be a list of classifiers"),
+        ((student, teachers, counts[:2]), {}, r"\(3, 3\), got \(2, 3\)"),
+        ((student, teachers, torch.zeros(3, 3)), {}, "all 0"),
+        ((student, teachers, [[1, 2], [3]]), {}, "class_counts must be a table"),
+        ((student, teachers, counts[:, :2]), {}, "logits must have shape"),
+        ((nn.Flatten(), teachers, counts), {}, "has no parameters"),
+        ((frozen, teachers, counts), {}, "requires_grad_"),
+        ((student, teachers, counts), {"image_shape": (3, 32, 32)}, "student does not take images of shape"),
+        ((student, teachers, counts), {"image_shape": (1, 4, 4)}, "8 to 224 pixels"),
+        ((classifier(0, classes=4), teachers, counts), {}, "student's logits"),
+        ((student, [classifier(0), classifier(1), classifier(2, classes=4)], counts), {}, "same classes"),
+    ):
+        with pytest.raises(InputError, match=message) as error:
+            refine(*arguments, **{"image_shape": SHAPE, **changed})  # type: ignore[arg-type]
+        assert "\n" not in str(error.value)

@@ -1,0 +1,91 @@
+"""The presets and their fields; the values of ``fedftg`` are measured, not tested."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from fedftg.distill.config import PRESETS, DistillConfig, preset
+from fedftg.errors import InputError
+
+
+def differences(left: DistillConfig, right: DistillConfig) -> dict[str, tuple[Any, Any]]:
+    pairs = {name: (getattr(left, name), getattr(right, name)) for name in DistillConfig.model_fields}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def test_the_paper_is_the_class_default() -> None:
+    assert preset("paper") == DistillConfig()
+    assert set(PRESETS) == {"paper", "official", "fedftg"}
+
+
+def test_values_of_the_paper() -> None:
+    """METHOD section 3."""
+    paper = preset("paper")
+    assert (paper.iterations, paper.generator_steps, paper.student_steps, paper.batch_size) == (10, 1, 5, 50)
+    assert (paper.student_lr, paper.student_weight_decay, paper.student_momentum) == (0.1, 1e-3, 0.0)
+    assert (paper.generator_lr, paper.lr_decay, paper.generator_optimizer_state) == (0.01, 0.998, "reset")
+    assert (paper.lambda_md, paper.lambda_cls, paper.lambda_dis, paper.noise_dim) == (1.0, 1.0, 1.0, 100)
+    assert (paper.student_mode, paper.restore_buffers, paper.discrepancy_mask) == ("train", False, "none")
+
+
+def test_official_differs_from_the_paper_in_these_fields_only() -> None:
+    assert differences(preset("paper"), preset("official")) == {
+        "discrepancy": ("kl", "l1_logits"),
+        "teacher_gradient": ("full", "detached"),
+        "fidelity_weighting": ("sample", "batch_mean"),
+        "generator_update": ("joint", "per_client"),
+        "student_loss": ("kl", "soft_cross_entropy"),
+        "label_sampling": ("iid", "proportional"),
+        "ensemble_epsilon": (0.0, 1e-6),
+    }
+
+
+def test_fedftg_is_a_preset_of_its_own() -> None:
+    assert differences(preset("paper"), preset("fedftg"))
+    assert differences(preset("official"), preset("fedftg"))
+    assert preset("fedftg") == PRESETS["fedftg"]
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_an_override_changes_one_field(name: str) -> None:
+    assert set(differences(preset(name), preset(name, iterations=77))) == {"iterations"}
+
+
+def test_every_field_says_what_it_is() -> None:
+    for name, field in DistillConfig.model_fields.items():
+        assert field.description, name
+        assert "\n" not in field.description
+
+
+def test_a_config_is_frozen() -> None:
+    with pytest.raises(ValidationError):
+        preset("paper").iterations = 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"iterations": 0}, r"iterations must .*got 0; I: batches"),
+        ({"iteratons": 3}, "unknown key 'iteratons'; did you mean 'iterations'"),
+        ({"batch_size": 1}, "batch_size must .*got 1"),
+        ({"student_lr": -0.1}, "student_lr must .*got -0.1"),
+        ({"student_lr": float("nan")}, "student_lr must .*got nan"),
+        ({"temperature": 0.0}, "temperature must .*got 0.0"),
+        ({"student_momentum": 1.0}, "student_momentum must .*got 1.0"),
+        ({"generator_ema": 1.0}, "generator_ema must .*got 1.0"),
+        ({"discrepancy": "js"}, "discrepancy must .*'kl' or 'l1_logits'.*got 'js'"),
+        ({"student_mode": "test"}, "student_mode must .*got 'test'"),
+    ],
+)
+def test_wrong_values_are_told_in_one_line(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        preset("fedftg", **overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_preset_is_told_with_the_nearest() -> None:
+    with pytest.raises(InputError, match="unknown preset 'offical'; did you mean 'official'"):
+        preset("offical")

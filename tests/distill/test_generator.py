@@ -1,0 +1,106 @@
+"""Sizes, parameters and statistics of the conditional generator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fedftg.distill.generator import Generator
+from fedftg.errors import InputError
+
+
+def parameters(generator: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in generator.parameters())
+
+
+@pytest.mark.parametrize(("noise", "classes", "expected"), [(100, 10, 682_499), (256, 100, 1_690_115)])
+def test_parameter_counts_of_the_paper(noise: int, classes: int, expected: int) -> None:
+    """E.g. 100 noise, 10 classes: 4096 * 101 + 4096 * 11 + 256 + (128 * 1152 + 128 + 256) + (64 * 1152 + 64 + 128) +
+    (3 * 576 + 3) = 682,499.
+    """
+    assert parameters(Generator(noise, classes, (3, 32, 32))) == expected
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "size", [(8, 8), (9, 9), (12, 12), (16, 16), (28, 28), (32, 32), (31, 33), (64, 64), (96, 96), (8, 50), (224, 224)]
+)
+def test_image_shapes(channels: int, size: tuple[int, int]) -> None:
+    generator = Generator(5, 4, (channels, *size), width=2)
+    images = generator(torch.randn(3, 5), torch.tensor([0, 3, 1]))
+    assert images.shape == (3, channels, *size)
+    assert generator.image_shape == (channels, *size)
+
+
+@pytest.mark.parametrize(("side", "base", "blocks"), [(8, 2, 2), (32, 8, 2), (64, 8, 3), (224, 7, 5)])
+def test_the_base_map_is_at_most_eight(side: int, base: int, blocks: int) -> None:
+    generator = Generator(5, 4, (3, side, side), width=2)
+    assert generator.noise_layer.out_features == 2 * base**2
+    assert len(generator.blocks) == blocks
+
+
+def test_upsamplings_can_be_set() -> None:
+    generator = Generator(5, 4, (3, 64, 64), width=2, upsamplings=2)
+    assert generator.noise_layer.out_features == 2 * 16**2
+    assert generator(torch.randn(2, 5), torch.tensor([0, 1])).shape == (2, 3, 64, 64)
+
+
+def test_layers_are_those_of_the_paper_in_order() -> None:
+    """Written out once more, layer by layer, from METHOD section 5."""
+    generator = Generator(6, 3, (3, 32, 32), width=4).eval()
+    noise, labels = torch.randn(2, 6), torch.tensor([2, 0])
+    one_hot = torch.zeros(2, 3)
+    one_hot[0, 2] = one_hot[1, 0] = 1
+    features = torch.cat([generator.noise_layer(noise), generator.label_layer(one_hot)], dim=1).reshape(2, 8, 8, 8)
+    features = generator.base_norm(features)
+    for block in generator.blocks:
+        convolution, norm, leaky = block
+        assert leaky.negative_slope == 0.2
+        features = features.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+        features = leaky(norm(convolution(features)))
+    expected = generator.image_norm(generator.to_image(features).tanh())
+    torch.testing.assert_close(generator(noise, labels), expected)
+    assert [block[0].out_channels for block in generator.blocks] == [8, 4]
+    assert not list(generator.image_norm.parameters())
+
+
+def test_a_training_batch_has_mean_zero_and_variance_one_in_every_channel() -> None:
+    images = Generator(5, 4, (3, 16, 16), width=4)(torch.randn(50, 5), torch.randint(4, (50,)))
+    torch.testing.assert_close(images.mean(dim=(0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(images.var(dim=(0, 2, 3), correction=0), torch.ones(3), atol=1e-2, rtol=0)
+
+
+def test_noise_and_label_both_change_the_image() -> None:
+    generator, noise = Generator(5, 4, (1, 8, 8), width=2).eval(), torch.randn(1, 5)
+    zero, one = torch.tensor([0]), torch.tensor([1])
+    assert not torch.equal(generator(noise, zero), generator(noise, one))
+    assert not torch.equal(generator(noise, zero), generator(-noise, zero))
+
+
+def test_double() -> None:
+    generator = Generator(5, 4, (1, 8, 8), width=2).double()
+    assert generator(torch.randn(2, 5).double(), torch.tensor([0, 1])).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((5, 4, (2, 8, 8)), "1 or 3 channels"),
+        ((5, 4, (3, 7, 8)), "8 to 224 pixels"),
+        ((5, 4, (3, 225, 225)), "8 to 224 pixels"),
+        ((5, 4, (8, 8)), "channels, height, width"),
+        ((0, 4, (3, 8, 8)), "noise_dim of a generator must be >= 1, got 0"),
+        ((5, 1, (3, 8, 8)), "num_classes of a generator must be >= 2, got 1"),
+        ((5, 4, (3, 8, 8), 0), "width of a generator must be >= 1, got 0"),
+    ],
+)
+def test_wrong_sizes_are_told_in_one_line(arguments: tuple[object, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        Generator(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_upsamplings() -> None:
+    with pytest.raises(InputError, match="upsamplings of a generator must be >= 1, got 0"):
+        Generator(5, 4, (3, 8, 8), upsamplings=0)

@@ -1,0 +1,189 @@
+"""The command line as a user meets it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+
+def fails(done: Any, tmp_path: Path, *expected: str) -> None:
+    """Exit 2, one line, no traceback, nothing written."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    for part in expected:
+        assert part in lines[0], lines[0]
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["run", "nothing.toml"], "nothing"),
+        (["run", "defualt"], "did you mean 'default'?"),
+        (["run", "some/where.toml"], "does not exist"),
+        (["run", "--set", "partition.alpha=-1"], "partition.alpha must be > 0, got -1; "),
+        (["run", "--set", "rounds=0"], "rounds must be >= 1, got 0"),
+        (["run", "--set", "local.lrr=1"], "did you mean 'local.lr'?"),
+        (["run", "--set", "partition.num_clients=5000"], "partition.num_clients"),
+        (["run", "--set", "cohort.size=21"], "cohort.size must be at most"),
+        (["run", "--set", "data.name=cifar10"], "data.root"),
+        (["run", "--set", "data.name=cifar10", "--set", "data.root=nowhere"], "nowhere"),
+        (["run", "--set", "model.name=resnet19"], "did you mean 'resnet18'?"),
+        (["run", "--set", "model.name=not_a.Module"], "not_a"),
+        (["run", "--resume", "--out", "nothing"], "holds no run"),
+        (["rnu"], "run"),
+        (["run", "--fast"], "--fast"),
+        (["report", "nothing"], "nothing"),
+        (["compare", "default"], "two or more"),
+        (["compare", "default", "defualt"], "did you mean 'default'?"),
+        (["export", "nothing", "--to", "x.safetensors"], "holds no run"),
+        (["export", "nothing"], "--to"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_input(fedftg: Any, tmp_path: Path, arguments: list[str], expected: str) -> None:
+    fails(fedftg(*arguments), tmp_path, expected)
+
+
+def parquet(folder: Path, images: list[bytes], labels: list[int], column: str = "img") -> None:
+    folder.mkdir(exist_ok=True)
+    features = {"img": {"_type": "Image"}, "label": {"names": ["a", "b"], "_type": "ClassLabel"}}
+    columns = {column: [{"bytes": data, "path": None} for data in images], "label": labels}
+    schema = pa.table(columns).schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    for split in ("train", "test"):
+        pq.write_table(pa.table(columns, schema=schema), folder / f"{split}-00000-of-00001.parquet")
+
+
+def png(value: int) -> bytes:
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (value, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+GOOD = [png(value) for value in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "column", "expected"),
+    [
+        (GOOD, [0, 1] * 4, "picture_id", ["image"]),
+        (GOOD, [0, 1, 0, 1, 0, 7, 0, 1], "img", ["train-00000-of-00001.parquet", "row 5", "7"]),
+        ([*GOOD[:3], GOOD[3][:40], *GOOD[4:]], [0, 1] * 4, "img", ["train-00000-of-00001.parquet", "row 3"]),
+    ],
+    ids=["no image column", "label out of range", "corrupt image"],
+)
+def test_bad_parquet(
+    fedftg: Any, tmp_path: Path, images: list[bytes], labels: list[int], column: str, expected: list[str]
+) -> None:
+    parquet(tmp_path / "data", images, labels, column)
+    if column != "img":  # not even one that looks like images
+        table = pa.table({column: list(range(8)), "label": labels})
+        for split in ("train", "test"):
+            pq.write_table(table, tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    done = fedftg("run", "--set", "data.name=parquet", "--set", "data.root=data", "--set", "partition.num_clients=2",
+                  "--set", "cohort.size=1")  # fmt: skip
+    fails(done, tmp_path, *expected)
+
+
+def test_run_writes_what_the_contract_says(fedftg: Any, tiny: list[str], tmp_path: Path) -> None:
+    done = fedftg("run", *tiny, "--set", "evaluation.every=2", "--set", "evaluation.targets=[0.01, 0.999]")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "default"
+    assert {path.name for path in folder.iterdir()} == {
+        "config.toml", "environment.json", "partition.json", "rounds.jsonl", "summary.json", "checkpoint", "report",
+    }  # fmt: skip
+    rows = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in rows] == [1, 2, 3, 4]
+    assert all(len(row["clients"]) == 3 for row in rows)
+    assert set(rows[1]["accuracy"]) == set(rows[1]["loss"]) == {"selected", "all", "refined"}
+    assert rows[0]["accuracy"] == {}
+    assert set(rows[0]["seconds"]) == {"local", "aggregate", "refine", "evaluate"}
+    assert set(rows[0]["refine"]) == {"discrepancy", "fidelity", "diversity", "student", "teacher_agreement"}
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["rounds_to"] == {"0.01": 2, "0.999": None}
+    assert summary["peak_memory_mb"] > 0
+    assert "round 4/4" in done.stdout
+    assert (folder / "report" / "accuracy.png").stat().st_size > 10_000
+    assert "| " in (folder / "report" / "table.md").read_text()
+    assert max(len(line) for line in done.stdout.splitlines() if not line.startswith("round ")) <= 80
+    counts = json.loads((folder / "partition.json").read_text())["class_counts"]
+    assert sum(map(sum, counts)) == 200
+
+
+def test_base_logs_the_aggregate_as_deployed(fedftg: Any, no_refiner: list[str], tmp_path: Path) -> None:
+    assert fedftg("run", *no_refiner, "--out", "base").returncode == 0
+    rows = [json.loads(line) for line in (tmp_path / "base" / "rounds.jsonl").read_text().splitlines()]
+    assert all(row["accuracy"]["refined"] == row["accuracy"]["selected"] for row in rows)
+    assert all(row["refine"] == {} for row in rows)
+
+
+def test_compare_runs_what_is_missing_only(fedftg: Any, tmp_path: Path) -> None:
+    small = [
+        "data.max_train=200",
+        "data.max_test=60",
+        "rounds=2",
+        "partition.num_clients=4",
+        "cohort.size=2",
+        "threads=1",
+    ]
+    settings = [part for item in small for part in ("--set", item)]
+    first = fedftg("compare", "default_base", "default", *settings)
+    assert first.returncode == 0, first.stderr
+    assert "round 2/2" in first.stdout
+    assert "vs base" in first.stdout
+    stamp = (tmp_path / "runs" / "default" / "summary.json").stat().st_mtime_ns
+    second = fedftg("compare", "default_base", "default", *settings)
+    assert second.returncode == 0, second.stderr
+    assert "round 2/2" not in second.stdout
+    assert (tmp_path / "runs" / "default" / "summary.json").stat().st_mtime_ns == stamp
+    folders = fedftg("compare", "runs/default_base", "runs/default")
+    assert folders.returncode == 0, folders.stderr
+    assert list((tmp_path / "runs" / "comparisons").glob("*/accuracy.png"))
+
+
+def test_partition_writes_heatmap_and_counts(fedftg: Any, tmp_path: Path) -> None:
+    done = fedftg("partition", "default", "--set", "partition.num_clients=6", "--out", "p")
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "p" / "partition.json").read_text())
+    assert len(content["class_counts"]) == 6
+    assert (tmp_path / "p" / "partition.png").stat().st_size > 5_000
+
+
+def test_list_names_everything(fedftg: Any) -> None:
+    done = fedftg("list")
+    assert done.returncode == 0
+    for name in ("digits", "resnet18_gn", "scaffold", "official", "paper/cifar10_dir03_fedavg_fedftg", "default"):
+        assert f"  {name}\n" in done.stdout
+
+
+def test_interrupt_is_130_and_resumable(fedftg: Any, tiny: list[str], tmp_path: Path) -> None:
+    (tmp_path / "stopper.py").write_text(
+        "import os, signal\n"
+        "from pathlib import Path\n"
+        "from fedftg import experiment\n"
+        "evaluate = experiment.evaluate\n"
+        "calls = []\n"
+        "def watched(*arguments):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 5 and not Path('mark').exists():\n"
+        "        Path('mark').touch()\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return evaluate(*arguments)\n"
+        "experiment.evaluate = watched\n"
+    )
+    settings = [*tiny, "--set", 'plugins=["stopper"]', "--set", "checkpoint.every=50", "--out", "r"]
+    stopped = fedftg("run", *settings, path=tmp_path)
+    assert stopped.returncode == 130, stopped.stderr
+    assert len(stopped.stderr.strip().splitlines()) == 1
+    assert "--resume" in stopped.stderr
+    resumed = fedftg("run", "--resume", "--out", "r", path=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed after round 1" in resumed.stdout

@@ -1,0 +1,124 @@
+"""Clients and fine-tunings that go wrong are named, recorded, and cost nothing."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+import fedftg
+from fedftg import experiment
+from fedftg.algorithms.base import ClientResult, ServerState
+from fedftg.engine import executors
+from fedftg.errors import ClientError
+from fedftg.params import Params
+from fedftg.rundir import records
+
+SETTINGS = {
+    "rounds": 3,
+    "threads": 1,
+    "data": {"name": "digits", "max_train": 120, "max_test": 40},
+    "partition": {"num_clients": 4, "law": "iid"},
+    "model": {"name": "lenet"},
+    "local": {"epochs": 1},
+    "refiner": {"name": "fedftg", "iterations": 1, "batch_size": 4, "generator_width": 4},
+}
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, clients: Sequence[int], round: int) -> None:
+    train = executors.train
+
+    def spoiled(model, rule, task, *rest):  # type: ignore[no-untyped-def]
+        result = train(model, rule, task, *rest)
+        if task.client in clients and task.round == round:
+            next(iter(result.params.values()))[0] = float("nan")
+        return result
+
+    monkeypatch.setattr(executors, "train", spoiled)
+
+
+def test_non_finite_update_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Client 2 sends NaN in round 2: the round is the one without client 2, and client 2 keeps its memory."""
+    spoil(monkeypatch, [2], 2)
+    run = fedftg.run({**SETTINGS, "algorithm": {"name": "scaffold"}}, out=tmp_path / "run")
+    rows = records.read(tmp_path / "run" / "rounds.jsonl")
+    name = next(iter(run.state.params))
+    assert rows[1]["rejected"] == [{"client": 2, "reason": f"non-finite parameter {name}"}]
+    assert "rejected" not in rows[0]
+    assert "rejected" not in rows[2]
+    assert run.summary["rejected_updates"] == 1
+    assert all(torch.isfinite(tensor).all() for tensor in run.state.params.values())
+
+
+def test_round_without_usable_update_keeps_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, range(4), 1)
+    fedftg.run({**SETTINGS, "rounds": 1}, out=tmp_path / "run")
+    config = fedftg.RunConfig(**{**SETTINGS, "rounds": 1})
+    (row,) = records.read(tmp_path / "run" / "rounds.jsonl")
+    assert len(row["rejected"]) == 4
+    assert "no client update was usable" in row["rolled_back"]
+    assert row["accuracy"]["selected"] == row["accuracy"]["refined"] == row["accuracy"]["all"]
+    initial = experiment.build(config).state.params
+    kept = fedftg.run(config, out=tmp_path / "run", resume=True).state.params
+    assert all(torch.equal(kept[name], initial[name]) for name in initial)
+
+
+def test_non_finite_fine_tuning_is_rolled_back(tmp_path: Path) -> None:
+    """A student rate of 1e30 overflows; the aggregate and the generator of before are kept, in every round."""
+    settings = {**SETTINGS, "refiner": {**SETTINGS["refiner"], "student_lr": 1e30, "student_steps": 20}}
+    run = fedftg.run(settings, out=tmp_path / "run")
+    rows = records.read(tmp_path / "run" / "rounds.jsonl")
+    assert all("rolled back to the aggregate" in row["rolled_back"] for row in rows)
+    assert all(row["accuracy"]["refined"] == row["accuracy"]["selected"] for row in rows)
+    initial = experiment.build(fedftg.RunConfig(**settings)).state.refiner
+    assert all(torch.equal(run.state.refiner[name], initial[name]) for name in initial)
+    base = fedftg.run({**SETTINGS, "refiner": {"name": "none"}}, out=tmp_path / "base")
+    assert all(torch.equal(run.state.params[name], base.state.params[name]) for name in base.state.params)
+
+
+def test_non_finite_aggregate_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedftg.algorithms import fedavg
+
+    step = fedavg.AverageServer.step
+
+    def overflow(self, state: ServerState, results: Sequence[ClientResult]):  # type: ignore[no-untyped-def]
+        after, metrics = step(self, state, results)
+        bad: Params = {name: tensor * float("inf") for name, tensor in after.params.items()}
+        return (
+            (ServerState(after.round, bad, after.buffers, {}, after.refiner), metrics)
+            if state.round == 1
+            else (after, metrics)
+        )
+
+    monkeypatch.setattr(fedavg.AverageServer, "step", overflow)
+    run = fedftg.run(SETTINGS, out=tmp_path / "run")
+    rows = records.read(tmp_path / "run" / "rounds.jsonl")
+    assert "the aggregate was not finite" in rows[1]["rolled_back"]
+    assert "rolled_back" not in rows[2]
+    assert all(torch.isfinite(tensor).all() for tensor in run.state.params.values())
+
+
+def test_a_failing_client_names_round_client_and_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = executors.train
+
+    def failing(model, rule, task, *rest):  # type: ignore[no-untyped-def]
+        if (task.round, task.client) == (2, 1):
+            raise ZeroDivisionError("by hand")
+        return train(model, rule, task, *rest)
+
+    monkeypatch.setattr(executors, "train", failing)
+    with pytest.raises(ClientError, match="round 2, client 1, local training: ZeroDivisionError: by hand"):
+        fedftg.run(SETTINGS, out=tmp_path / "run")
+    monkeypatch.setattr(executors, "train", train)
+    resumed = fedftg.run(None, out=tmp_path / "run", resume=True)
+    whole = fedftg.run(SETTINGS, out=tmp_path / "whole")
+    assert all(torch.equal(resumed.state.params[name], whole.state.params[name]) for name in whole.state.params)
+
+
+def test_run_from_python_returns_the_deployed_model(tmp_path: Path) -> None:
+    run = fedftg.run(SETTINGS, overrides=["rounds=1"], out=tmp_path / "run")
+    experiment_ = experiment.build(fedftg.RunConfig(**SETTINGS))
+    images, labels = next(experiment_.data.test_batches(1000))
+    accuracy = (run.model(images).argmax(dim=1) == labels).float().mean().item()
+    assert accuracy == pytest.approx(run.summary["accuracy"]["refined"]["final"])
+    assert not run.model.training

@@ -1,0 +1,156 @@
+"""A run that was killed and resumed is the uninterrupted run, bit for bit."""
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from fedftg.rundir.checkpoint import read_tensors
+
+# Kills its own process with SIGKILL at one point of round 3, the first time that it gets there.
+KILLER = """
+import os, signal
+from pathlib import Path
+
+POINT, MARK = "{point}", Path("{mark}")
+
+def die():
+    if not MARK.exists():
+        MARK.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+from fedftg.distill import distiller
+from fedftg.engine import executors
+from fedftg.rundir import checkpoint
+
+state = dict(round=0, calls=0)
+train, student_steps, write_json, save_file = (
+    executors.train, distiller.student_steps, checkpoint.write_json, checkpoint.save_file
+)
+
+def watched_train(model, rule, task, batches, counts, settings):
+    if task.round != state["round"]:
+        state.update(round=task.round, calls=0)
+    state["calls"] += 1
+    if POINT == "local" and task.round == 3 and state["calls"] == 2:
+        die()
+    return train(model, rule, task, batches, counts, settings)
+
+def watched_student_steps(*arguments):
+    result = student_steps(*arguments)
+    if POINT == "refine" and state["round"] == 3:
+        die()
+    return result
+
+def watched_write_json(path, value):
+    if POINT == "checkpoint-index" and path.name == "checkpoint.json" and value["round"] == 3:
+        die()
+    write_json(path, value)
+
+def watched_save_file(tensors, path, metadata):
+    save_file(tensors, path, metadata=metadata)
+    if POINT == "checkpoint-file" and state["round"] == 3 and not MARK.exists():
+        content = Path(path).read_bytes()
+        Path(path).write_bytes(content[: len(content) // 2])
+        die()
+
+executors.train = watched_train
+distiller.student_steps = watched_student_steps
+checkpoint.write_json = watched_write_json
+checkpoint.save_file = watched_save_file
+"""
+
+Read = Callable[[Path], list[dict[str, Any]]]
+
+
+def assert_same_weights(left: Path, right: Path) -> None:
+    indices = [json.loads((folder / "checkpoint" / "checkpoint.json").read_text()) for folder in (left, right)]
+    assert indices[0] == indices[1]
+    for name in [indices[0]["state"], *indices[0]["clients"].values()]:
+        ours, theirs = (read_tensors(folder / "checkpoint" / name, "cpu") for folder in (left, right))
+        assert list(ours) == list(theirs)
+        assert all(ours[key].equal(theirs[key]) for key in ours), name
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the uninterrupted run of each algorithm is kept for all points of interruption."""
+    return tmp_path_factory.mktemp("uninterrupted")
+
+
+@pytest.mark.parametrize("point", ["local", "refine", "checkpoint-file", "checkpoint-index"])
+@pytest.mark.parametrize("algorithm", ["fedavg", "feddyn", "scaffold", "moon"])
+def test_killed_and_resumed(
+    fedftg: Any, tiny: list[str], read_records: Read, uninterrupted: Path, tmp_path: Path, algorithm: str, point: str
+) -> None:
+    (tmp_path / "killer.py").write_text(KILLER.format(point=point, mark=tmp_path / "mark"))
+    settings = ["default", *tiny, "--set", f"algorithm.name={algorithm}"]
+    whole = uninterrupted / algorithm
+    if not whole.exists():
+        done = fedftg("run", *settings, "--out", str(whole))
+        assert done.returncode == 0, done.stderr
+    killed = fedftg("run", *settings, "--set", 'plugins=["killer"]', "--out", "killed", path=tmp_path)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "killed" / "summary.json").exists()
+    resumed = fedftg("run", "--resume", "--out", "killed", path=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed after round 2" in resumed.stdout
+    assert read_records(tmp_path / "killed") == read_records(whole)
+    assert len(read_records(whole)) == 4
+    assert_same_weights(tmp_path / "killed", whole)
+
+
+def test_four_rounds_are_two_and_two(fedftg: Any, tiny: list[str], read_records: Read, tmp_path: Path) -> None:
+    """Also with a checkpoint every third round only, a torn last line, and a longer run asked for on resuming."""
+    assert fedftg("run", "default", *tiny, "--out", "whole").returncode == 0
+    half = fedftg("run", "default", *tiny, "--set", "rounds=2", "--set", "checkpoint.every=3", "--out", "half")
+    assert half.returncode == 0, half.stderr
+    with (tmp_path / "half" / "rounds.jsonl").open("a") as file:
+        file.write('{"round": 3, "cli')
+    rest = fedftg("run", "--resume", "--out", "half", "--set", "rounds=4")
+    assert rest.returncode == 0, rest.stderr
+    assert read_records(tmp_path / "half") == read_records(tmp_path / "whole")
+    assert_same_weights(tmp_path / "half", tmp_path / "whole")
+    assert json.loads((tmp_path / "half" / "summary.json").read_text())["rounds"] == 4
+
+
+def test_same_seed_same_bytes_in_two_processes(
+    fedftg: Any, tiny: list[str], read_records: Read, tmp_path: Path
+) -> None:
+    for name in ("one", "two"):
+        assert fedftg("run", "default", *tiny, "--out", name).returncode == 0
+    assert read_records(tmp_path / "one") == read_records(tmp_path / "two")
+    other = fedftg("run", "default", *tiny, "--set", "seed=1", "--out", "other")
+    assert other.returncode == 0
+    assert read_records(tmp_path / "other") != read_records(tmp_path / "one")
+
+
+def test_finding_the_run_to_resume(fedftg: Any, no_refiner: list[str], tmp_path: Path) -> None:
+    missing = fedftg("run", "default", *no_refiner, "--resume")
+    assert missing.returncode == 2
+    assert "no run of 'default' with these settings" in missing.stderr
+    assert fedftg("run", "default", *no_refiner, "--set", "rounds=1").returncode == 0
+    longer = fedftg("run", "default", *no_refiner, "--resume")
+    assert longer.returncode == 0, longer.stderr
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["default"]
+    assert len((tmp_path / "runs" / "default" / "rounds.jsonl").read_text().splitlines()) == 4
+    again = fedftg("run", "default", *no_refiner, "--set", "rounds=1")
+    assert again.returncode == 0
+    assert (tmp_path / "runs" / "default-2").is_dir()
+    changed = fedftg("run", "--resume", "--out", "runs/default", "--set", "local.lr=0.3")
+    assert changed.returncode == 2
+    assert "--resume cannot change local.lr" in changed.stderr
+
+
+def test_export_is_the_deployed_model(fedftg: Any, tiny: list[str], tmp_path: Path) -> None:
+    assert fedftg("run", "default", *tiny, "--set", "rounds=1", "--out", "r").returncode == 0
+    assert fedftg("export", "r", "--to", "model.safetensors").returncode == 0
+    exported = load_file(tmp_path / "model.safetensors")
+    state = read_tensors(tmp_path / "r" / "checkpoint" / "state-000001.safetensors", "cpu")
+    parts = {name.partition("/")[2]: value for name, value in state.items() if name.startswith(("params/", "buffers/"))}
+    assert set(exported) == set(parts)
+    assert all(exported[name].equal(parts[name]) for name in parts)

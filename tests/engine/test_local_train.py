@@ -1,0 +1,107 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fedftg.algorithms.base import LocalTask
+from fedftg.algorithms.fedavg import PlainLocal
+from fedftg.engine.local_train import LocalConfig, clip, train
+from fedftg.models.functional import FunctionalModel
+from fedftg.params import Params
+
+BATCHES = [
+    (torch.randn(6, 4, generator=torch.Generator().manual_seed(i)), torch.tensor([0, 1, 2, 0, 1, 2])) for i in range(4)
+]
+
+
+def make(module: nn.Module, lr: float = 0.3) -> tuple[FunctionalModel, LocalTask]:
+    model = FunctionalModel(module)
+    params, buffers = model.init()
+    return model, LocalTask(1, 0, params, buffers, {}, {}, 24, 1.0, lr, 0)
+
+
+def layers() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        LocalConfig(weight_decay=0, max_grad_norm=0),
+        LocalConfig(weight_decay=0.1, max_grad_norm=0),
+        LocalConfig(weight_decay=0.1, momentum=0.9, max_grad_norm=0.05),
+    ],
+    ids=["plain", "weight_decay", "momentum_and_clipping"],
+)
+def test_equals_torch_optim(settings: LocalConfig) -> None:
+    """The same steps by torch.optim.SGD and clip_grad_norm_, written out."""
+    module = layers()
+    model, task = make(module)
+    result = train(model, PlainLocal(), task, BATCHES, torch.ones(3), settings)
+    reference = layers().train()
+    sgd = torch.optim.SGD(reference.parameters(), 0.3, momentum=settings.momentum, weight_decay=settings.weight_decay)
+    losses = []
+    for images, labels in BATCHES:
+        sgd.zero_grad()
+        loss = nn.functional.cross_entropy(reference(images), labels)
+        loss.backward()
+        if settings.max_grad_norm:
+            nn.utils.clip_grad_norm_(reference.parameters(), settings.max_grad_norm)
+        sgd.step()
+        losses.append(loss.item())
+    for name, tensor in reference.named_parameters():
+        torch.testing.assert_close(result.params[name], tensor.detach())
+    for name, tensor in reference.named_buffers():
+        torch.testing.assert_close(result.buffers[name], tensor)
+    assert result.loss == pytest.approx(sum(losses) / len(losses))
+
+
+def test_received_values_stay_and_result_needs_no_gradient() -> None:
+    model, task = make(layers())
+    before = {name: tensor.clone() for name, tensor in {**task.params, **task.buffers}.items()}
+    result = train(model, PlainLocal(), task, BATCHES, torch.ones(3), LocalConfig())
+    for name, tensor in {**task.params, **task.buffers}.items():
+        assert torch.equal(tensor, before[name]), name
+    assert not any(tensor.requires_grad for tensor in result.params.values())
+    assert not torch.equal(result.params["0.weight"], task.params["0.weight"])
+
+
+def test_no_batch_gives_the_model_back() -> None:
+    model, task = make(layers())
+    result = train(model, PlainLocal(), task, [], torch.zeros(3), LocalConfig())
+    assert math.isnan(result.loss)
+    assert all(torch.equal(result.params[name], tensor) for name, tensor in task.params.items())
+
+
+def test_a_parameter_that_the_loss_does_not_use_only_decays() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+            self.idle = nn.Parameter(torch.ones(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(x)
+
+    model, task = make(Unused(), lr=0.5)
+    result = train(model, PlainLocal(), task, BATCHES[:1], torch.ones(3), LocalConfig(weight_decay=0.1))
+    assert result.params["idle"].tolist() == pytest.approx([0.95, 0.95])
+
+
+def test_clip_by_hand() -> None:
+    """Norm of (3, 4) is 5: clipped at 1 it becomes (0.6, 0.8); at 10 and at 0 (off) it stays."""
+    grads: Params = {"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}
+    clipped = clip(grads, 1.0)
+    assert clipped["a"].item() == pytest.approx(0.6, rel=1e-5)
+    assert clipped["b"].item() == pytest.approx(0.8, rel=1e-5)
+    assert clip(grads, 10.0)["b"].item() == 4.0
+    assert clip(grads, 0.0) is grads
+
+
+def test_rate_decays_from_round_2() -> None:
+    """0.1 * 0.5^(t - 1)."""
+    settings = LocalConfig(lr=0.1, lr_decay=0.5)
+    assert [settings.lr_at(round) for round in (1, 2, 3)] == [0.1, 0.05, 0.025]
