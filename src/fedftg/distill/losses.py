@@ -142,7 +142,7 @@ def transferable(
 ) -> Bool[Tensor, " B"]:
     """``(B,)``: where the ensemble predicts the drawn label and the student does not.
 
-    From these samples the student can only learn something right: the transferability constraint of DFRD (Wang et al.,
+    From these samples the student can only learn something right: the transferability constraint of DFRD (Luo et al.,
     NeurIPS 2023).
     """
     return (ensemble.argmax(dim=-1) == labels) & (student_logits.argmax(dim=-1) != labels)
