@@ -5,6 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
+
+# Shapes in signatures are checked here and nowhere else: a checked function fails inside torch.compile.
+install_import_hook(
+    [f"fedftg.distill.{name}" for name in ("losses", "teachers", "generator", "steps")], "beartype.beartype"
+)
 
 
 @pytest.fixture(scope="session")

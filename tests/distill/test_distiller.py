@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -292,11 +293,11 @@ def test_warmup_is_in_the_first_call_only(bench: Callable[..., Bench], counts: T
     for _ in range(2):
         one.refine(counts)
         steps.append(int(one.generator.base_norm.num_batches_tracked))
-    assert [after - before for before, after in zip(steps, steps[1:], strict=False)] == [3 + 2, 2]
+    assert [after - before for before, after in itertools.pairwise(steps)] == [3 + 2, 2]
 
 
 def test_averaged_generator_by_hand(bench: Callable[..., Bench], counts: Tensor) -> None:
-    """After two calls: 3/4 of the first's weights and 1/4 of the second's; the second call's student saw twice as many."""
+    """After two calls: 3/4 of the first's weights, 1/4 of the second's; the second call's student saw twice as many."""
     one = bench("paper", generator_ema=0.75)
     sizes: list[int] = []
     one.student.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))

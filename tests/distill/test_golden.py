@@ -7,13 +7,14 @@ sizes come from the arrays. Tolerance: 1e-4 of the largest number of each tensor
 float32 it is rounding noise of about 1e-9 that Adam, which divides by its size, turns into steps of the size of the
 rate, 0.01. The running means of the generator, in evaluation mode, carry that to the student. So the end of a run in
 float32 depends on the last bit of every sum: the public formulas run here with other thread counts (1 to 16), vector
-instructions (SSE, AVX2, AVX-512) or with oneDNN off end up to 0.67 (``blocks.*.0.bias``) and 0.11 (student) from the
-file, and as far from each other; none of 60 such settings meets it. Hence three tests instead of one:
+instructions (SSE, AVX2, AVX-512) or with oneDNN off end up to 0.68 (``blocks.*.0.bias``) and 0.11 (student) from the
+file; none of 120 such combinations meets it. Hence three tests instead of one:
 
 1. `plain_loop`, the public procedure as straight loops, is met bit for bit in float32;
-2. and to 1e-9 in float64, where the noise is far below Adam's epsilon and the run is determined;
+2. and to 1e-9 in float64 (those biases to 1e-6), where the noise is far below Adam's epsilon and the run is determined;
 3. the file's final states are met to 1e-4 in what rounding cannot touch, and else to ``max(1e-4, 3 * spread)``, where
-   the spread is how far `plain_loop` itself moves when initial weights and noise change in their last bit.
+   the spread is how far `plain_loop` itself moves when initial weights and noise change in their last bit. Measured:
+   no tensor is farther from the file than 1.2 spreads.
 
 The third test alone could pass a wrong procedure; `test_another_procedure_ends_elsewhere` shows which ones it does not.
 """
@@ -23,6 +24,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,6 +47,8 @@ Arrays = dict[str, Tensor]
 DEFAULT = Path(__file__).parents[1] / "golden" / "official_step_and_run.npz"
 TOLERANCE = 1e-4
 OFFICIAL = preset("official")
+NOISY = re.compile(r"generator\.blocks\.\d+\.0\.bias")
+"""In front of BatchNorm: a gradient of rounding noise, 1e-15 in float64, over Adam's epsilon of 1e-8."""
 
 # Layers of the public code's generator, by their names in ours.
 LAYERS = {
@@ -215,7 +219,7 @@ def made(
     arrays["step.student_logits"] = student(fake).detach()
     arrays["step.teacher_logits"] = torch.stack([model(fake).detach() for model in rest])
     values = [generator_objective(generator, t, student, z, y, w, teachers) for t, w in zip(rest, table, strict=True)]
-    arrays["step.losses_total_md_cls_dis"] = torch.tensor([[float(v) for v in row] for row in values])
+    arrays["step.losses_total_md_cls_dis"] = torch.stack([torch.stack(row).detach() for row in values])
     logits = [model(fake) for model in rest]
     arrays["step.loss_student"] = student_objective(student(fake), logits, table[:, y]).detach()
     ends = (counts.sum(0).double().cumsum(0) / counts.sum() * 300).floor()
@@ -295,7 +299,7 @@ def test_a_run_in_float64_is_the_plain_loop(any_file: Arrays, teacher_chunk: int
     got = refine(any_file, torch.float64, teacher_chunk=teacher_chunk)
     expected = plain_loop(any_file, torch.float64)
     errors = {name: relative_error(got[name], tensor) for name, tensor in expected.items()}
-    assert {name: error for name, error in errors.items() if error > 1e-9} == {}
+    assert {name: error for name, error in errors.items() if error > (1e-6 if NOISY.match(name) else 1e-9)} == {}
 
 
 def test_another_file_is_met(any_file: Arrays, golden: Arrays) -> None:
@@ -351,7 +355,5 @@ def test_final_states_of_the_public_code(golden: Arrays, allowed: dict[str, floa
     ],
     ids=str,
 )
-def test_another_procedure_ends_elsewhere(
-    golden: Arrays, allowed: dict[str, float], change: dict[str, object]
-) -> None:
+def test_another_procedure_ends_elsewhere(golden: Arrays, allowed: dict[str, float], change: dict[str, object]) -> None:
     assert any(error > allowed[name] for name, error in final_errors(golden, **change).items())

@@ -158,7 +158,7 @@ def test_ensemble_probabilities() -> None:
 
 
 def test_student_loss_by_hand() -> None:
-    """Ensemble ``(3/4, 1/4)``, uniform student: KL as above. Cross-entropy ``ln 2``, over the two classes ``ln 2 / 2``."""
+    """Ensemble ``(3/4, 1/4)``, uniform student: KL as above. Cross-entropy ``ln 2``, over two classes ``ln 2 / 2``."""
     ensemble, student = tensor([0.75, 0.25]), torch.zeros(1, 2)
     close(losses.student_loss(student, ensemble), KL_TWO)
     close(losses.student_loss(student, ensemble, kind="soft_cross_entropy"), log(2) / 2)

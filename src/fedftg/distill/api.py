@@ -60,9 +60,9 @@ class RefineResult:
         if wrong or int(chosen.min()) < 0 or int(chosen.max()) >= classes:
             raise InputError(f"labels must be one or {n} whole numbers from 0 to {classes - 1}, got {labels}")
         noise = torch.randn(n, self.generator.noise_dim, generator=self._rng)
-        device = next(self.generator.parameters()).device
-        chosen = chosen.to(device, torch.int64)
-        images: Tensor = self.generator(noise.to(device), chosen)
+        parameter = next(self.generator.parameters())
+        chosen = chosen.to(parameter.device, torch.int64)
+        images: Tensor = self.generator(noise.to(parameter.device, parameter.dtype), chosen)
         return images, chosen
 
 
@@ -84,7 +84,7 @@ def refine(
 
     Args:
         student: a classifier from images ``(B, D, H, W)`` to logits ``(B, C)``, such as the average of the teachers.
-            The work is done on its device.
+            The work is done on its device and in its type.
         teachers: at least one classifier on the same device with the same classes; architectures may differ. Modules
             evaluate whatever their mode; a function is called as it is.
         class_counts: ``(K, C)``: how many training samples of each class each teacher has seen.
@@ -99,7 +99,7 @@ def refine(
         InputError: inputs that do not fit together; the message says what to do.
     """
     settings = preset(config) if isinstance(config, str) else config
-    device = _device(student)
+    device, dtype = _place(student)
     if isinstance(teachers, nn.Module) and not isinstance(teachers, nn.ModuleList):
         raise InputError(f"teachers must be a list of classifiers, got one {type(teachers).__name__}; pass [teacher]")
     ensemble = ListedTeachers(list(teachers))
@@ -114,10 +114,10 @@ def refine(
                 f"class_counts must have a column for each of the generator's {new.num_classes} classes, "
                 f"got {counts.shape[1]}"
             )
-    new = new.to(device)
+    new = new.to(device, dtype)
     start = copy.deepcopy(new).eval()
     model = _copy_of(student)
-    _probe(model, ensemble, new.image_shape, device)
+    _probe(model, ensemble, torch.zeros(2, *new.image_shape, device=device, dtype=dtype))
     metrics = Distiller(settings, new).refine(
         model, ensemble, counts, rng=torch_rng(seed, 0, SERVER, "refine"), progress=progress
     )
@@ -132,11 +132,11 @@ def refine(
     )
 
 
-def _device(student: nn.Module) -> torch.device:
+def _place(student: nn.Module) -> tuple[torch.device, torch.dtype]:
     parameter = next(student.parameters(), None)
     if parameter is None:
         raise InputError(f"student {type(student).__name__} has no parameters; give a classifier that can be trained")
-    return parameter.device
+    return parameter.device, parameter.dtype
 
 
 def _copy_of(student: nn.Module) -> nn.Module:
@@ -161,9 +161,8 @@ def _new_generator(settings: DistillConfig, num_classes: int, image_shape: Seque
 
 
 @torch.no_grad()
-def _probe(model: nn.Module, teachers: ListedTeachers, image_shape: Sequence[int], device: torch.device) -> None:
-    """Calls every classifier once, so that a wrong image shape or device is told in one line."""
-    images = torch.zeros(2, *image_shape, device=device)
+def _probe(model: nn.Module, teachers: ListedTeachers, images: Tensor) -> None:
+    """Calls every classifier once, so that a wrong image shape, device or type is told in one line."""
     modes = [(module, module.training) for module in model.modules()]
     calls: list[tuple[str, Classifier]] = [("student", model.eval())]
     calls += [(f"teacher {k}", _only(teachers.part(k, k + 1))) for k in range(len(teachers))]
@@ -175,7 +174,7 @@ def _probe(model: nn.Module, teachers: ListedTeachers, image_shape: Sequence[int
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
             raise InputError(
-                f"{name} does not take images of shape {tuple(images.shape)} on {device}: {reason}; "
+                f"{name} does not take images of shape {tuple(images.shape)} on {images.device}: {reason}; "
                 "pass the image_shape that it was trained with, and put all models on one device"
             ) from error
     for module, training in modes:

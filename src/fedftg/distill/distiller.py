@@ -166,7 +166,7 @@ class Distiller:
         trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
         if not trainable:
             raise InputError("no parameter of the student requires a gradient; call student.requires_grad_(True)")
-        device = next(generator.parameters()).device
+        device, dtype = next(generator.parameters()).device, next(generator.parameters()).dtype
         if trainable[0].device != device:
             raise InputError(
                 f"student and generator must be on one device, got {trainable[0].device} and {device}; move one of them"
@@ -190,7 +190,7 @@ class Distiller:
             ),
             teachers=teachers,
             class_counts=counts,
-            class_weights=ensemble_weights(counts, config.ensemble, config.ensemble_epsilon).to(device),
+            class_weights=ensemble_weights(counts, config.ensemble, config.ensemble_epsilon).to(device, dtype),
             rng=rng,
             device=device,
         )

@@ -39,7 +39,7 @@ class Task:
     class_counts: Tensor
     """``(K, C)`` float64 on the CPU."""
     class_weights: Tensor
-    """``a_k(y)``: ``(K, C)`` float32 on the device."""
+    """``a_k(y)``: ``(K, C)`` on the device, in the generator's type."""
     rng: torch.Generator
     device: torch.device
 

@@ -1,0 +1,60 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from fedftg import progress
+from fedftg.config import RunConfig
+
+RECORD = {
+    "round": 2,
+    "clients": [1, 4],
+    "seconds": {"local": 1.5, "refine": 0.5},
+    "accuracy": {"selected": 0.5, "refined": 0.625},
+    "rejected": [{"client": 4, "reason": "non-finite parameter w"}],
+    "rolled_back": "fine-tuning was not finite",
+}
+
+
+def plain(monkeypatch: pytest.MonkeyPatch) -> str:
+    out = io.StringIO()
+    now = iter([100.0, 110.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    shown = progress.for_console(Console(file=out, width=80))
+    assert isinstance(shown, progress.PlainLines)
+    shown.start(RunConfig(name="x", rounds=10), done=0, clients=7)
+    shown.phase(1, "local", 1, 2)
+    shown.round_done(RECORD)
+    shown.finish()
+    return out.getvalue()
+
+
+def test_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rounds took 10 seconds, so eight more take 40."""
+    lines = plain(monkeypatch).splitlines()
+    assert lines == [
+        "x: fedavg + fedftg, digits, 7 clients, seed 0",
+        "round 2/10  selected 50.00 %  refined 62.50 %  2.0 s  0:40 left",
+        "  client 4 rejected: non-finite parameter w",
+        "  fine-tuning was not finite",
+    ]
+
+
+def test_bar_on_a_terminal() -> None:
+    out = io.StringIO()
+    shown = progress.for_console(Console(file=out, width=100, force_terminal=True))
+    assert isinstance(shown, progress.Live)
+    shown.start(RunConfig(name="x", rounds=10), done=1, clients=7)
+    for name in ("local", "aggregate", "refine", "evaluate"):
+        shown.phase(2, name, 1, 2)
+    shown.round_done({**RECORD, "accuracy": {}})
+    shown.finish()
+    text = out.getvalue()
+    assert "resumed after round 1" in text
+    assert "client 4 rejected" in text
+    assert "round 2/10" in text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (75, "1:15"), (3725, "1:02:05")])
+def test_durations(seconds: float, text: str) -> None:
+    assert progress._duration(seconds) == text
