@@ -21,6 +21,7 @@ def test_public_names() -> None:
         "Run",
         "RunConfig",
         "__version__",
+        "preset",
         "refine",
         "register_algorithm",
         "register_refiner",

@@ -7,7 +7,7 @@ from fedftg.algorithms.registry import register_algorithm, register_refiner
 from fedftg.commands import run
 from fedftg.config import RunConfig
 from fedftg.distill.api import RefineResult, refine
-from fedftg.distill.config import DistillConfig
+from fedftg.distill.config import DistillConfig, preset
 from fedftg.errors import ClientError, InputError
 from fedftg.experiment import Run
 
@@ -21,6 +21,7 @@ __all__ = [
     "Run",
     "RunConfig",
     "__version__",
+    "preset",
     "refine",
     "register_algorithm",
     "register_refiner",

@@ -47,6 +47,7 @@ def test_listed_teachers_evaluate_and_leave_the_modules_as_they_are() -> None:
 
 def test_gradients_reach_the_images_and_no_weight() -> None:
     module, images = classifier(0), IMAGES.clone().requires_grad_()
+    assert not ListedTeachers([module])(IMAGES).requires_grad
     ListedTeachers([module])(images).sum().backward()
     assert images.grad is not None
     assert images.grad.abs().sum() > 0
