@@ -44,6 +44,25 @@ def test_preset_fills_and_fields_override() -> None:
         assert refiner[field] == (3 if field == "iterations" else value), field
 
 
+def test_another_preset_replaces_the_fields_of_the_old_one(tmp_path: Path) -> None:
+    """Also of a config that a run wrote, which names every field; what differed from the old preset stays."""
+    dumped = configs.load(None, ["refiner.preset=official", "refiner.iterations=3"])
+    path = write(tmp_path, "run.toml", dumped.to_toml())
+    changed = configs.load(path, ["refiner.preset=paper"])
+    assert changed.refiner == configs.load(None, ["refiner.preset=paper", "refiner.iterations=3"]).refiner
+
+
+def test_cohort_keys_replace_each_other(tmp_path: Path) -> None:
+    path = write(tmp_path, "r.toml", "[cohort]\nprobability = 0.5\n")
+    assert configs.load(path, ["cohort.size=3"]).cohort.model_dump() == {"size": 3, "probability": None}
+
+
+def test_overriding_leaves_the_given_settings_alone() -> None:
+    given = {"model": {"name": "cnn", "args": {"x": 1}}}
+    configs.apply(given, ["model.args.x=2"])
+    assert given["model"]["args"] == {"x": 1}
+
+
 def test_another_name_drops_the_other_settings(tmp_path: Path) -> None:
     path = write(
         tmp_path, "r.toml", '[algorithm]\nname = "feddyn"\nalpha = 0.1\n[refiner]\nname = "fedftg"\npreset = "paper"\n'
@@ -120,8 +139,8 @@ def test_wrong_settings_give_one_line(override: str, expected: str) -> None:
 
 
 def test_size_and_probability_exclude_each_other() -> None:
-    with pytest.raises(InputError, match="exclude each other; give one"):
-        configs.load(None, ["cohort.size=1", "cohort.probability=0.5"])
+    with pytest.raises(InputError, match=r"cohort: size and probability exclude each other; give one"):
+        configs.from_mapping({"cohort": {"size": 1, "probability": 0.5}})
 
 
 def test_values_of_python_users_are_checked_the_same() -> None:

@@ -101,7 +101,8 @@ def main() -> None:
     except ClientError as error:
         _fail(f"{error}; the run can go on from its last checkpoint by --resume", 1)
     except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; go on by the same command with --resume", 130)
+        again = "the same command" if "compare" in sys.argv[1:2] else "the same command with --resume"
+        _fail(f"interrupted; go on by {again}", 130)
 
 
 def _console() -> Console:

@@ -108,7 +108,9 @@ def compare(given: Sequence[str], overrides: Sequence[str], out: Path, progress:
         raise InputError(f"compare needs two or more recipes or run folders, got {len(given)}")
     folders = {item: Path(item) for item in given if RunFolder(Path(item)).config_file.is_file()}
     # All recipes are checked before the first is run, so that a typo in the last one costs no time.
-    wanted = {item: configs.load(recipes.find(item), overrides) for item in given if item not in folders}
+    wanted = {item: _for_comparison(recipes.find(item), overrides) for item in given if item not in folders}
+    if overrides and not wanted:
+        raise InputError("--set changes recipes, but only folders of runs were given; name recipes to run anew")
     for item, config in wanted.items():
         folders[item] = _run_if_missing(config, out, progress)
     runs = [load_run(folders[item]) for item in given]
@@ -154,11 +156,14 @@ def export(folder: Path, to: Path) -> int:
         raise InputError(f"--to must end in .safetensors, got {to.name!r}")
     if not to.parent.is_dir():
         raise InputError(f"--to: folder {to.parent} does not exist; make it first")
-    kept = checkpoint.load(RunFolder(folder).checkpoint, "cpu")
+    kept = checkpoint.load(RunFolder(folder).checkpoint)
     if kept is None:
         raise InputError(f"{folder} has no checkpoint yet; let the run finish a round first")
     metadata = {"model": json.dumps(config["model"]), "round": str(kept.state.round)}
-    checkpoint.write_tensors(to, {**kept.state.params, **kept.state.buffers}, metadata)
+    try:
+        checkpoint.write_tensors(to, {**kept.state.params, **kept.state.buffers}, metadata)
+    except OSError as error:
+        raise InputError(f"cannot write {to}: {error.strerror}; choose another file by --to") from None
     return kept.state.round
 
 
@@ -175,12 +180,19 @@ def listing() -> dict[str, list[str]]:
     }
 
 
+def _for_comparison(recipe: Path, overrides: Sequence[str]) -> RunConfig:
+    """A recipe with the overrides that concern it: settings of a refiner pass a base without one by."""
+    if configs.load(recipe).refiner.name == "none" and not any(o.startswith("refiner.name") for o in overrides):
+        overrides = [override for override in overrides if not override.startswith("refiner.")]
+    return configs.load(recipe, overrides)
+
+
 def _run_if_missing(config: RunConfig, out: Path, progress: Progress) -> Path:
     folder = _existing(config, out)
     if folder is None:
         folder = _fresh(out, config.name)
         experiment.run(config, folder, progress=progress)
-    elif not RunFolder(folder).finished or load_run(folder).config.get("rounds") != config.rounds:
+    elif (load_run(folder).summary or {}).get("rounds") != config.rounds:
         experiment.run(config, folder, resume=True, progress=progress)
     return folder
 
@@ -190,10 +202,14 @@ def _existing(config: RunConfig, parent: Path) -> Path | None:
     found = []
     for path in parent.glob("*/config.toml"):
         try:
-            other = configs.from_mapping(RunFolder(path.parent).read_config())
+            given = RunFolder(path.parent).read_config()
+            if tuple(given.get("plugins", ())) != config.plugins:
+                continue  # before anything of another experiment is imported
+            other = configs.from_mapping(given)
         except InputError:
             continue  # written by another version: not this experiment
-        if configs.first_difference(other, config) is None and other.rounds <= config.rounds:
+        same_machine = (other.device, other.threads) == (config.device, config.threads)
+        if configs.first_difference(other, config) is None and same_machine and other.rounds <= config.rounds:
             found.append((path.stat().st_mtime, path.parent))
     return max(found)[1] if found else None
 
@@ -209,7 +225,10 @@ def _fresh(parent: Path, name: str) -> Path:
 def _write_report(runs: list[RunRecord], folder: Path) -> Report:
     _make(folder)
     table_file = folder / "table.md"
-    table_file.write_text(table.markdown_table(runs), encoding="utf-8")
+    try:
+        table_file.write_text(table.markdown_table(runs), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {table_file}: {error.strerror}; make the folder writable") from None
     return Report(runs, table_file, plots.accuracy_plot(runs, folder / "accuracy.png"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from fedftg.algorithms.fedavg import FedAvgConfig
 from fedftg.algorithms.fedftg import FedFTGConfig
 from fedftg.algorithms.registry import ALGORITHMS, REFINERS
 from fedftg.data.config import DataConfig, PartitionConfig
+from fedftg.distill.config import PRESETS
 from fedftg.engine.evaluate import EvaluationConfig
 from fedftg.engine.executors import ExecutorConfig
 from fedftg.engine.local_train import LocalConfig
@@ -29,7 +31,7 @@ Section = TypeVar("Section", bound=BaseModel)
 class CheckpointConfig(BaseModel):
     """How often the state is written."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     every: int = Field(default=1, ge=1, description="write the state each so many rounds, and after the last one")
 
@@ -57,15 +59,17 @@ def _refiner(given: Any) -> Any:
 class RunConfig(BaseModel):
     """One experiment. The defaults are those of a run without recipe, apart from the recipe's own values."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = Field(
-        default="run", pattern=r"^[\w.+=-]+$", description="letters, digits, and . _ + = -; names the folder"
+        default="run",
+        pattern=r"^\w[\w.+=-]*$",
+        description="letters, digits, . _ + = -, not a sign first",
     )
     seed: int = Field(default=0, ge=0, description="the only source of randomness")
     rounds: int = Field(default=20, ge=1)
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
-    threads: int = Field(default=0, ge=0, description="CPU threads; 0 takes as many as the machine has cores")
+    threads: int = Field(default=0, ge=0, description="CPU threads; 0 leaves it to torch and OMP_NUM_THREADS")
     plugins: tuple[str, ...] = Field(default=(), description="modules to import first: they register own algorithms")
     data: DataConfig = DataConfig()
     partition: PartitionConfig = PartitionConfig()
@@ -106,13 +110,17 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
 
 def from_mapping(given: Mapping[str, Any]) -> RunConfig:
     """The config of nested settings, after its plugins were imported."""
-    for module in given.get("plugins", ()):
+    plugins = given.get("plugins", ())
+    if not isinstance(plugins, list | tuple) or not all(isinstance(module, str) for module in plugins):
+        raise InputError(f"plugins must be a list of module names, got {plugins!r}; for example plugins=['my_module']")
+    for module in plugins:
         try:
-            importlib.import_module(str(module))
-        except ImportError as error:
+            importlib.import_module(module)
+        except Exception as error:
             raise InputError(
-                f"plugin {module!r} cannot be imported ({error}); install it or put its folder on PYTHONPATH"
-            ) from None
+                f"plugin {module!r} cannot be imported ({type(error).__name__}: {error}); "
+                "install it or put its folder on PYTHONPATH"
+            ) from error
     return parse(RunConfig, given)
 
 
@@ -162,13 +170,18 @@ def apply(given: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _lay_over(given: Mapping[str, Any], pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in given.items()}
+    result = copy.deepcopy(dict(given))
     for key, value in pairs:
         section = key.removesuffix(".name")
         if section in ("algorithm", "refiner") and section != key:
             current = result.get(section)
             if isinstance(current, dict) and current.get("name", value) != value:
                 result[section] = {}
+        if key == "refiner.preset" and isinstance(result.get("refiner"), dict):
+            result["refiner"] = _without_preset(result["refiner"])
+        other = {"cohort.size": "probability", "cohort.probability": "size"}.get(key)
+        if other and isinstance(result.get("cohort"), dict):
+            result["cohort"].pop(other, None)
     for key, value in pairs:
         target = result
         *parents, leaf = key.split(".")
@@ -178,6 +191,13 @@ def _lay_over(given: Mapping[str, Any], pairs: Sequence[tuple[str, Any]]) -> dic
                 raise InputError(f"cannot set {key}: {parent!r} is a single value and has no keys below it")
         target[leaf] = value
     return result
+
+
+def _without_preset(refiner: dict[str, Any]) -> dict[str, Any]:
+    """The settings that differ from the preset that they came with: those that another preset leaves in place."""
+    preset = PRESETS.get(str(refiner.get("preset", "fedftg")))
+    values = preset.model_dump() if preset is not None else {}
+    return {key: value for key, value in refiner.items() if key not in values or values[key] != value}
 
 
 def _split(override: str) -> tuple[str, Any]:
@@ -192,7 +212,10 @@ def _split(override: str) -> tuple[str, Any]:
 
 
 RESUME_MAY_CHANGE = ("name", "rounds", "device", "data.root", "checkpoint", "evaluation.targets", "threads")
-"""What may differ when a run is resumed: the length, where things lie and what does not change results."""
+"""What may differ when a run is resumed: the length, and where things lie or run.
+
+Another device or number of threads rounds differently: the run goes on, but not to the last bit as it would have.
+"""
 
 
 def check_resumable(before: RunConfig, now: RunConfig) -> None:

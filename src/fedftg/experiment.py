@@ -14,6 +14,7 @@ import torch
 from fedftg import config as configs
 from fedftg.algorithms.base import (
     Algorithm,
+    Batch,
     ClientResult,
     LocalTask,
     Metrics,
@@ -33,7 +34,7 @@ from fedftg.engine.memory import ClientStore, rejection
 from fedftg.errors import InputError
 from fedftg.models import registry as models
 from fedftg.models.functional import FunctionalModel
-from fedftg.params import Params, first_non_finite
+from fedftg.params import Params, clone, first_non_finite, to_device
 from fedftg.progress import Progress, Silent
 from fedftg.rundir import checkpoint, records
 from fedftg.rundir.folder import RunFolder, summarise
@@ -76,14 +77,16 @@ class Experiment:
         with clock.phase("aggregate"):
             progress.phase(number, "aggregate", 0, 1)
             selected, server_metrics, undone = self._aggregate(results)
+        # A round that was undone is undone for its clients too: their memories belong to the server's.
+        results = [] if undone else results
         with clock.phase("refine"):
             refined, refine_metrics, rolled_back = self._refine(number, selected, results, progress)
         with clock.phase("aggregate"):
-            self.clients.update(results)
+            clients = self.clients.updated(results)
         with clock.phase("evaluate"):
             due = number % self.config.evaluation.every == 0 or number == self.config.rounds
-            accuracy, loss = self._evaluate(number, selected, refined, progress) if due else ({}, {})
-        self.state = replace(refined, round=number)
+            accuracy, loss = self._evaluate(number, selected, refined, clients, progress) if due else ({}, {})
+        self.state, self.clients = replace(refined, round=number), clients
         record: Record = {"round": number, "clients": cohort}
         if rejected:
             record["rejected"] = rejected
@@ -103,7 +106,7 @@ class Experiment:
                 client=client,
                 params=self.state.params,
                 buffers=self.state.buffers,
-                memory=self.clients.memory(client),
+                memory=to_device(self.clients.memory(client), self.data.device),
                 message=message,
                 num_samples=self.data.num_samples(client),
                 relative_size=self.data.relative_size(client),
@@ -152,11 +155,11 @@ class Experiment:
         return refined, metrics, None
 
     def _evaluate(
-        self, number: int, selected: ServerState, refined: ServerState, progress: Progress
+        self, number: int, selected: ServerState, refined: ServerState, clients: ClientStore, progress: Progress
     ) -> tuple[Metrics, Metrics]:
         candidates: dict[str, tuple[Params, Params]] = {"selected": (selected.params, selected.buffers)}
-        if self.clients.tracks_uploads:
-            average = self.clients.average()
+        if clients.tracks_uploads:
+            average = to_device(clients.average(), self.data.device)
             candidates["all"] = (
                 {name: average[name] for name in selected.params},
                 {name: average[name] for name in selected.buffers},
@@ -194,6 +197,7 @@ def build(config: RunConfig) -> Experiment:
     model = FunctionalModel(module.to(device))
     params, buffers = model.init()
     algorithm = config.algorithm.build(data.num_clients)
+    _check_fit(config, algorithm, model, data)
     context = RefinerContext(model, data.num_classes, data.image_shape, torch.device(device))
     refiner = config.refiner.build(context)
     state = ServerState(
@@ -252,18 +256,19 @@ def run(config: RunConfig, folder: Path, *, resume: bool = False, progress: Prog
 def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress) -> None:
     config = experiment.config
     progress.start(config, experiment.state.round, experiment.data.num_clients)
-    saved = experiment.state.round
+    saved = recorded = experiment.state.round
     try:
         while experiment.state.round < config.rounds:
             record = experiment.run_round(progress)
             records.append(folder.rounds_file, record)
-            done = experiment.state.round
+            done = recorded = experiment.state.round
             if done % config.checkpoint.every == 0 or done == config.rounds:
                 checkpoint.save(folder.checkpoint, experiment.state, experiment.clients)
                 saved = done
             progress.round_done(record)
     except KeyboardInterrupt:
-        if experiment.state.round > saved:
+        # Only what is on record: a round that was interrupted before its line was written is done again.
+        if recorded == experiment.state.round > saved:
             checkpoint.save(folder.checkpoint, experiment.state, experiment.clients)
         raise
     finally:
@@ -273,7 +278,7 @@ def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress) -
 def _restore(experiment: Experiment, folder: RunFolder, session: Record) -> None:
     config = experiment.config
     configs.check_resumable(configs.from_mapping(folder.read_config()), config)
-    kept = checkpoint.load(folder.checkpoint, str(experiment.data.device))
+    kept = checkpoint.load(folder.checkpoint)
     done = 0
     if kept is not None:
         done = kept.state.round
@@ -281,12 +286,29 @@ def _restore(experiment: Experiment, folder: RunFolder, session: Record) -> None
             raise InputError(
                 f"{folder.path} is at round {done} already; rounds must be at least that, got {config.rounds}"
             )
-        experiment.state = kept.state
+        experiment.state = _on(kept.state, experiment.data.device)
         experiment.clients.records = kept.clients
         experiment.clients.change_sum = kept.change_sum
     if folder.finished and done == config.rounds:
         return
     folder.reopen(config.to_toml(), session, done)
+
+
+def _on(state: ServerState, device: torch.device) -> ServerState:
+    parts = {part: to_device(getattr(state, part), device) for part in ("params", "buffers", "server", "refiner")}
+    return ServerState(round=state.round, **parts)
+
+
+def _check_fit(config: RunConfig, algorithm: Algorithm, model: FunctionalModel, data: FederatedData) -> None:
+    """Takes the loss of two images, so that what cannot be trained is told before anything is written."""
+    if model.has_batchnorm and config.local.batch_size < 2:
+        raise InputError("local.batch_size must be >= 2 for a model with BatchNorm, got 1; or take a GroupNorm model")
+    images, labels = (part[:2] for part in next(data.test_batches(2)))
+    params, buffers = model.init()
+    memory = algorithm.local.init_memory(params, buffers)
+    task = LocalTask(1, 0, params, buffers, memory, {}, len(labels), 1.0, config.local.lr, config.seed)
+    with torch.no_grad():
+        algorithm.local.loss(model, clone(params), clone(buffers), Batch(images, labels), task)
 
 
 def _header(config: RunConfig) -> Record:

@@ -35,11 +35,6 @@ def sub(left: Params, right: Params) -> Params:
     return {name: tensor - right[name] for name, tensor in left.items()}
 
 
-def scaled(params: Params, factor: float) -> Params:
-    """``factor * params``, tensor by tensor."""
-    return {name: factor * tensor for name, tensor in params.items()}
-
-
 def weighted_mean(trees: Sequence[Params], weights: Sequence[float]) -> Params:
     """``sum_i weights_i * trees_i / sum_i weights_i``, summed in the order given and in float64.
 

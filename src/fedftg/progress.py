@@ -122,6 +122,8 @@ class Live:
     def finish(self) -> None:
         """Takes the bar away."""
         self._bar.stop()
+        if self._task is not None:
+            self._bar.remove_task(self._task)
 
 
 def for_console(console: Console) -> Progress:

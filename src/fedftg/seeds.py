@@ -7,6 +7,8 @@ executor, the number of processes, or on whether the run was interrupted.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -32,3 +34,18 @@ def torch_rng(run_seed: int, round: int, client: int, purpose: str) -> torch.Gen
 def numpy_rng(run_seed: int, round: int, client: int, purpose: str) -> np.random.Generator:
     """A NumPy generator (PCG64) seeded with `seed_for`."""
     return np.random.default_rng(seed_for(run_seed, round, client, purpose))
+
+
+@contextmanager
+def forked(seed: int, device: torch.device) -> Iterator[None]:
+    """Seeds torch's global generators, which dropout and initialisation draw from, and puts them back afterwards.
+
+    Only the CPU's and, where it is one, the GPU of ``device`` are touched.
+    """
+    on_cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_cuda else []):
+        torch.default_generator.manual_seed(seed)
+        if on_cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield

@@ -39,6 +39,11 @@ def fails(done: Any, tmp_path: Path, *expected: str) -> None:
         (["run", "--fast"], "--fast"),
         (["report", "nothing"], "nothing"),
         (["compare", "default"], "two or more"),
+        (["run", "--set", "model.name=lenet_bn", "--set", "local.batch_size=1"], "local.batch_size must be >= 2"),
+        (["run", "--set", "local.lr=inf"], "local.lr must be a finite number"),
+        (["run", "--set", "plugins=3"], "plugins must be a list"),
+        (["run", "--set", "refiner.preset=3"], "unknown preset '3'"),
+        (["run", "--set", "name=.."], "name must be"),
         (["compare", "default", "defualt"], "did you mean 'default'?"),
         (["export", "nothing", "--to", "x.safetensors"], "holds no run"),
         (["export", "nothing"], "--to"),
@@ -164,7 +169,11 @@ def test_list_names_everything(fedftg: Any) -> None:
         assert f"  {name}\n" in done.stdout
 
 
-def test_interrupt_is_130_and_resumable(fedftg: Any, tiny: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("algorithm", ["scaffold", "feddyn"])
+def test_interrupt_is_130_and_resumes_to_the_same(
+    fedftg: Any, tiny: list[str], read_records: Any, tmp_path: Path, algorithm: str
+) -> None:
+    """Ctrl-C in the evaluation of round 2, when its clients are done; the only checkpoint is the one that Ctrl-C makes."""
     (tmp_path / "stopper.py").write_text(
         "import os, signal\n"
         "from pathlib import Path\n"
@@ -179,11 +188,13 @@ def test_interrupt_is_130_and_resumable(fedftg: Any, tiny: list[str], tmp_path: 
         "    return evaluate(*arguments)\n"
         "experiment.evaluate = watched\n"
     )
-    settings = [*tiny, "--set", 'plugins=["stopper"]', "--set", "checkpoint.every=50", "--out", "r"]
-    stopped = fedftg("run", *settings, path=tmp_path)
+    settings = [*tiny, "--set", "checkpoint.every=50", "--set", f"algorithm.name={algorithm}"]
+    stopped = fedftg("run", *settings, "--set", 'plugins=["stopper"]', "--out", "r", path=tmp_path)
     assert stopped.returncode == 130, stopped.stderr
     assert len(stopped.stderr.strip().splitlines()) == 1
     assert "--resume" in stopped.stderr
     resumed = fedftg("run", "--resume", "--out", "r", path=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed after round 1" in resumed.stdout
+    assert fedftg("run", *settings, "--out", "whole").returncode == 0
+    assert read_records(tmp_path / "r") == read_records(tmp_path / "whole")

@@ -12,6 +12,7 @@ from fedftg.algorithms.base import ClientResult, ServerState
 from fedftg.engine import executors
 from fedftg.errors import ClientError
 from fedftg.params import Params
+from fedftg.progress import Silent
 from fedftg.rundir import records
 
 SETTINGS = {
@@ -38,16 +39,28 @@ def spoil(monkeypatch: pytest.MonkeyPatch, clients: Sequence[int], round: int) -
 
 
 def test_non_finite_update_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Client 2 sends NaN in round 2: the round is the one without client 2, and client 2 keeps its memory."""
+    """Client 2 sends NaN in round 2: the round is that of the other three, and client 2 keeps its memory."""
+    config = fedftg.RunConfig(**{**SETTINGS, "algorithm": {"name": "scaffold"}})
+    by_hand = experiment.build(config)
+    by_hand.run_round(Silent())
+    memory = by_hand.clients.memory(2)
+    monkeypatch.setattr(experiment.sampling, "cohort", lambda *_: [0, 1, 3])
+    by_hand.run_round(Silent())
+    monkeypatch.undo()
+
     spoil(monkeypatch, [2], 2)
-    run = fedftg.run({**SETTINGS, "algorithm": {"name": "scaffold"}}, out=tmp_path / "run")
-    rows = records.read(tmp_path / "run" / "rounds.jsonl")
-    name = next(iter(run.state.params))
-    assert rows[1]["rejected"] == [{"client": 2, "reason": f"non-finite parameter {name}"}]
-    assert "rejected" not in rows[0]
-    assert "rejected" not in rows[2]
+    spoiled = experiment.build(config)
+    first, second = (spoiled.run_round(Silent()) for _ in range(2))
+    name = next(iter(spoiled.state.params))
+    assert "rejected" not in first
+    assert second["rejected"] == [{"client": 2, "reason": f"non-finite parameter {name}"}]
+    assert second["clients"] == [0, 1, 2, 3]
+    for part in ("params", "server", "refiner"):
+        ours, theirs = getattr(spoiled.state, part), getattr(by_hand.state, part)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), part
+    assert all(torch.equal(spoiled.clients.memory(2)[key], memory[key]) for key in memory)
+    run = fedftg.run(config, out=tmp_path / "run")
     assert run.summary["rejected_updates"] == 1
-    assert all(torch.isfinite(tensor).all() for tensor in run.state.params.values())
 
 
 def test_round_without_usable_update_keeps_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +104,14 @@ def test_non_finite_aggregate_is_not_taken(tmp_path: Path, monkeypatch: pytest.M
         )
 
     monkeypatch.setattr(fedavg.AverageServer, "step", overflow)
-    run = fedftg.run(SETTINGS, out=tmp_path / "run")
+    config = fedftg.RunConfig(**{**SETTINGS, "algorithm": {"name": "moon"}})
+    watched = experiment.build(config)
+    watched.run_round(Silent())
+    before, clients = watched.state, watched.clients.records
+    watched.run_round(Silent())
+    assert all(torch.equal(watched.state.params[name], before.params[name]) for name in before.params)
+    assert watched.clients.records == clients
+    run = fedftg.run(config, out=tmp_path / "run")
     rows = records.read(tmp_path / "run" / "rounds.jsonl")
     assert "the aggregate was not finite" in rows[1]["rolled_back"]
     assert "rolled_back" not in rows[2]

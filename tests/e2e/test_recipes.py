@@ -32,6 +32,7 @@ def test_header_and_meaning(name: str) -> None:
     first = path.read_text().splitlines()
     assert first[0].startswith("# ")
     assert first[1].startswith("# ")
+    assert "RESULT_" not in path.read_text()
     config = configs.load(path)
     parts = name.rpartition("/")[2].split("_")
     if parts[0] == "default":

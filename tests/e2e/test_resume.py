@@ -28,8 +28,8 @@ from fedftg.engine import executors
 from fedftg.rundir import checkpoint
 
 state = dict(round=0, calls=0)
-train, student_steps, write_json, save_file = (
-    executors.train, distiller.student_steps, checkpoint.write_json, checkpoint.save_file
+train, student_steps, write_json, write_atomically = (
+    executors.train, distiller.student_steps, checkpoint.write_json, checkpoint.write_atomically
 )
 
 def watched_train(model, rule, task, batches, counts, settings):
@@ -51,19 +51,19 @@ def watched_write_json(path, value):
         die()
     write_json(path, value)
 
-def watched_save_file(tensors, path, metadata):
-    save_file(tensors, path, metadata=metadata)
+def watched_write_atomically(path, content):
     if POINT == "checkpoint-file" and state["round"] == 3 and not MARK.exists():
-        content = Path(path).read_bytes()
-        Path(path).write_bytes(content[: len(content) // 2])
+        path.with_name(path.name + ".part").write_bytes(content[: len(content) // 2])
         die()
+    write_atomically(path, content)
 
 executors.train = watched_train
 distiller.student_steps = watched_student_steps
 checkpoint.write_json = watched_write_json
-checkpoint.save_file = watched_save_file
+checkpoint.write_atomically = watched_write_atomically
 """
 
+ALGORITHMS = ("fedavg", "feddyn", "scaffold", "moon")
 Read = Callable[[Path], list[dict[str, Any]]]
 
 
@@ -71,7 +71,7 @@ def assert_same_weights(left: Path, right: Path) -> None:
     indices = [json.loads((folder / "checkpoint" / "checkpoint.json").read_text()) for folder in (left, right)]
     assert indices[0] == indices[1]
     for name in [indices[0]["state"], *indices[0]["clients"].values()]:
-        ours, theirs = (read_tensors(folder / "checkpoint" / name, "cpu") for folder in (left, right))
+        ours, theirs = (read_tensors(folder / "checkpoint" / name) for folder in (left, right))
         assert list(ours) == list(theirs)
         assert all(ours[key].equal(theirs[key]) for key in ours), name
 
@@ -82,10 +82,24 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("uninterrupted")
 
 
-@pytest.mark.parametrize("point", ["local", "refine", "checkpoint-file", "checkpoint-index"])
-@pytest.mark.parametrize("algorithm", ["fedavg", "feddyn", "scaffold", "moon"])
+@pytest.mark.parametrize(
+    ("algorithm", "point", "every"),
+    [
+        *((name, point, 1) for name in ALGORITHMS for point in ("local", "refine", "checkpoint-file")),
+        ("scaffold", "checkpoint-index", 1),
+        ("feddyn", "local", 2),
+        ("feddyn", "refine", 4),
+    ],
+)
 def test_killed_and_resumed(
-    fedftg: Any, tiny: list[str], read_records: Read, uninterrupted: Path, tmp_path: Path, algorithm: str, point: str
+    fedftg: Any,
+    tiny: list[str],
+    read_records: Read,
+    uninterrupted: Path,
+    tmp_path: Path,
+    algorithm: str,
+    point: str,
+    every: int,
 ) -> None:
     (tmp_path / "killer.py").write_text(KILLER.format(point=point, mark=tmp_path / "mark"))
     settings = ["default", *tiny, "--set", f"algorithm.name={algorithm}"]
@@ -93,15 +107,17 @@ def test_killed_and_resumed(
     if not whole.exists():
         done = fedftg("run", *settings, "--out", str(whole))
         assert done.returncode == 0, done.stderr
-    killed = fedftg("run", *settings, "--set", 'plugins=["killer"]', "--out", "killed", path=tmp_path)
+    extra = ["--set", 'plugins=["killer"]', "--set", f"checkpoint.every={every}"]
+    killed = fedftg("run", *settings, *extra, "--out", "killed", path=tmp_path)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "killed" / "summary.json").exists()
     resumed = fedftg("run", "--resume", "--out", "killed", path=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
-    assert "resumed after round 2" in resumed.stdout
+    assert ("resumed after round 2" in resumed.stdout) == (every < 4)
     assert read_records(tmp_path / "killed") == read_records(whole)
     assert len(read_records(whole)) == 4
     assert_same_weights(tmp_path / "killed", whole)
+    assert not list((tmp_path / "killed").rglob("*.part"))
 
 
 def test_four_rounds_are_two_and_two(fedftg: Any, tiny: list[str], read_records: Read, tmp_path: Path) -> None:
@@ -150,7 +166,7 @@ def test_export_is_the_deployed_model(fedftg: Any, tiny: list[str], tmp_path: Pa
     assert fedftg("run", "default", *tiny, "--set", "rounds=1", "--out", "r").returncode == 0
     assert fedftg("export", "r", "--to", "model.safetensors").returncode == 0
     exported = load_file(tmp_path / "model.safetensors")
-    state = read_tensors(tmp_path / "r" / "checkpoint" / "state-000001.safetensors", "cpu")
+    state = read_tensors(tmp_path / "r" / "checkpoint" / "state-000001.safetensors")
     parts = {name.partition("/")[2]: value for name, value in state.items() if name.startswith(("params/", "buffers/"))}
     assert set(exported) == set(parts)
     assert all(exported[name].equal(parts[name]) for name in parts)

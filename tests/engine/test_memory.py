@@ -23,10 +23,10 @@ def test_average_of_last_uploads_by_hand() -> None:
     uploads 2: (9 + 1 + 2*2) / 4 = 3.5. The integer: (2 + 2 + 2*4) / 4 = 3, then (4 + 2 + 2*4) / 4 = 3.5, even: 4."""
     kept = store()
     assert kept.average()["w"].item() == 1.0
-    kept.update([result(2, 5.0)])
+    kept = kept.updated([result(2, 5.0)])
     assert kept.average()["w"].item() == 3.0
     assert kept.average()["n"].item() == 3
-    kept.update([result(2, 2.0), result(0, 9.0)])
+    kept = kept.updated([result(2, 2.0), result(0, 9.0)])
     assert kept.average()["w"].item() == 3.5
     assert kept.average()["n"].item() == 4
     assert kept.average()["n"].dtype == torch.int64
@@ -39,7 +39,7 @@ def test_running_sum_equals_the_average_from_scratch() -> None:
         for client in range(3):
             if torch.rand(1, generator=rng).item() < 0.5:
                 upload = result(client, torch.randn(1, generator=rng).item())
-                kept.update([upload])
+                kept = kept.updated([upload])
                 last[client] = {**upload.params, **upload.buffers}
     scratch = tree.weighted_mean([last[0], last[1], last[2]], [1, 1, 2])
     torch.testing.assert_close(kept.average(), scratch)
@@ -48,7 +48,7 @@ def test_running_sum_equals_the_average_from_scratch() -> None:
 def test_memories_and_what_changed() -> None:
     kept = store()
     assert kept.memory(1)["m"].item() == 0.0
-    kept.update([result(1, 7.0)])
+    kept = kept.updated([result(1, 7.0)])
     assert kept.memory(1)["m"].item() == 7.0
     assert kept.memory(0)["m"].item() == 0.0
     assert kept.changed == {1}
@@ -56,7 +56,7 @@ def test_memories_and_what_changed() -> None:
 
 def test_without_tracking_nothing_is_kept_for_clients_without_memory() -> None:
     kept = store(track=False)
-    kept.update([result(1, 7.0, memory={})])
+    kept = kept.updated([result(1, 7.0, memory={})])
     assert kept.records == {}
     assert kept.change_sum == {}
 
@@ -67,3 +67,15 @@ def test_rejection_names_the_tensor() -> None:
     assert rejection(result(0, float("inf"))) == "non-finite parameter w"
     assert rejection(result(0, 1.0, buffers={"n": bad})) == "non-finite buffer n"
     assert rejection(result(0, 1.0, extra={"c": bad})) == "non-finite upload c"
+    assert rejection(result(0, 1.0, memory={"m": bad})) == "non-finite memory m"
+
+
+def test_an_update_leaves_the_old_store_alone() -> None:
+    """So that a round that is broken off has changed nothing."""
+    before = store().updated([result(0, 5.0)])
+    average, changed = before.average(), set(before.changed)
+    before.updated([result(0, 6.0), result(1, 7.0)])
+    assert before.memory(0)["m"].item() == 5.0
+    assert before.memory(1)["m"].item() == 0.0
+    assert before.changed == changed
+    assert torch.equal(before.average()["w"], average["w"])

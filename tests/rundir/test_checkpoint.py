@@ -30,9 +30,9 @@ def names(folder: Path) -> set[str]:
 
 def test_round_trip_keeps_values_types_and_order(tmp_path: Path) -> None:
     state, clients = make(3)
-    clients.update([upload(1, 0.1)])
+    clients = clients.updated([upload(1, 0.1)])
     checkpoint.save(tmp_path, state, clients)
-    back = checkpoint.load(tmp_path, "cpu")
+    back = checkpoint.load(tmp_path)
     assert back is not None
     assert back.state.round == 3
     assert list(back.state.params) == ["z.weight", "a.bias"]
@@ -48,10 +48,10 @@ def test_round_trip_keeps_values_types_and_order(tmp_path: Path) -> None:
 
 def test_only_changed_clients_are_written_and_old_files_go(tmp_path: Path) -> None:
     state, clients = make(1)
-    clients.update([upload(0, 1.0), upload(2, 2.0)])
+    clients = clients.updated([upload(0, 1.0), upload(2, 2.0)])
     checkpoint.save(tmp_path, state, clients)
     untouched = (tmp_path / "clients" / "000000-000001.safetensors").stat().st_mtime_ns
-    clients.update([upload(2, 3.0)])
+    clients = clients.updated([upload(2, 3.0)])
     checkpoint.save(tmp_path, make(2)[0], clients)
     assert names(tmp_path) == {
         "checkpoint.json",
@@ -64,9 +64,9 @@ def test_only_changed_clients_are_written_and_old_files_go(tmp_path: Path) -> No
 
 def test_a_crash_before_the_index_leaves_the_old_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state, clients = make(1)
-    clients.update([upload(0, 1.0)])
+    clients = clients.updated([upload(0, 1.0)])
     checkpoint.save(tmp_path, state, clients)
-    clients.update([upload(0, 2.0)])
+    clients = clients.updated([upload(0, 2.0)])
 
     def die(*_: object) -> None:
         raise RuntimeError("power cut")
@@ -75,7 +75,7 @@ def test_a_crash_before_the_index_leaves_the_old_state(tmp_path: Path, monkeypat
         patch.setattr(checkpoint, "write_json", die)
         with pytest.raises(RuntimeError, match="power cut"):
             checkpoint.save(tmp_path, make(2)[0], clients)
-    back = checkpoint.load(tmp_path, "cpu")
+    back = checkpoint.load(tmp_path)
     assert back is not None
     assert back.state.round == 1
     assert back.clients[0].memory["m"].item() == 1.0
@@ -84,7 +84,7 @@ def test_a_crash_before_the_index_leaves_the_old_state(tmp_path: Path, monkeypat
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    assert checkpoint.load(tmp_path, "cpu") is None
+    assert checkpoint.load(tmp_path) is None
 
 
 @pytest.mark.parametrize("damage", ["torn", "missing", "no json", "format"])
@@ -100,4 +100,4 @@ def test_damage_is_one_line(tmp_path: Path, damage: str) -> None:
     else:
         index.write_text(json.dumps({**json.loads(index.read_text()), "format": 99}))
     with pytest.raises(InputError, match=r"cannot be read|has format 99"):
-        checkpoint.load(tmp_path, "cpu")
+        checkpoint.load(tmp_path)

@@ -149,7 +149,7 @@ class Algorithm:
 class AlgorithmConfig(BaseModel):
     """The settings of an algorithm: subclass, give ``name`` a ``Literal`` type, and register it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
 
@@ -171,7 +171,7 @@ class RefinerContext:
 class RefinerConfig(BaseModel):
     """The settings of a refiner: subclass, give ``name`` a ``Literal`` type, and register it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
 

@@ -25,9 +25,10 @@ from fedftg.algorithms.base import ClientResult, Memory, Metrics, Refiner, Refin
 from fedftg.distill.config import DistillConfig, preset
 from fedftg.distill.distiller import Distiller
 from fedftg.distill.generator import Generator
-from fedftg.distill.teachers import ListedTeachers
+from fedftg.distill.teachers import stack_or_list
 from fedftg.models.functional import values
 from fedftg.params import Params
+from fedftg.seeds import forked
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class FedFTG:
         model = self.context.model
         student = model.module(state.params, state.buffers)
         ordered = sorted((r for r in results if r.num_samples > 0), key=lambda result: result.client)
-        teachers = ListedTeachers([partial(model, r.params, r.buffers, train=False) for r in ordered])
+        function = partial(model, train=False)
+        teachers = stack_or_list(function, [r.params for r in ordered], [r.buffers for r in ordered])
         counts = torch.stack([result.class_counts for result in ordered])
         scale = self.config.lr_decay**state.round
         metrics = distiller.refine(student, teachers, counts, rng=rng, lr_scale=scale)
@@ -63,8 +65,7 @@ class FedFTG:
         return replace(state, params=params, buffers=buffers, refiner=distiller.memory()), metrics.means()
 
     def _distiller(self, seed: int) -> Distiller:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with forked(seed, torch.device("cpu")):
             generator = Generator(
                 self.config.noise_dim, self.context.num_classes, self.context.image_shape, self.config.generator_width
             )
@@ -82,7 +83,7 @@ class FedFTGConfig(RefinerConfig, DistillConfig):
     def _fill_from_preset(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        chosen = preset(given.get("preset", "fedftg"))
+        chosen = preset(str(given.get("preset", "fedftg")))
         return {**chosen.model_dump(), **given}
 
     def build(self, context: RefinerContext) -> Refiner:

@@ -10,7 +10,8 @@ s is the cosine similarity, z the representation by the model in training, z_glo
 z_prev that by the client's previous upload.
 
 Differences: the representation is what enters the last linear layer (the authors add a projection head of their own,
-which changes the model under comparison). The two frozen models run in evaluation mode. A client that never took part compares with the initial global model, as in the authors' code.
+which changes the model under comparison). The two frozen models run in evaluation mode. A client that never took part
+compares with the initial global model, as in the authors' code.
 """
 
 from __future__ import annotations

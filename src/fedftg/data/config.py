@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class DataConfig(BaseModel):
     """Which images are used. The defaults need no download and no folder."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = Field(
         default="digits",
@@ -43,7 +43,7 @@ class DataConfig(BaseModel):
 class PartitionConfig(BaseModel):
     """Who holds what. The law and its default are those of the paper's CIFAR experiments (alpha 0.3)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     law: Literal["iid", "dirichlet"] = Field(
         default="dirichlet", description="iid: shuffled slices; dirichlet: each client has its own class proportions"

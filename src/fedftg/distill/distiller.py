@@ -17,6 +17,7 @@ from fedftg.distill.steps import Task, generator_steps, student_steps
 from fedftg.distill.teachers import Teachers
 from fedftg.errors import InputError
 from fedftg.params import Params, clone, prefixed, unprefixed
+from fedftg.seeds import forked
 
 Progress = Callable[[int, int], None]
 """Called as ``progress(iterations done, iterations in all)``."""
@@ -99,7 +100,7 @@ class Distiller:
         task = self._task(student, teachers, class_counts, rng, lr_scale)
         dropout_seed = int(torch.randint(2**62, (), generator=rng))
         rows: list[Tensor] = []
-        with _borrowed(student, restore_buffers=self.config.restore_buffers), _seeded(dropout_seed, task.device):
+        with _borrowed(student, restore_buffers=self.config.restore_buffers), forked(dropout_seed, task.device):
             for batch in self._warmup_batches(task):
                 generator_steps(task, *batch)
             for done, batch in enumerate(self._batches(task, noise, labels), start=1):
@@ -151,7 +152,7 @@ class Distiller:
                 if moments:
                     # Adam counts its steps on the CPU, wherever the moments are.
                     self._optimizer.state[parameter] = {
-                        key: tensor if key == "step" else tensor.to(device) for key, tensor in moments.items()
+                        key: tensor.to("cpu" if key == "step" else device) for key, tensor in moments.items()
                     }
 
     def _new_optimizer(self) -> torch.optim.Adam:
@@ -249,15 +250,3 @@ def _borrowed(student: nn.Module, *, restore_buffers: bool) -> Iterator[None]:
             for name, buffer in student.named_buffers():
                 if name in buffers:
                     buffer.copy_(buffers[name])
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds torch's global randomness, which dropout uses, and puts it back afterwards."""
-    on_cuda = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if on_cuda else []):
-        torch.default_generator.manual_seed(seed)
-        if on_cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield

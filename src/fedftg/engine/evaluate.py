@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,14 +16,14 @@ from fedftg.params import Params
 class EvaluationConfig(BaseModel):
     """When and how models are evaluated."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     every: int = Field(default=1, ge=1, description="evaluate each so many rounds, and always after the last one")
     batch_size: int = Field(default=500, ge=1, description="changes speed and memory, not results")
     track_all: bool = Field(
         default=True, description="keep every client's last upload for the 'all' accuracy (one model per client)"
     )
-    targets: tuple[float, ...] = Field(
+    targets: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
         default=(), description="accuracies between 0 and 1; the summary says in which round each was first reached"
     )
 

@@ -12,15 +12,15 @@ from pydantic import BaseModel, ConfigDict
 from fedftg.algorithms.base import ClientResult, LocalRule, LocalTask
 from fedftg.data.federated import FederatedData
 from fedftg.engine.local_train import LocalConfig, train
-from fedftg.errors import ClientError
+from fedftg.errors import ClientError, InputError
 from fedftg.models.functional import FunctionalModel
-from fedftg.seeds import seed_for
+from fedftg.seeds import forked, seed_for
 
 
 class ExecutorConfig(BaseModel):
     """How the clients of a round are run."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Literal["sequential"] = "sequential"
 
@@ -46,6 +46,8 @@ class SequentialExecutor:
         for task in tasks:
             try:
                 yield self._run_one(rule, task)
+            except InputError:
+                raise
             except Exception as error:
                 raise ClientError(task.round, task.client, "local training", error) from error
 
@@ -59,8 +61,7 @@ class SequentialExecutor:
             min_batch=2 if self.model.has_batchnorm else 1,
         )
         # Dropout and the like draw from the global generator: give each client its own, and leave ours as it was.
-        with torch.random.fork_rng():
-            torch.manual_seed(seed_for(task.seed, task.round, task.client, "model"))
+        with forked(seed_for(task.seed, task.round, task.client, "model"), self.data.device):
             return train(self.model, rule, task, batches, self.data.class_counts[task.client], self.settings)
 
 

@@ -17,7 +17,7 @@ from fedftg.params import Params
 class LocalConfig(BaseModel):
     """SGD on a client. The defaults are those of the FedFTG paper's CIFAR experiments."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     lr: float = Field(default=0.1, gt=0, description="learning rate of the first round")
     lr_decay: float = Field(default=0.998, gt=0, le=1, description="factor per round; 1 keeps the rate")

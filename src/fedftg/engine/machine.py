@@ -24,14 +24,17 @@ def resolve_device(name: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device {name!r} needs an NVIDIA GPU and a CUDA build of torch; none is here, use device=cpu")
+    if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise InputError(f"device {name!r} is not there: GPUs are cuda:0 to cuda:{count - 1}; use one of them")
     return name
 
 
 @contextmanager
 def cpu_threads(wanted: int) -> Iterator[int]:
-    """Sets torch's threads for a while; 0 is the number of cores this process may use."""
+    """Sets torch's threads for a while; 0 leaves them as they are (torch's choice, or OMP_NUM_THREADS)."""
     before = torch.get_num_threads()
-    torch.set_num_threads(wanted or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(wanted or before)
     try:
         yield torch.get_num_threads()
     finally:

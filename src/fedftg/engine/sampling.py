@@ -10,7 +10,7 @@ from fedftg.seeds import SERVER, numpy_rng
 class CohortConfig(BaseModel):
     """Either a fixed ``size`` or a ``probability``; neither means that all clients take part."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     size: int | None = Field(default=None, ge=1, description="so many clients a round, drawn without replacement")
     probability: float | None = Field(
@@ -20,7 +20,7 @@ class CohortConfig(BaseModel):
     @model_validator(mode="after")
     def _only_one(self) -> CohortConfig:
         if self.size is not None and self.probability is not None:
-            raise ValueError("cohort.size and cohort.probability exclude each other; give one of them")
+            raise ValueError("size and probability exclude each other; give one of them")
         return self
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedftg.errors import InputError
 from fedftg.params import Params, clone
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -41,7 +42,7 @@ class FunctionalModel:
         """Logits ``(B, C)`` and the representation ``(B, F)``: what enters the model's last linear layer.
 
         Raises:
-            TypeError: the model has no ``nn.Linear`` layer.
+            InputError: the model has no ``nn.Linear`` layer.
         """
         module = self._training if train else self._evaluating
         head = last_linear(module)
@@ -68,7 +69,7 @@ def last_linear(module: nn.Module) -> nn.Linear:
     """The last ``nn.Linear`` in order of registration: the classifier layer of every common architecture."""
     linears = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
     if not linears:
-        raise TypeError(
+        raise InputError(
             f"{type(module).__name__} has no nn.Linear layer, so its representation is unknown; "
             "end the model with a linear classifier, or use an algorithm other than moon"
         )
@@ -78,8 +79,3 @@ def last_linear(module: nn.Module) -> nn.Linear:
 def values(module: nn.Module) -> tuple[Params, Params]:
     """Copies of a module's parameters and buffers."""
     return clone(dict(module.named_parameters())), clone(dict(module.named_buffers()))
-
-
-def count_parameters(params: Params) -> int:
-    """How many numbers the parameters hold."""
-    return sum(tensor.numel() for tensor in params.values())

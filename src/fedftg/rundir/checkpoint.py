@@ -8,21 +8,20 @@ written only when they changed. There is no random state: seeds are derived from
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
 
 from fedftg import params as tree
 from fedftg.algorithms.base import ServerState
 from fedftg.engine.memory import ClientRecord, ClientStore
 from fedftg.errors import InputError
 from fedftg.params import Params
-from fedftg.rundir.records import sync_folder, write_json
+from fedftg.rundir.records import write_atomically, write_json
 
 FORMAT = 1
 _SERVER_PARTS = ("params", "buffers", "server", "refiner")
@@ -54,15 +53,14 @@ def save(folder: Path, state: ServerState, clients: ClientStore) -> None:
             folder / name, {**tree.prefixed(record.memory, "memory/"), **tree.prefixed(record.upload, "upload/")}
         )
         client_files[str(client)] = name
-    sync_folder(folder / "clients")
     new_index = {"format": FORMAT, "round": state.round, "state": state_file, "clients": client_files}
     write_json(folder / "checkpoint.json", new_index)
     clients.changed.clear()
     _remove_unnamed(folder, {state_file, *client_files.values()})
 
 
-def load(folder: Path, device: str) -> Checkpoint | None:
-    """The last whole state, or None where none was written yet.
+def load(folder: Path) -> Checkpoint | None:
+    """The last whole state, in host memory, or None where none was written yet.
 
     Raises:
         InputError: a file is missing, torn or of another format.
@@ -70,11 +68,11 @@ def load(folder: Path, device: str) -> Checkpoint | None:
     if not (folder / "checkpoint.json").exists():
         return None
     index = _read_index(folder)
-    tensors = read_tensors(folder / index["state"], device)
+    tensors = read_tensors(folder / index["state"])
     parts = {part: tree.unprefixed(tensors, part + "/") for part in _SERVER_PARTS}
     clients = {}
     for client, name in index["clients"].items():
-        kept = read_tensors(folder / name, device)
+        kept = read_tensors(folder / name)
         clients[int(client)] = ClientRecord(tree.unprefixed(kept, "memory/"), tree.unprefixed(kept, "upload/"))
     state = ServerState(round=int(index["round"]), **parts)
     return Checkpoint(state, clients, tree.unprefixed(tensors, "change_sum/"))
@@ -82,22 +80,18 @@ def load(folder: Path, device: str) -> Checkpoint | None:
 
 def write_tensors(path: Path, tensors: Params, metadata: dict[str, str] | None = None) -> None:
     """A safetensors file with the order of names kept in its metadata; written aside, on disk, renamed."""
-    aside = path.with_name(path.name + ".part")
+    # Copies, because safetensors refuses tensors that share memory.
     whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(whole, aside, metadata={"order": json.dumps(list(tensors)), **(metadata or {})})
-    with aside.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    sync_folder(path.parent)
+    write_atomically(path, serialise(whole, metadata={"order": json.dumps(list(tensors)), **(metadata or {})}))
 
 
-def read_tensors(path: Path, device: str) -> Params:
+def read_tensors(path: Path) -> Params:
     """The tensors of `write_tensors`, in the order in which they were written.
 
     Sums over all tensors of a model depend on their order in the last bit, and safetensors sorts names by itself.
     """
     try:
-        with safe_open(path, framework="pt", device=device) as file:
+        with safe_open(path, framework="pt", device="cpu") as file:
             order = json.loads((file.metadata() or {}).get("order", "null")) or list(file.keys())
             return {name: file.get_tensor(name) for name in order}
     except (OSError, SafetensorError, ValueError) as error:

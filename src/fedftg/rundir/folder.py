@@ -13,7 +13,13 @@ from fedftg.errors import InputError
 from fedftg.rundir import records
 from fedftg.rundir.records import Record
 
-_FIRST_FILES = {"environment.json", "environment.json.part", "partition.json", "partition.json.part"}
+_FIRST_FILES = {
+    "environment.json",
+    "environment.json.part",
+    "partition.json",
+    "partition.json.part",
+    "config.toml.part",
+}
 """What a run that died before it was set up may leave; config.toml, written last, makes a folder a run."""
 
 
@@ -66,12 +72,12 @@ class RunFolder:
 
     def reopen(self, config_toml: str, environment: Record, num_rounds: int) -> None:
         """Makes the folder ready to go on after ``num_rounds`` rounds: what lies beyond them is dropped."""
+        self.summary_file.unlink(missing_ok=True)  # first: a summary says that the run is finished
         path = self.path / "environment.json"
         sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"]
         records.write_json(path, {"sessions": [*sessions, {**environment, "resumed_after_round": num_rounds}]})
         records.write_atomically(self.config_file, config_toml.encode())
         records.cut(self.rounds_file, num_rounds)
-        self.summary_file.unlink(missing_ok=True)
 
     def read_config(self) -> dict[str, Any]:
         """The settings that the run was started with.
@@ -85,7 +91,7 @@ class RunFolder:
             raise InputError(
                 f"{self.path} holds no run (no config.toml); give the folder of a run, such as runs/default"
             ) from None
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{self.config_file} is not valid TOML: {error}") from None
 
 
