@@ -68,12 +68,17 @@ Read = Callable[[Path], list[dict[str, Any]]]
 
 
 def assert_same_weights(left: Path, right: Path) -> None:
+    """State and clients; a client's file may be named after another round where checkpoints were rarer."""
     indices = [json.loads((folder / "checkpoint" / "checkpoint.json").read_text()) for folder in (left, right)]
-    assert indices[0] == indices[1]
-    for name in [indices[0]["state"], *indices[0]["clients"].values()]:
-        ours, theirs = (read_tensors(folder / "checkpoint" / name) for folder in (left, right))
+    assert indices[0]["round"] == indices[1]["round"]
+    assert indices[0]["clients"].keys() == indices[1]["clients"].keys()
+    files = [{"state": index["state"], **index["clients"]} for index in indices]
+    for key in files[0]:
+        ours, theirs = (
+            read_tensors(folder / "checkpoint" / names[key]) for folder, names in zip((left, right), files, strict=True)
+        )
         assert list(ours) == list(theirs)
-        assert all(ours[key].equal(theirs[key]) for key in ours), name
+        assert all(ours[name].equal(theirs[name]) for name in ours), key
 
 
 @pytest.fixture(scope="session")
