@@ -173,7 +173,7 @@ def test_list_names_everything(fedftg: Any) -> None:
 def test_interrupt_is_130_and_resumes_to_the_same(
     fedftg: Any, tiny: list[str], read_records: Any, tmp_path: Path, algorithm: str
 ) -> None:
-    """Ctrl-C in the evaluation of round 2, when its clients are done; the only checkpoint is the one that Ctrl-C makes."""
+    """Ctrl-C in the evaluation of round 2, when its clients are done; it makes the only checkpoint."""
     (tmp_path / "stopper.py").write_text(
         "import os, signal\n"
         "from pathlib import Path\n"
