@@ -106,6 +106,8 @@ def compare(given: Sequence[str], overrides: Sequence[str], out: Path, progress:
     """
     if len(given) < 2:
         raise InputError(f"compare needs two or more recipes or run folders, got {len(given)}")
+    if len(set(given)) < len(given):
+        raise InputError(f"compare got {next(item for item in given if given.count(item) > 1)!r} twice; name it once")
     folders = {item: Path(item) for item in given if RunFolder(Path(item)).config_file.is_file()}
     # All recipes are checked before the first is run, so that a typo in the last one costs no time.
     wanted = {item: _for_comparison(recipes.find(item), overrides) for item in given if item not in folders}

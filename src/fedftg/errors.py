@@ -21,6 +21,10 @@ class ClientError(RuntimeError):
         super().__init__(f"round {round}, client {client}, {stage}: {type(cause).__name__}: {cause}")
 
 
+_MOST_NAMES = 40
+"""More than so many are no longer read in one line."""
+
+
 def unknown(kind: str, got: str, allowed: Iterable[str]) -> InputError:
     """``unknown model 'restnet18'; did you mean 'resnet18'? allowed: cnn, lenet, ...``"""
     names = sorted(allowed)
@@ -29,6 +33,8 @@ def unknown(kind: str, got: str, allowed: Iterable[str]) -> InputError:
     close = difflib.get_close_matches(got.rpartition(".")[2], leaves, n=1, cutoff=0.5)
     near = [leaves[name] for name in close]
     hint = f"did you mean {near[0]!r}? " if near else ""
+    if len(names) > _MOST_NAMES:
+        return InputError(f"unknown {kind} {got!r}; {hint}'fedftg list' shows all {len(names)}")
     return InputError(f"unknown {kind} {got!r}; {hint}allowed: {', '.join(names)}")
 
 

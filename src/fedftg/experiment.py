@@ -48,8 +48,8 @@ class Run:
 
     folder: Path
     summary: Record
-    state: ServerState
-    model: torch.nn.Module
+    state: ServerState = field(repr=False)
+    model: torch.nn.Module = field(repr=False)
     """The deployed (refined) global model, in evaluation mode."""
 
 
