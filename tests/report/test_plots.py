@@ -78,7 +78,9 @@ def test_heatmap_sizes(clients: int, classes: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("counts", [[[0, 0], [0, 0]], [[1, 0], [0, 0], [5000, 3]]], ids=["empty", "log"])
 def test_heatmap_of_extreme_counts(counts: list[list[int]], tmp_path: Path) -> None:
-    size(partition_heatmap(counts, ["$a", "b"], tmp_path / "h.png", title="odd $ title"))
+    width, height = size(partition_heatmap(counts, ["$a", "b"], tmp_path / "h.png", title="odd $ title"))
+    assert width == 1200
+    assert 300 <= height <= 1300
 
 
 @pytest.mark.parametrize(("counts", "names"), [([], ["a"]), ([[1, 2]], ["a"]), ([[]], [])])
