@@ -122,7 +122,7 @@ fedftg.register_algorithm("mine", MineConfig)
         ("refiner.preset=papr", "unknown preset 'papr'; did you mean 'paper'?"),
         ("refiner.student_lrr=1", "unknown key 'refiner.student_lrr'; did you mean 'refiner.student_lr'?"),
         ("refiner.iterations=0", "refiner.iterations must be >= 1, got 0"),
-        ("partition.law=dirichelt", "partition.law must be 'iid' or 'dirichlet', got 'dirichelt'"),
+        ("partition.law=dirichelt", "partition.law must be 'iid', 'dirichlet', "),
         ("cohort.probability=1.5", "cohort.probability must be <= 1, got 1.5"),
         ("device=gpu", "device must be auto, cpu, cuda or cuda:N; got 'gpu'"),
         ("rounds", "--set needs key=value, got 'rounds'"),

@@ -8,7 +8,8 @@ from pydantic import ValidationError
 from sklearn.datasets import load_digits
 
 from fedftg.data import SOURCES, DataConfig, load
-from fedftg.data.sources import measured_normalisation, stratified_subset
+from fedftg.data.dataset import measured_normalisation
+from fedftg.data.sources import stratified_subset
 from fedftg.errors import InputError
 
 
@@ -137,7 +138,7 @@ def test_stratified_subset_by_hand():
 
 
 def test_constant_images_can_be_normalised():
-    assert measured_normalisation(np.full((2, 4, 4, 1), 51, dtype=np.uint8)) == ((pytest.approx(0.2),), (1 / 255,))
+    assert measured_normalisation(np.full((2, 1, 4, 4), 51, dtype=np.uint8)) == ((pytest.approx(0.2),), (1 / 255,))
 
 
 def test_real_cifar10(shared_data):

@@ -11,7 +11,7 @@ from fedftg import config as configs
 from fedftg import recipes
 from fedftg.data import sources
 from fedftg.data.config import DataConfig
-from fedftg.data.sources import ImageDataset
+from fedftg.data.dataset import ImageDataset
 from fedftg.rundir import checkpoint
 
 NAMES = recipes.names()

@@ -15,18 +15,48 @@ class DataConfig(BaseModel):
 
     name: str = Field(
         default="digits",
-        description="data set: digits, mnist5k, cifar10, cifar100, cifar100_coarse, or parquet for any folder",
+        description="data set by name (see 'fedftg list'), or hub, parquet, folder or arrays for data of your own",
     )
     root: Path | None = Field(
         default=None,
-        description="folder with train-*.parquet and test-*.parquet (or valid-*, validation-*), directly or in data/; "
-        "not used by the built-in sets digits and mnist5k",
+        description="folder (for arrays: file) that holds the data; without it sets of the HuggingFace hub are "
+        "downloaded once; not used by the built-in sets digits and mnist5k",
+    )
+    hub_id: str | None = Field(
+        default=None, description="data.name = 'hub' only: the data set's id on the HuggingFace hub, as owner/name"
+    )
+    subset: str | None = Field(
+        default=None, description="the hub's configuration of a data set; needed only where it has several"
+    )
+    revision: str | None = Field(
+        default=None, description="branch, tag or commit of a data set on the hub; none takes the newest"
+    )
+    train_split: str | None = Field(default=None, description="name of the training split; none takes train")
+    test_split: str | None = Field(
+        default=None, description="name of the test split; none takes test, valid, validation or val"
+    )
+    test_share: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="for sets that have no test split: this share of each class is held out for testing, the same in "
+        "every run; 0 asks for a test split",
     )
     image_column: str | None = Field(
         default=None, description="column that holds the images; needed only where several columns could be it"
     )
     label_column: str | None = Field(
-        default=None, description="column that holds the integer labels; needed only where several columns could be it"
+        default=None, description="column that holds the labels; needed only where several columns could be it"
+    )
+    renumber_labels: bool = Field(
+        default=False, description="number integer labels that have gaps or start above 0 from 0, in ascending order"
+    )
+    image_size: int | None = Field(
+        default=None, ge=8, le=1024, description="side in pixels that all images are resized to, once; none keeps them"
+    )
+    resize: Literal["crop", "stretch"] = Field(
+        default="crop",
+        description="crop: the shorter side becomes image_size and the middle is kept; stretch: both sides do",
     )
     max_train: int | None = Field(
         default=None, ge=1, description="use so many training images, the same in every run; none uses all"
@@ -34,10 +64,31 @@ class DataConfig(BaseModel):
     max_test: int | None = Field(
         default=None, ge=1, description="use so many test images, the same in every run; none uses all"
     )
-    augment: Literal["default", "none", "flip_crop"] = Field(
+    augment: Literal["default", "none", "flip", "crop", "flip_crop"] = Field(
         default="default",
-        description="random changes of training images; default is flip_crop for CIFAR and none for all others",
+        description="random changes of training images; default is what suits the data set (see docs/data.md)",
     )
+    cache: str = Field(
+        default="auto",
+        description="folder for decoded images; auto is FEDFTG_CACHE or the user's cache folder, none keeps them in "
+        "memory only",
+    )
+
+
+Law = Literal[
+    "iid",
+    "dirichlet",
+    "class_dirichlet",
+    "pathological",
+    "shards",
+    "quantity",
+    "linear",
+    "square",
+    "exponential",
+    "domain",
+    "natural",
+    "file",
+]
 
 
 class PartitionConfig(BaseModel):
@@ -45,18 +96,22 @@ class PartitionConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    law: Literal["iid", "dirichlet"] = Field(
-        default="dirichlet", description="iid: shuffled slices; dirichlet: each client has its own class proportions"
+    law: Law = Field(default="dirichlet", description="how samples are dealt to clients (see docs/data.md)")
+    num_clients: int = Field(
+        default=20,
+        ge=1,
+        description="1 is central training; at most one client per sample; not used by laws natural and file",
     )
-    num_clients: int = Field(default=20, ge=1, description="1 is central training; at most one client per sample")
     alpha: float = Field(
         default=0.3,
         gt=0,
         allow_inf_nan=False,
-        description="concentration of the Dirichlet law; 0.1 is very skewed, 100 nearly IID; not used by law iid",
+        description="concentration of the laws dirichlet, class_dirichlet and quantity; 0.1 is very skewed, 100 "
+        "nearly IID",
     )
     sizes: Literal["equal", "lognormal"] = Field(
-        default="equal", description="how many samples the clients hold: all the same, or log-normal with sigma"
+        default="equal",
+        description="laws iid and dirichlet: how many samples clients hold: all the same, or log-normal with sigma",
     )
     sigma: float = Field(
         default=0.0,
@@ -65,11 +120,49 @@ class PartitionConfig(BaseModel):
         description="spread of log-normal sizes; 0 gives equal sizes, 1 about a factor of 7 between "
         "the middle two thirds of the clients, above 2 few clients hold nearly everything",
     )
+    min_samples: int = Field(
+        default=0,
+        ge=0,
+        description="law class_dirichlet: the fewest samples of a client; the division is drawn again, at most 10 "
+        "times; 0 allows clients without data, which never take part",
+    )
+    classes_per_client: int = Field(default=2, ge=1, description="law pathological: how many classes a client holds")
+    shards_per_client: int = Field(
+        default=2, ge=1, description="law shards: blocks of the data sorted by class that a client gets (FedAvg: 2)"
+    )
+    column: str | None = Field(
+        default=None, description="laws domain and natural: the data set's column that holds domains or natural clients"
+    )
+    file: Path | None = Field(
+        default=None, description="law file: JSON with one list of training rows a client, such as partition.json"
+    )
+    feature_noise: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="standard deviation of Gaussian noise on the last client's normalised images; it falls linearly "
+        "to 1/num_clients of that on the first; 0 is no feature skew",
+    )
+    test_share: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of each client's samples that is held back, and on which accuracy per client is measured",
+    )
 
     @model_validator(mode="after")
-    def _sigma_is_used(self) -> PartitionConfig:
+    def _settings_fit_the_law(self) -> PartitionConfig:
         if self.sigma > 0 and self.sizes == "equal":
             raise ValueError(
                 f"sigma {self.sigma} has no effect with sizes 'equal'; set sizes to 'lognormal', or sigma to 0"
             )
+        if self.sizes == "lognormal" and self.law not in ("iid", "dirichlet"):
+            raise ValueError(
+                f"sizes 'lognormal' goes with law iid or dirichlet, got {self.law}; set sizes to 'equal', or "
+                "take law 'quantity' for sizes from a Dirichlet law"
+            )
+        if self.law in ("domain", "natural") and self.column is None:
+            raise ValueError(f"law {self.law} needs partition.column: the data set's column to divide by")
+        if self.law == "file" and self.file is None:
+            raise ValueError("law file needs partition.file: a JSON file with one list of training rows a client")
         return self

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedftg.data.augment import flip_crop
-from fedftg.data.sources import ImageDataset
+from fedftg.data.dataset import ImageDataset
 from fedftg.errors import InputError
 
 

@@ -37,6 +37,8 @@ def partition(labels: NDArray[np.integer], config: PartitionConfig, rng: np.rand
     if config.law == "iid":
         shuffled = rng.permutation(len(labels)).astype(np.int64)
         return [np.sort(part) for part in np.split(shuffled[: sizes.sum()], np.cumsum(sizes)[:-1])]
+    if config.law != "dirichlet":
+        raise InputError(f"partition.law {config.law!r} is not there yet; take iid or dirichlet")
     return _dirichlet(labels.astype(np.int64), sizes, config.alpha, rng)
 
 

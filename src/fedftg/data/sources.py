@@ -6,54 +6,23 @@ Splits and subsets do not depend on a run's seed, so that runs with different se
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fedftg.data import parquet
 from fedftg.data.config import DataConfig
+from fedftg.data.dataset import Augmentation, ImageDataset, measured_normalisation
 from fedftg.errors import InputError, unknown
 
-Augmentation = Literal["none", "flip_crop"]
 Array = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 
 CIFAR10_MEAN, CIFAR10_STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 """Per channel, of images scaled to 0..1; the constants of the paper's experiments."""
-
-
-@dataclass(frozen=True, eq=False)
-class ImageDataset:
-    """Images ``(N, D, H, W)`` as unsigned bytes and labels ``(N,)`` int64, all on the CPU."""
-
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-    class_names: tuple[str, ...]
-    mean: tuple[float, ...]
-    """Per channel, of images scaled to 0..1."""
-    std: tuple[float, ...]
-    """Per channel, of images scaled to 0..1."""
-    augment: Augmentation
-    """What training batches go through."""
-
-    @property
-    def num_classes(self) -> int:
-        """C: all classes that have a name, even one without images."""
-        return len(self.class_names)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """``(D, H, W)``."""
-        depth, height, width = self.train_images.shape[1:]
-        return depth, height, width
 
 
 def load(config: DataConfig, seed: int = 0) -> ImageDataset:
@@ -190,7 +159,7 @@ def _build(
     augment: Augmentation,
 ) -> ImageDataset:
     """The data set from images ``(N, H, W, D)``."""
-    mean, std = normalisation or measured_normalisation(train[0])
+    mean, std = normalisation or measured_normalisation(train[0].transpose(0, 3, 1, 2))
     return ImageDataset(
         train_images=torch.from_numpy(train[0]).permute(0, 3, 1, 2).contiguous(),
         train_labels=torch.from_numpy(train[1]),
@@ -201,21 +170,6 @@ def _build(
         std=std,
         augment=augment if config.augment == "default" else config.augment,
     )
-
-
-def measured_normalisation(images: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of images ``(N, H, W, D)``, scaled to 0..1, over all pixels.
-
-    The deviation is at least one grey level (1/255), so that a constant channel can be divided by it.
-    """
-    levels = np.arange(256) / 255
-    means, deviations = [], []
-    for channel in range(images.shape[-1]):
-        share = np.bincount(images[..., channel].ravel(), minlength=256) / images[..., channel].size
-        mean = float(share @ levels)
-        means.append(mean)
-        deviations.append(max(float(np.sqrt(share @ (levels - mean) ** 2)), 1 / 255))
-    return tuple(means), tuple(deviations)
 
 
 def stratified_subset(labels: Labels, count: int | None, seed: int) -> Labels:

@@ -1,0 +1,167 @@
+"""A data set as one value: images as unsigned bytes, labels, names, and what was done to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedftg.errors import InputError
+
+Augmentation = Literal["none", "flip", "crop", "flip_crop"]
+Channels = tuple[float, ...]
+
+_NORMALISED_AT_ONCE = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class ImageDataset:
+    """Images ``(N, D, H, W)`` as unsigned bytes and labels ``(N,)`` int64, all on the CPU.
+
+    The images may be a memory-mapped file: index them by rows, and do not copy them as a whole.
+    """
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    class_names: tuple[str, ...]
+    mean: Channels
+    """Per channel, of images scaled to 0..1."""
+    std: Channels
+    """Per channel, of images scaled to 0..1."""
+    augment: Augmentation = "none"
+    """What training batches go through."""
+    columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    """Further columns ``(N,)`` of the training rows, integers or strings: a domain, a writer."""
+    converted: Mapping[str, int] = field(default_factory=dict)
+    """How many images were not RGB as stored, by mode (``grey``, ``CMYK``, ...); all are RGB now, or all are grey."""
+
+    @property
+    def num_classes(self) -> int:
+        """C: all classes that have a name, even one without images."""
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """``(D, H, W)``."""
+        depth, height, width = self.train_images.shape[1:]
+        return depth, height, width
+
+    @classmethod
+    def from_tensors(
+        cls,
+        train_images: Tensor | NDArray[np.uint8],
+        train_labels: Tensor | NDArray[np.integer],
+        test_images: Tensor | NDArray[np.uint8],
+        test_labels: Tensor | NDArray[np.integer],
+        *,
+        class_names: Sequence[str] | None = None,
+        mean: Channels | None = None,
+        std: Channels | None = None,
+        augment: Augmentation = "none",
+        columns: Mapping[str, NDArray[Any]] | None = None,
+    ) -> ImageDataset:
+        """A data set of your own tensors or arrays, for ``fedftg.run(..., dataset=...)``.
+
+        Args:
+            train_images: ``(N, D, H, W)`` unsigned bytes, 1 or 3 channels; not copied where they are a CPU tensor.
+            train_labels: ``(N,)`` integers from 0.
+            test_images: as ``train_images``, of the same shape but for N, at least one.
+            test_labels: as ``train_labels``.
+            class_names: one a class; None names them by number, up to the largest training label.
+            mean: per channel, of images scaled to 0..1; None measures it over all training pixels.
+            std: likewise.
+            augment: "none" (default), "flip", "crop" or "flip_crop" (`fedftg.data.augment`).
+            columns: further columns ``(N,)`` of the training rows, for the partition laws "domain" and "natural".
+
+        Raises:
+            InputError: types, shapes or labels that do not fit; names the first row that is wrong.
+        """
+        images = {"train": _tensor(train_images), "test": _tensor(test_images)}
+        labels = {"train": _tensor(train_labels), "test": _tensor(test_labels)}
+        for split in ("train", "test"):
+            _check_split(split, images[split], labels[split])
+        if images["train"].shape[1:] != images["test"].shape[1:]:
+            raise InputError(
+                f"test images have shape {tuple(images['test'].shape[1:])}, training images "
+                f"{tuple(images['train'].shape[1:])}; give both the same"
+            )
+        count = int(labels["train"].max()) + 1 if class_names is None else len(class_names)
+        for split in ("train", "test"):
+            _check_labels(split, labels[split], count)
+        extra = {name: np.asarray(values) for name, values in (columns or {}).items()}
+        for name, values in extra.items():
+            if values.shape != tuple(labels["train"].shape):
+                raise InputError(
+                    f"column {name!r} has shape {values.shape}; it needs one value a training row, "
+                    f"{len(labels['train'])}"
+                )
+        measured = measured_normalisation(images["train"].numpy()) if mean is None or std is None else ((0.0,), (1.0,))
+        names = tuple(map(str, class_names if class_names is not None else range(count)))
+        return cls(
+            train_images=images["train"],
+            train_labels=labels["train"].to(torch.int64),
+            test_images=images["test"],
+            test_labels=labels["test"].to(torch.int64),
+            class_names=names,
+            mean=mean or measured[0],
+            std=std or measured[1],
+            augment=augment,
+            columns=extra,
+        )
+
+
+def measured_normalisation(images: NDArray[np.uint8]) -> tuple[Channels, Channels]:
+    """Mean and standard deviation per channel of images ``(N, D, H, W)``, scaled to 0..1, over all pixels.
+
+    Read a few thousand images at a time, so a memory-mapped file does not fill memory. The deviation is at least one
+    grey level (1/255), so that a constant channel can be divided by it.
+    """
+    channels = images.shape[1]
+    counts = np.zeros((channels, 256), dtype=np.int64)
+    for start in range(0, len(images), _NORMALISED_AT_ONCE):
+        part = images[start : start + _NORMALISED_AT_ONCE]
+        for channel in range(channels):
+            counts[channel] += np.bincount(part[:, channel].ravel(), minlength=256)
+    levels = np.arange(256) / 255
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    means = shares @ levels
+    deviations = [
+        max(float(np.sqrt(share @ (levels - mean) ** 2)), 1 / 255) for share, mean in zip(shares, means, strict=True)
+    ]
+    return tuple(map(float, means)), tuple(deviations)
+
+
+def _tensor(values: Any) -> Tensor:
+    return values.detach().cpu() if isinstance(values, Tensor) else torch.from_numpy(np.ascontiguousarray(values))
+
+
+def _check_split(split: str, images: Tensor, labels: Tensor) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise InputError(
+            f"{split} images must be unsigned bytes of shape (N, D, H, W) with 1 or 3 channels, got {images.dtype} of "
+            f"shape {tuple(images.shape)}; scale to 0..255 and put the channels before height and width"
+        )
+    if len(images) == 0:
+        raise InputError(f"there are no {split} images; a split needs at least one")
+    if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool or len(labels) != len(images):
+        raise InputError(
+            f"{split} labels must be {len(images)} integers, one an image, got {labels.dtype} of shape "
+            f"{tuple(labels.shape)}"
+        )
+
+
+def _check_labels(split: str, labels: Tensor, num_classes: int) -> None:
+    wrong = ((labels < 0) | (labels >= num_classes)).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        raise InputError(
+            f"{split} row {row}: label {int(labels[row])} is outside 0..{num_classes - 1}; number the classes from 0, "
+            "or give class_names for all of them"
+        )
