@@ -104,3 +104,19 @@ def test_wrong_sizes_are_told_in_one_line(arguments: tuple[object, ...], message
 def test_wrong_upsamplings() -> None:
     with pytest.raises(InputError, match="upsamplings of a generator must be >= 1, got 0"):
         Generator(5, 4, (3, 8, 8), upsamplings=0)
+
+
+@pytest.mark.parametrize(
+    ("width", "upsamplings", "expected"),
+    [
+        (64, 1, [64]),
+        (64, 2, [128, 64]),
+        (64, 4, [128, 64, 32, 16]),
+        (64, 6, [128, 64, 32, 16, 8, 8]),
+        (4, 3, [8, 4, 4]),
+    ],
+)
+def test_channels_halve_beyond_the_second_upsampling(width, upsamplings, expected):
+    generator = Generator(5, 4, (3, 64, 64), width=width, upsamplings=upsamplings)
+    assert [block[0].out_channels for block in generator.blocks] == expected
+    assert generator.to_image.in_channels == expected[-1]

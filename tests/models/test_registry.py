@@ -25,6 +25,7 @@ def size(model):
         ("lenet", 62_006),
         ("lenet_gn", 62_050),
         ("lenet_bn", 62_050),
+        ("convnet", 94_762),
         ("cnn", 797_962),
         ("resnet18", 11_181_642),
         ("resnet18_gn", 11_181_642),

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from fedftg.errors import InputError, unknown
-from fedftg.models import cnn, resnet
+from fedftg.models import cnn, convnet, resnet
 
 Factory = Callable[..., nn.Module]
 
@@ -23,6 +23,7 @@ MODELS: dict[str, Factory] = {
     "lenet_gn": cnn.lenet_gn,
     "lenet_bn": cnn.lenet_bn,
     "cnn": cnn.cnn,
+    "convnet": convnet.convnet,
     "resnet18": resnet.resnet18,
     "resnet18_gn": resnet.resnet18_gn,
     "resnet18_cifar": resnet.resnet18_cifar,
