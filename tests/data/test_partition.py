@@ -185,6 +185,8 @@ def test_skew_by_hand():
     assert measured["effective_classes"] == pytest.approx(1.5)
     assert (measured["size_min"], measured["size_max"]) == (0, 4)
     assert measured["size_mean"] == pytest.approx(8 / 3)
+    assert measured["empty_clients"] == 1
+    assert list(measured)[-1] == "empty_clients"
 
 
 def test_skew_of_nothing():

@@ -3,13 +3,16 @@
 import math
 import struct
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fedftg.errors import InputError
+from fedftg.report import plots
 from fedftg.report.load import RunRecord
-from fedftg.report.plots import accuracy_plot, partition_heatmap, running_mean
+from fedftg.report.plots import accuracy_plot, partition_heatmap, partition_sizes, running_mean
 
 
 def run_of(name: str, values: list[float], refiner: str = "none", every: int = 1, all_: bool = True) -> RunRecord:
@@ -67,7 +70,7 @@ def test_path_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         accuracy_plot([run_of("a", [0.1])], tmp_path / "file" / "plot.png")
 
 
-@pytest.mark.parametrize(("clients", "classes"), [(1, 2), (5, 2), (20, 10), (100, 100), (1000, 200)])
+@pytest.mark.parametrize(("clients", "classes"), [(1, 2), (5, 2), (20, 10), (100, 100), (401, 3), (1000, 200)])
 def test_heatmap_sizes(clients: int, classes: int, tmp_path: Path) -> None:
     counts = [[(client * 7 + klass * 3) % 11 for klass in range(classes)] for client in range(clients)]
     path = partition_heatmap(counts, [f"class {index}" for index in range(classes)], tmp_path / "h.png")
@@ -87,6 +90,40 @@ def test_heatmap_of_extreme_counts(counts: list[list[int]], tmp_path: Path) -> N
 def test_heatmap_refuses_what_does_not_fit(counts: list[list[int]], names: list[str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="need at least one client"):
         partition_heatmap(counts, names, tmp_path / "h.png")
+
+
+def test_many_clients_are_sorted_and_averaged_by_hand() -> None:
+    """Most of class 0 first, then of class 1, then the client without samples; two are a row."""
+    counts = np.array([[0.0, 4.0], [3.0, 1.0], [0.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
+    assert plots._binned(counts, 2).tolist() == [[2.5, 0.5], [0.0, 3.0], [0.0, 0.0]]
+
+
+def test_equally_big_classes_take_turns() -> None:
+    """Client k prefers class k - 1 modulo 3 among equals, then k - 2: here 2, 0 and 1, so client 0 comes last."""
+    counts = np.array([[1.0, 0.0, 1.0], [1.0, 1.0, 0.0], [1.0, 1.0, 0.0]])
+    assert plots._binned(counts, 1).tolist() == [[1, 1, 0], [1, 1, 0], [1, 0, 1]]
+
+
+@pytest.mark.slow
+def test_heatmap_of_ten_thousand_clients_is_fast(tmp_path: Path) -> None:
+    counts = [[(client * 7 + klass * 3) % 11 for klass in range(200)] for client in range(10_000)]
+    start = time.perf_counter()
+    partition_heatmap(counts, [str(index) for index in range(200)], tmp_path / "h.png")
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [[7], [500] * 100, [3, 400, 20_000], [0, 0, 5], [0, 0], [1, 2], list(range(1, 10_001)), [1] * 9_999 + [10**6]],
+    ids=["one", "equal", "three", "some-empty", "all-empty", "two", "many", "one-holds-nearly-all"],
+)
+def test_size_histograms(sizes: list[int], tmp_path: Path) -> None:
+    assert size(partition_sizes(sizes, tmp_path / "s.png", title="odd $ title")) == (1200, 500)
+
+
+def test_size_histogram_of_nobody(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one client"):
+        partition_sizes([], tmp_path / "s.png")
 
 
 def test_pyplot_is_not_imported(tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def test_partition_table_by_hand() -> None:
     assert rows[1] == ["1", "0", "0", "-", "-"]
     assert rows[2] == ["2", "5", "1", "[dog]", "100%"]
     assert "3 clients, 9 samples, 2 classes" in text
-    assert "total_variation 0.25" in text
+    assert "mean total variation, 0 if IID: 0.25" in text
 
 
 def test_partition_table_of_many_clients() -> None:
@@ -216,3 +216,11 @@ def test_partition_table_of_many_clients() -> None:
     lines = rendered(partition_table([[client] for client in range(100)], ["a"], {}))
     assert sum(line.rstrip().endswith("%") for line in lines) == 19
     assert any("20 to 99" in line and "80 more clients" in line for line in lines)
+
+
+def test_partition_table_shows_what_is_held_back() -> None:
+    lines = rendered(partition_table([[3, 1], [0, 5]], ["a", "b"], {"size_mean": 4.5, "size_max": 12345.0}, [1, 2]))
+    assert [line.split()[:3] for line in lines[2:4]] == [["0", "4", "1"], ["1", "5", "2"]]
+    text = "\n".join(lines)
+    assert "mean samples of a client: 4.5" in text
+    assert "most samples of a client: 12345" in text

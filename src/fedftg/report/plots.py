@@ -28,6 +28,12 @@ SMOOTH_FROM = 200
 """From so many evaluations on, lines are running means of `WINDOW` evaluations above the faint single values."""
 WINDOW = 10
 
+BINNED_FROM = 401
+"""From so many clients on, a heatmap's rows would be thinner than three pixels, and are means of several clients."""
+_MOST_ROWS = 250
+_LONGEST_TITLE = 120
+"""Characters: what fits into the width."""
+
 # Okabe and Ito's colours without yellow and black: told apart with any colour vision, readable on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -76,7 +82,8 @@ def partition_heatmap(
     """Clients x classes as PNG, with each client's size as a bar; returns ``path``.
 
     Classes that a client has no sample of are white. Counts are written into the cells while they are readable. Where
-    one client holds more than 8 times the median, the colours are logarithmic.
+    one client holds more than 8 times the median, the colours are logarithmic. From `BINNED_FROM` clients on, clients
+    are sorted by their biggest class, and a row is the mean of several.
 
     Raises:
         ValueError: no client, no class, or rows that do not fit the names.
@@ -84,8 +91,11 @@ def partition_heatmap(
     """
     if not class_counts or not class_names or any(len(row) != len(class_names) for row in class_counts):
         raise ValueError(f"need at least one client, and {len(class_names)} counts for each")
-    counts = np.asarray(class_counts, dtype=np.int64)
+    counts = np.asarray(class_counts, dtype=np.float64)
     clients, classes = counts.shape
+    together = math.ceil(clients / _MOST_ROWS) if clients >= BINNED_FROM else 1
+    if together > 1:
+        counts = _binned(counts, together)
     height = min(max(4.0, 1.8 + 0.26 * clients), 13.0)
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     grid = figure.add_gridspec(1, 2, width_ratios=(5, 1))
@@ -94,26 +104,63 @@ def partition_heatmap(
     norm = _norm(counts)
     # From 0.15 on, so that one sample can be told from none.
     shades = ListedColormap(matplotlib.colormaps["YlGnBu"](np.linspace(0.15, 1.0, 256))).with_extremes(bad="white")
+    # A row is as high as its clients are many, so that the axis counts clients.
+    extent = (-0.5, classes - 0.5, len(counts) * together - 0.5, -0.5)
     shown = np.ma.masked_equal(counts, 0)
-    image = axes.imshow(shown, aspect="auto", cmap=shades, norm=norm, interpolation="nearest")
-    bar = figure.colorbar(image, ax=bars, label="samples of a class", fraction=0.2, pad=0.05, aspect=5 * height)
+    image = axes.imshow(shown, aspect="auto", cmap=shades, norm=norm, interpolation="nearest", extent=extent)
+    label = "samples of a class" + (", mean of a row's clients" if together > 1 else "")
+    bar = figure.colorbar(image, ax=bars, label=label, fraction=0.2, pad=0.05, aspect=5 * height)
     if isinstance(norm, LogNorm):
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     else:
-        bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+        bar.ax.yaxis.set_major_locator(MaxNLocator(integer=counts.max() >= 5))
     if clients <= 45 and classes <= 20:
         _write_counts(axes, counts, norm)
     _label_classes(axes, class_names)
-    axes.set(xlabel="class", ylabel="client")
+    sorted_note = f"clients, sorted by their biggest class; a row is the mean of {together}"
+    axes.set(xlabel="class", ylabel=sorted_note if together > 1 else "client")
     axes.yaxis.set_major_locator(MaxNLocator(nbins=45 if clients <= 45 else 20, integer=True))
     axes.set_ylim(clients - 0.5, -0.5)
-    sizes = counts.sum(axis=1)
-    bars.barh(np.arange(clients), sizes, height=0.8 if clients <= 100 else 1.0, color="#5A6B7B")
-    bars.set(xlabel="samples", xlim=(0, max(int(sizes.max()), 1) * 1.05))
-    bars.xaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
-    bars.tick_params(labelleft=False, left=False)
-    bars.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title if title is not None else f"{clients} clients, {classes} classes", parse_math=False)
+    _size_bars(bars, counts.sum(axis=1), together)
+    shown_title = title if title is not None else f"{clients} clients, {classes} classes"
+    figure.suptitle(_cut(shown_title, _LONGEST_TITLE), parse_math=False)
+    return _save(figure, path)
+
+
+def partition_sizes(sizes: Sequence[int], path: Path, title: str | None = None) -> Path:
+    """How many clients hold how many samples, as PNG; returns ``path``.
+
+    Clients without samples are told in the note above. Where sizes span more than a factor of 50, the axis is
+    logarithmic.
+
+    Raises:
+        ValueError: no client.
+        InputError: the file cannot be written.
+    """
+    if not len(sizes):
+        raise ValueError("need at least one client")
+    held = np.asarray(sizes, dtype=np.int64)
+    filled = held[held > 0]
+    figure = Figure(figsize=(WIDTH, 5.0), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(xlabel="samples of a client", ylabel="clients")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.7)
+    axes.set_axisbelow(True)
+    note = f"{len(held)} clients"
+    if len(filled):
+        _draw_sizes(axes, filled)
+        low, high = int(filled.min()), int(filled.max())
+        note += (
+            f", {low} samples each"
+            if low == high
+            else f" of {low} to {high} samples, mean {_brief(float(filled.mean()))}"
+        )
+    if len(filled) < len(held):
+        note += f"; {len(held) - len(filled)} without samples are not drawn"
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axes.set_title(note, loc="left", fontsize=10)
+    figure.suptitle(_cut(title if title is not None else "sizes of clients", _LONGEST_TITLE), parse_math=False)
     return _save(figure, path)
 
 
@@ -220,15 +267,68 @@ def _decorate(axes: Axes, runs: Sequence[RunRecord], title: str) -> None:
         axes.set(xlim=(0, 1), ylim=(0, 100))
 
 
-def _norm(counts: NDArray[np.int64]) -> Normalize:
+def _draw_sizes(axes: Axes, sizes: NDArray[np.int64]) -> None:
+    low, high = int(sizes.min()), int(sizes.max())
+    if high > 50 * low:
+        edges = np.geomspace(low - 0.5, high + 0.5, 31)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    else:
+        # Bins hold equally many whole numbers, or the same law shows a comb.
+        width = max(1, math.ceil((high - low + 1) / 40))
+        edges = np.arange(low - 0.5, high + 0.5 + width, width)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
+        # One size, or a few, stand in the middle of an axis instead of filling it.
+        margin = max(width, 6 - (high - low)) * 0.75
+        axes.set_xlim(edges[0] - margin, edges[-1] + margin)
+    axes.hist(sizes, bins=edges.tolist(), color="#5A6B7B", rwidth=0.9)
+    mean, median = float(sizes.mean()), float(np.median(sizes))
+    if high > low:
+        axes.axvline(mean, color=_COLOURS[1], linewidth=1.5, label=f"mean {_brief(mean)}")
+        axes.axvline(median, color=_COLOURS[0], linewidth=1.5, linestyle="--", label=f"median {_brief(median)}")
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0.2)
+
+
+def _brief(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def _binned(counts: NDArray[np.float64], together: int) -> NDArray[np.float64]:
+    """Means over ``together`` clients each, in the order of their biggest class, those with most of it first.
+
+    Equally big classes take turns from client to client: always the first of them would bend the diagonal.
+    """
+    clients, classes = counts.shape
+    turn = (
+        (np.arange(classes) - np.arange(clients)[:, None]) % classes / classes
+    )  # below 1: decides between equals only
+    biggest = counts.max(axis=1)
+    klass = np.where(biggest > 0, (counts + turn).argmax(axis=1), classes)  # clients without samples come last
+    ordered = counts[np.lexsort((-biggest, klass))]
+    starts = np.arange(0, clients, together)
+    return np.add.reduceat(ordered, starts) / np.diff(starts, append=clients)[:, None]
+
+
+def _size_bars(axes: Axes, sizes: NDArray[np.float64], together: int) -> None:
+    """One bar a row, beside the heatmap; ``together`` clients are a row."""
+    places = np.arange(len(sizes)) * together + (together - 1) / 2
+    height = together * (0.8 if len(sizes) <= 100 else 1.0)
+    axes.barh(places, sizes, height=height, color="#5A6B7B")
+    axes.set(xlabel="samples" + (" (mean)" if together > 1 else ""), xlim=(0, max(float(sizes.max()), 1) * 1.05))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
+    axes.tick_params(labelleft=False, left=False)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _norm(counts: NDArray[np.float64]) -> Normalize:
     sizes = counts.sum(axis=1)
-    high = max(int(counts.max()), 1)
-    if int(sizes.max()) > 8 * float(np.median(sizes)) and high > 10:
-        return LogNorm(1, high)
+    high = max(float(counts.max()), 1.0)
+    if float(sizes.max()) > 8 * float(np.median(sizes)) and high > 10:
+        return LogNorm(min(1.0, float(counts[counts > 0].min())), high)
     return Normalize(0, high)
 
 
-def _write_counts(axes: Axes, counts: NDArray[np.int64], norm: Normalize) -> None:
+def _write_counts(axes: Axes, counts: NDArray[np.float64], norm: Normalize) -> None:
     for client, klass in zip(*np.nonzero(counts), strict=True):
         value = int(counts[client, klass])
         colour = "white" if float(norm(value)) > 0.55 else "#222222"

@@ -18,6 +18,16 @@ LAST = 10
 
 SHOWN_CLIENTS = 20
 
+_MEASURES = {
+    "total_variation": "mean total variation, 0 if IID",
+    "effective_classes": "mean effective classes of a client",
+    "size_min": "fewest samples of a client",
+    "size_mean": "mean samples of a client",
+    "size_max": "most samples of a client",
+    "empty_clients": "clients without samples",
+}
+"""What the measures of a partition are called where people read them."""
+
 _NOT_COMPARED = ("name", "refiner", "device", "threads", "plugins", "executor", "checkpoint")
 """Settings in which a run and its base may differ without a note: they change no result, or are the comparison."""
 
@@ -69,6 +79,8 @@ class Row:
     gain: Gain | None
     """None where the run is a base or has none in this comparison."""
     seconds: float
+    clients: str | None
+    """Accuracy of the deployed model over clients on what they hold back, as a sentence; None where they do not."""
 
 
 def score(rounds: Sequence[int], values: Sequence[float]) -> Score | None:
@@ -108,6 +120,7 @@ def comparison_rows(runs: Sequence[RunRecord]) -> list[Row]:
                 is_base=run.refiner == "none" and any(_base_of(other, bases) is run for other in runs),
                 gain=gain,
                 seconds=run.seconds,
+                clients=_client_accuracy(run, name),
             )
         )
     return rows
@@ -184,7 +197,10 @@ def markdown_table(runs: Sequence[RunRecord]) -> str:
 
 
 def partition_table(
-    class_counts: Sequence[Sequence[int]], class_names: Sequence[str], skew: Mapping[str, float]
+    class_counts: Sequence[Sequence[int]],
+    class_names: Sequence[str],
+    skew: Mapping[str, float],
+    held_back: Sequence[int] | None = None,
 ) -> Table:
     """Per client: size, number of classes, biggest class; after the first 20 clients one line about the rest.
 
@@ -192,24 +208,29 @@ def partition_table(
         class_counts: clients x classes.
         class_names: one name per class.
         skew: measures of the whole partition, shown below the table.
+        held_back: how many of each client's samples are for its own test; None has no such column.
     """
     sizes = [sum(counts) for counts in class_counts]
     present = [sum(count > 0 for count in counts) for counts in class_counts]
-    measures = "   ".join(f"{name} {value:.3g}" for name, value in skew.items())
-    caption = f"{len(sizes)} clients, {sum(sizes)} samples, {len(class_names)} classes\n{measures}".rstrip()
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, caption=Text(caption), caption_justify="left")
-    for header in ("client", "samples", "classes"):
-        table.add_column(header, justify="right")
+    lines = [f"{len(sizes)} clients, {sum(sizes)} samples, {len(class_names)} classes"]
+    lines += [f"{_MEASURES.get(name, name)}: {_measure(value)}" for name, value in skew.items()]
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, caption=Text("\n".join(lines)), caption_justify="left"
+    )
+    columns = {"samples": sizes, **({"held back": held_back} if held_back is not None else {}), "classes": present}
+    for header in ("client", *columns):
+        table.add_column(header, justify="right", no_wrap=True)
     table.add_column("biggest class", overflow="fold")
-    table.add_column("its share", justify="right")
+    table.add_column("its share", justify="right", no_wrap=True)
     for client, counts in enumerate(class_counts[:SHOWN_CLIENTS]):
         top = max(range(len(counts)), key=lambda index: counts[index])
         name, share = (class_names[top], f"{counts[top] / sizes[client]:.0%}") if sizes[client] else ("-", "-")
-        table.add_row(str(client), str(sizes[client]), str(present[client]), Text(name), share)
+        table.add_row(str(client), *(str(values[client]) for values in columns.values()), Text(name), share)
     if len(sizes) > SHOWN_CLIENTS:
         rest = slice(SHOWN_CLIENTS, None)
         table.add_section()
-        table.add_row("", _span(sizes[rest]), _span(present[rest]), f"{len(sizes[rest])} more clients", "")
+        spans = [_span(values[rest]) for values in columns.values()]
+        table.add_row("", *spans, f"{len(sizes[rest])} more clients", "")
     return table
 
 
@@ -269,10 +290,21 @@ def _notes(rows: Sequence[Row], below: str) -> list[str]:
             notes.append(
                 f"{row.name} and its base {row.gain.base} differ also in {', '.join(row.gain.differs[:4])}{more}."
             )
+    notes += [row.clients for row in rows if row.clients]
     unfinished = [row.name for row in rows if not row.finished]
     if unfinished:
         notes.append(f"Unfinished: {', '.join(unfinished)}.")
     return notes
+
+
+def _client_accuracy(run: RunRecord, name: str) -> str | None:
+    kind = "selected" if run.refiner == "none" else "refined"
+    found = [(record["round"], record["client_accuracy"][kind]) for record in run.rounds if "client_accuracy" in record]
+    if not found:
+        return None
+    number, values = found[-1]
+    mean, worst, spread = (_percent(float(values[key])) for key in ("mean", "worst_10", "std"))
+    return f"{name}, per client (round {number}): mean {mean}, worst 10 % {worst}, standard deviation {spread}."
 
 
 def _name_cell(row: Row) -> Text:
@@ -318,6 +350,10 @@ def _rounds(row: Row, of: str) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def _measure(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 100 and not value.is_integer() else f"{value:.0f}"
 
 
 def _span(values: Sequence[int]) -> str:
