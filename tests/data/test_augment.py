@@ -1,19 +1,24 @@
 import pytest
 import torch
 
-from fedftg.data.augment import flip_crop
+from fedftg.data.augment import augment
 
 
-def slow(images, rng):
-    """One image and one pixel at a time, from the same numbers."""
+def flip_crop(images, rng):
+    return augment(images, "flip_crop", rng)
+
+
+def slow(images, rng, flips=True):
+    """One image and one pixel at a time, from the same numbers; the padding is 12 / 8, 8 / 8 or 32 / 8 rounded up."""
     size, _, height, width = images.shape
-    flipped = torch.rand(size, generator=rng) < 0.5
+    padding = {8: 1, 12: 2, 32: 4, 28: 4, 64: 8}[width]
+    flipped = torch.rand(size, generator=rng) < 0.5 if flips else torch.zeros(size)
     cropped = torch.rand(size, generator=rng) < 0.5
-    offsets = torch.randint(0, 9, (size, 2), generator=rng)
+    offsets = torch.randint(0, 2 * padding + 1, (size, 2), generator=rng)
     result = torch.zeros_like(images)
     for b in range(size):
         image = images[b].flip(-1) if flipped[b] else images[b]
-        down, right = (int(offset) - 4 for offset in offsets[b]) if cropped[b] else (0, 0)
+        down, right = (int(offset) - padding for offset in offsets[b]) if cropped[b] else (0, 0)
         for y in range(height):
             for x in range(width):
                 if 0 <= y + down < height and 0 <= x + right < width:
@@ -33,14 +38,37 @@ def test_equals_the_slow_way(shape, dtype):
     assert torch.equal(images, before)
 
 
+@pytest.mark.parametrize("size", [8, 28, 64])
+def test_crop_mirrors_nothing(size):
+    images = torch.randint(1, 255, (20, 1, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    changed = augment(images, "crop", torch.Generator().manual_seed(3))
+    assert torch.equal(changed, slow(images, torch.Generator().manual_seed(3), flips=False))
+    assert not torch.equal(changed, images)
+
+
+def test_flip_mirrors_half_and_shifts_nothing():
+    images = torch.arange(1, 65, dtype=torch.uint8).view(1, 1, 8, 8).repeat(1000, 1, 1, 1)
+    changed = augment(images, "flip", torch.Generator().manual_seed(0))
+    mirrored = (changed == images.flip(-1)).all(dim=(1, 2, 3))
+    assert bool((mirrored | (changed == images).all(dim=(1, 2, 3))).all())
+    assert mirrored.float().mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_none_draws_nothing():
+    images, rng = torch.zeros(2, 1, 8, 8), torch.Generator().manual_seed(0)
+    before = rng.get_state()
+    assert augment(images, "none", rng) is images
+    assert torch.equal(rng.get_state(), before)
+
+
 def test_half_are_flipped_and_half_cropped():
     images = torch.arange(1, 65, dtype=torch.uint8).view(1, 1, 8, 8).repeat(4000, 1, 1, 1)
     changed = flip_crop(images, torch.Generator().manual_seed(0))
     same = (changed == images).all(dim=(1, 2, 3)).float().mean()
     mirrored = (changed == images.flip(-1)).all(dim=(1, 2, 3)).float().mean()
-    # Each: 1/2 * (1/2 uncropped + 1/2 cropped at no shift, 1/81) = 0.2531; 3 sigma of 4000 draws is 0.021.
-    assert same == pytest.approx(0.2531, abs=0.021)
-    assert mirrored == pytest.approx(0.2531, abs=0.021)
+    # Each: 1/2 * (1/2 uncropped + 1/2 cropped at no shift, 1/9) = 0.2778; 3 sigma of 4000 draws is 0.021.
+    assert same == pytest.approx(0.2778, abs=0.021)
+    assert mirrored == pytest.approx(0.2778, abs=0.021)
 
 
 def test_leaves_the_global_random_state():

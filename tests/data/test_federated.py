@@ -134,3 +134,53 @@ def test_global_random_state_is_untouched(data):
     state = torch.get_rng_state()
     draw(data, 0, num_epochs=2)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_held_back_samples_are_tested_on_and_never_trained_on():
+    parts, held = [np.arange(0, 8), np.arange(10, 14)], [np.array([8, 9]), np.arange(14, 19)]
+    data = FederatedData(make_dataset(), parts, held_back=held)
+    assert sorted(chain(*draw(data, 0))) == list(range(8))
+    assert data.holds_back
+    assert [data.num_held_back(client) for client in range(2)] == [2, 5]
+    assert data.class_counts.sum().item() == 12
+    batches = list(data.held_back_batches(3))
+    assert [len(labels) for _, labels, _ in batches] == [3, 3, 1]
+    assert torch.cat([owners for _, _, owners in batches]).tolist() == [0, 0, 1, 1, 1, 1, 1]
+    found = samples([(images, labels) for images, labels, _ in batches])
+    assert list(chain(*found)) == [8, 9, 14, 15, 16, 17, 18]
+
+
+def test_nothing_is_held_back_unless_asked(data):
+    assert not data.holds_back
+    assert data.num_held_back(3) == 0
+    assert list(data.held_back_batches(4)) == []
+
+
+def test_held_back_needs_a_list_a_client():
+    with pytest.raises(ValueError, match="one index list a client, 2, got 1"):
+        FederatedData(make_dataset(), [[0], [1]], held_back=[[2]])
+    with pytest.raises(ValueError, match="outside the 20 training samples"):
+        FederatedData(make_dataset(), [[0]], held_back=[[20]])
+
+
+def test_noise_of_each_client_has_its_level():
+    """8x8 pixels of 10 images: the deviation of 640 draws is within 10 % of the level."""
+    parts, held = [np.arange(0, 10), np.arange(10, 20)], [np.arange(0, 10), np.arange(10, 20)]
+    clean = FederatedData(make_dataset(), parts, held_back=held)
+    noisy = FederatedData(make_dataset(), parts, held_back=held, noise=[0.0, 0.5])
+    settings = {"num_epochs": 1, "num_steps": None, "batch_size": 10}
+    for client, level in ((0, 0.0), (1, 0.5)):
+        (plain, _), (changed, _) = (
+            next(data.batches(client, rng=torch.Generator().manual_seed(0), **settings)) for data in (clean, noisy)
+        )
+        assert (changed - plain).std().item() == pytest.approx(level, rel=0.1)
+    sizes = {}
+    for size in (3, 10):
+        images, labels, owners = map(torch.cat, zip(*noisy.held_back_batches(size), strict=True))
+        sizes[size] = images
+        assert labels.tolist() == [i % 3 for i in range(20)]
+        assert owners.tolist() == [0] * 10 + [1] * 10
+    assert torch.equal(sizes[3], sizes[10])
+    plain = torch.cat([images for images, _, _ in clean.held_back_batches(20)])
+    assert torch.equal(sizes[3][:10], plain[:10])
+    assert (sizes[3] - plain)[10:].std().item() == pytest.approx(0.5, rel=0.1)

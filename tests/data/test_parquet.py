@@ -44,9 +44,9 @@ def test_reads_the_hub_layout(tmp_path, hub, inside, test):
 def test_single_files_without_numbers_raw_bytes_and_no_metadata(tmp_path, hub):
     content = [hub.encode(image) for image in hub.colour(4, size=8)]
     for split in ("train", "test"):
-        hub.write(tmp_path / f"{split}.parquet", content, {"y": [0, 3, 1, 1]}, raw=True, metadata=False)
+        hub.write(tmp_path / f"{split}.parquet", content, {"y": [0, 2, 1, 1]}, raw=True, metadata=False)
     data = read(tmp_path)
-    assert data.class_names == ("0", "1", "2", "3")
+    assert data.class_names == ("0", "1", "2")
     assert torch.equal(data.train_images, torch.from_numpy(hub.colour(4, size=8)).permute(0, 3, 1, 2))
 
 
@@ -86,6 +86,8 @@ def test_mixed_modes_become_rgb(tmp_path, hub):
     assert images[2, :, 0, 0].tolist() == [10, 20, 30]
     assert images[4].max() < 10
     assert images[5].min() == 255
+    # Train and test: two images each of grey (L and 1), and one of the others; RGB is not counted.
+    assert read(tmp_path).converted == {"CMYK": 2, "P": 2, "RGBA": 2, "grey": 4}
 
 
 def test_subsets_are_stratified_the_same_for_all_and_decode_only_what_they_take(tmp_path, hub):
@@ -120,11 +122,12 @@ def test_a_class_label_column_goes_before_other_integers(tmp_path, hub):
     assert read(tmp_path).class_names == ("a", "b")
 
 
-def test_label_column_must_hold_integers(tmp_path, hub):
-    hub.write(tmp_path / "train.parquet", [b""], {"text": pa.array(["cat"])}, metadata=False)
-    hub.write(tmp_path / "test.parquet", [b""], {"text": pa.array(["cat"])}, metadata=False)
-    assert "no label column; the columns are img, text" in error_of(tmp_path)
-    assert "labels must be integers" in error_of(tmp_path, label_column="text")
+def test_label_column_must_hold_integers_or_words(tmp_path, hub):
+    columns = {"text": pa.array(["cat"]), "score": pa.array([0.5])}
+    for split in ("train", "test"):
+        hub.write(tmp_path / f"{split}.parquet", [b""], columns, metadata=False)
+    assert "no label column; the columns are img, text, score" in error_of(tmp_path)
+    assert "labels must be integers from 0, or words" in error_of(tmp_path, label_column="score")
 
 
 def test_no_image_column_says_which_columns_there_are(tmp_path):
@@ -137,7 +140,9 @@ def test_missing_folder_files_and_splits(tmp_path, hub):
     assert "is not a folder" in error_of(tmp_path / "nowhere")
     assert "no train-*.parquet in" in error_of(tmp_path)
     hub.write(tmp_path / "train.parquet", [hub.encode(hub.grey(1)[0])], {"label": [0]})
-    assert "no test-*.parquet or valid-*.parquet or validation-*.parquet in" in error_of(tmp_path)
+    message = error_of(tmp_path)
+    assert "has no split test, valid, validation, val; the splits there are: train; set data.test_split" in message
+    assert "or data.test_share (such as 0.2)" in message
     with pytest.raises(InputError, match=r"needs data\.root: the folder with train-"):
         load(DataConfig(name="parquet"))
 
@@ -210,7 +215,8 @@ def test_other_size_in_train_and_in_test(tmp_path, hub):
     hub.write(tmp_path / "train.parquet", [small, small, large], {"label": [0] * 3})
     hub.write(tmp_path / "test.parquet", [small, large], {"label": [0] * 2})
     expected = "row 2: the image is 9x9 (width x height), the first one is 8x8"
-    assert f"train.parquet, {expected}" in error_of(tmp_path)
+    assert f"train.parquet, {expected}; set data.image_size" in error_of(tmp_path)
+    assert read(tmp_path, image_size=8).image_shape == (3, 8, 8)
     hub.write(tmp_path / "train.parquet", [small], {"label": [0]})
     assert "test.parquet, row 1: the image is 9x9" in error_of(tmp_path)
 
@@ -261,3 +267,61 @@ def test_strange_metadata(tmp_path, hub):
     pq.write_table(table, tmp_path / "train.parquet")
     pq.write_table(table, tmp_path / "test.parquet")
     assert "'huggingface' schema metadata is not understood" in error_of(tmp_path)
+
+
+def test_words_as_labels(tmp_path, hub):
+    content = [hub.encode(image) for image in hub.colour(3, size=8)]
+    hub.write(tmp_path / "train.parquet", content, {"label": pa.array(["dog", "ape", "dog"])}, metadata=False)
+    hub.write(tmp_path / "test.parquet", content[:2], {"label": pa.array(["ape", "dog"])}, metadata=False)
+    data = read(tmp_path)
+    assert (data.class_names, data.train_labels.tolist(), data.test_labels.tolist()) == (
+        ("ape", "dog"),
+        [1, 0, 1],
+        [0, 1],
+    )
+    hub.write(tmp_path / "test.parquet", content[:2], {"label": pa.array(["ape", "cow"])}, metadata=False)
+    assert "test.parquet, row 1: label 'cow' occurs in no training row" in error_of(tmp_path)
+    hub.write(tmp_path / "test.parquet", content[:2], {"label": pa.array(["ape", None])}, metadata=False)
+    assert "test.parquet, row 1: the label is missing" in error_of(tmp_path)
+
+
+def test_labels_with_a_gap(tmp_path, hub):
+    hub.write_set(tmp_path, hub.grey(6), [1, 5, 5, 1, 9, 9], names=None)
+    assert "train-00000-of-00002.parquet, row 0: label 1 though no training row has label 0" in error_of(tmp_path)
+    data = read(tmp_path, renumber_labels=True)
+    assert (data.class_names, data.train_labels.tolist()) == (("1", "5", "9"), [0, 1, 1, 0, 2, 2])
+    hub.write_set(tmp_path, hub.grey(6), [0, 1, 1, 0, 7, 3], names=None)
+    assert "train-00001-of-00002.parquet, row 2: label 3 though no training row has label 2" in error_of(tmp_path)
+
+
+def test_class_names_that_occur_twice(tmp_path, hub):
+    hub.write_set(tmp_path, hub.grey(2), [0, 1], names=("x", "y", "x"))
+    assert "the class name 'x' occurs twice" in error_of(tmp_path)
+
+
+def test_named_classes_without_training_images_are_fine(tmp_path, hub):
+    hub.write_set(tmp_path, hub.grey(2), [0, 2])
+    assert read(tmp_path).class_names == ("x", "y", "z")
+
+
+def test_further_columns_follow_the_rows_in_use(tmp_path, hub):
+    images = hub.colour(20, size=8)
+    content = [hub.encode(image) for image in images]
+    columns = {
+        "label": [0, 1] * 10,
+        "writer": pa.array([f"w{row}" for row in range(20)]).dictionary_encode(),
+        "day": list(range(20)),
+        "score": pa.array([0.5] * 20),
+    }
+    hub.write(tmp_path / "train.parquet", content, columns, names={"label": ["a", "b"]})
+    hub.write(tmp_path / "test.parquet", content[:1], {"label": [0]}, names={"label": ["a", "b"]})
+    config = DataConfig(name="parquet", root=tmp_path, max_train=6)
+    data = load(config, columns=["writer", "day"])
+    assert len(data.train_labels) == len(data.columns["day"]) == 6
+    for image, writer, day in zip(data.train_images, data.columns["writer"], data.columns["day"], strict=True):
+        assert writer == f"w{day}"
+        assert torch.equal(image, torch.from_numpy(images[day]).permute(2, 0, 1))
+    with pytest.raises(InputError, match="has no column 'hand'; the columns are img, label, writer, day, score"):
+        load(config, columns=["hand"])
+    with pytest.raises(InputError, match="column 'score' is double; only integers and words"):
+        load(config, columns=["score"])

@@ -122,8 +122,98 @@ def test_wrong_image_size_for_cifar10(tmp_path, hub):
         load(DataConfig(name="cifar10", root=tmp_path))
 
 
-def test_missing_root():
-    with pytest.raises(InputError, match=r"data set 'cifar10' needs data\.root: the folder with train-"):
+@pytest.mark.parametrize(
+    ("name", "subset", "image", "classes", "size"),
+    [
+        ("svhn", "cropped_digits", "image", 10, 32),
+        ("tiny_imagenet", "data", "image", 200, 64),
+        ("mnist", "mnist", "image", 10, 28),
+        ("fashion_mnist", "fashion_mnist", "image", 10, 28),
+    ],
+)
+def test_layouts_of_known_sets(tmp_path, hub, name, subset, image, classes, size):
+    grey = name.endswith("mnist")
+    images = hub.grey(4, size=size) if grey else hub.colour(4, size=size)
+    content = [hub.encode(pixels) for pixels in images]
+    if name == "tiny_imagenet":
+        content[1] = hub.encode(hub.grey(1, size=size)[0])
+    names = {"label": [f"class {number}" for number in range(classes)]}
+    for split in ("train", "valid" if name == "tiny_imagenet" else "test"):
+        path = tmp_path / subset / f"{split}-00000-of-00001-70d52db3c749a935.parquet"
+        hub.write(path, content, {"label": [0, classes - 1, 1, 1]}, image_name=image, names=names)
+    data = load(DataConfig(name=name, root=tmp_path))
+    assert data.image_shape == (1 if grey else 3, size, size)
+    assert data.num_classes == classes
+    assert data.train_labels.tolist() == [0, classes - 1, 1, 1]
+    assert data.converted == ({"grey": 2} if name == "tiny_imagenet" else {})
+    expected = {"svhn": "crop", "mnist": "none", "tiny_imagenet": "flip_crop", "fashion_mnist": "flip_crop"}
+    assert data.augment == expected[name]
+    assert load(DataConfig(name=name, root=tmp_path, image_size=16)).image_shape[1:] == (16, 16)
+
+
+def test_food101_is_resized_unless_told_otherwise(tmp_path, hub):
+    content = [hub.encode(hub.colour(1, size=size)[0], "JPEG") for size in (100, 140)]
+    names = {"label": ["apple_pie", "waffles"]}
+    for split in ("train", "validation"):
+        path = tmp_path / "data" / f"{split}-00000-of-00001.parquet"
+        hub.write(path, content, {"label": [0, 1]}, image_name="image", names=names)
+    assert load(DataConfig(name="food101", root=tmp_path)).image_shape == (3, 64, 64)
+    assert load(DataConfig(name="food101", root=tmp_path, image_size=32)).image_shape == (3, 32, 32)
+
+
+def test_svhn_never_takes_whole_numbers(tmp_path, hub):
+    names = {"label": [str(digit) for digit in range(10)]}
+    for split in ("train", "test"):
+        path = tmp_path / "full_numbers" / f"{split}-00000-of-00001.parquet"
+        hub.write(path, [hub.encode(hub.colour(1)[0])], {"label": [0]}, image_name="image", names=names)
+    with pytest.raises(InputError, match=r"no train-\*\.parquet in"):
+        load(DataConfig(name="svhn", root=tmp_path))
+    for split, count in (("train", 2), ("test", 1), ("extra", 3)):
+        path = tmp_path / "cropped_digits" / f"{split}-00000-of-00001.parquet"
+        content = [hub.encode(image) for image in hub.colour(count)]
+        hub.write(path, content, {"label": [9] * count}, image_name="image", names=names)
+    assert len(load(DataConfig(name="svhn", root=tmp_path)).train_labels) == 2
+    assert len(load(DataConfig(name="svhn", root=tmp_path, train_split="extra")).train_labels) == 3
+    with pytest.raises(InputError, match="has no split exam; the splits there are: extra, test, train"):
+        load(DataConfig(name="svhn", root=tmp_path, test_split="exam"))
+
+
+@pytest.mark.parametrize(("name", "full"), [("tiny_imagenet", 200), ("food101", 101)])
+def test_part_of_the_classes_passes_but_not_more_than_there_are(tmp_path, hub, name, full):
+    content = [hub.encode(image) for image in hub.colour(2, size=64)]
+    for count, fine in ((full // 10, True), (full + 1, False)):
+        for split in ("train", "validation"):
+            names = {"label": [f"n{number}" for number in range(count)]}
+            path = tmp_path / f"{split}-00000-of-00001.parquet"
+            hub.write(path, content, {"label": [0, 1]}, image_name="image", names=names)
+        if fine:
+            assert load(DataConfig(name=name, root=tmp_path)).num_classes == count
+        else:
+            with pytest.raises(InputError, match=f"has {count} classes in column 'label', not the {full} of {name}"):
+                load(DataConfig(name=name, root=tmp_path))
+
+
+def test_settings_that_name_no_set():
+    with pytest.raises(InputError, match=r"data set 'hub' needs data\.hub_id"):
+        load(DataConfig(name="hub"))
+    with pytest.raises(InputError, match=r"data\.hub_id 'me/pets' goes with data\.name = 'hub', got 'digits'"):
+        load(DataConfig(hub_id="me/pets"))
+    with pytest.raises(InputError, match="data set 'digits' has no column 'writer'; the columns are: none"):
+        load(DataConfig(), columns=["writer"])
+
+
+def test_digits_can_be_resized_and_split_otherwise():
+    """0.5 of 1,797 is rounded to 898."""
+    data = load(DataConfig(image_size=16, test_share=0.5))
+    assert data.image_shape == (1, 16, 16)
+    assert (len(data.train_labels), len(data.test_labels)) == (899, 898)
+
+
+def test_offline_says_how_to_fetch_the_set(monkeypatch):
+    pytest.importorskip("datasets")
+    with pytest.raises(
+        InputError, match=r"hf download uoft-cs/cifar10 --repo-type dataset --local-dir DIR .*data\.root"
+    ):
         load(DataConfig(name="cifar10"))
 
 
@@ -157,8 +247,14 @@ def test_real_cifar100(shared_data):
     assert (coarse.num_classes, coarse.class_names[0]) == (20, "aquatic_mammals")
 
 
-@pytest.mark.parametrize(("folder", "classes"), [("tiny-imagenet-20", 20), ("food101-64-10", 10)])
-def test_real_folders_with_grey_images(shared_data, folder, classes):
-    data = load(DataConfig(name="parquet", root=shared_data / folder, max_train=1000, max_test=200))
+@pytest.mark.parametrize(
+    ("name", "folder", "classes"), [("tiny_imagenet", "tiny-imagenet-20", 20), ("food101", "food101-64-10", 10)]
+)
+def test_real_sets_in_part(shared_data, name, folder, classes):
+    data = load(DataConfig(name=name, root=shared_data / folder, max_train=1000, max_test=200))
     assert data.image_shape == (3, 64, 64)
     assert data.num_classes == classes
+    assert data.train_labels.bincount(minlength=classes).tolist() == pytest.approx([1000 / classes] * classes, abs=2)
+    plain = load(DataConfig(name="parquet", root=shared_data / folder, max_train=1000, max_test=200, cache="none"))
+    assert torch.equal(data.train_images, plain.train_images)
+    assert (data.mean, data.converted) == (plain.mean, plain.converted)

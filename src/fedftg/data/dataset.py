@@ -16,7 +16,8 @@ from fedftg.errors import InputError
 Augmentation = Literal["none", "flip", "crop", "flip_crop"]
 Channels = tuple[float, ...]
 
-_NORMALISED_AT_ONCE = 4096
+_NORMALISED_AT_ONCE = 1 << 20
+"""Pixels of a channel that are counted at once; counting takes 8 bytes for each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,13 +121,14 @@ class ImageDataset:
 def measured_normalisation(images: NDArray[np.uint8]) -> tuple[Channels, Channels]:
     """Mean and standard deviation per channel of images ``(N, D, H, W)``, scaled to 0..1, over all pixels.
 
-    Read a few thousand images at a time, so a memory-mapped file does not fill memory. The deviation is at least one
+    Read a few images at a time, so a memory-mapped file does not fill memory. The deviation is at least one
     grey level (1/255), so that a constant channel can be divided by it.
     """
     channels = images.shape[1]
     counts = np.zeros((channels, 256), dtype=np.int64)
-    for start in range(0, len(images), _NORMALISED_AT_ONCE):
-        part = images[start : start + _NORMALISED_AT_ONCE]
+    step = max(1, _NORMALISED_AT_ONCE // (images.shape[2] * images.shape[3]))
+    for start in range(0, len(images), step):
+        part = images[start : start + step]
         for channel in range(channels):
             counts[channel] += np.bincount(part[:, channel].ravel(), minlength=256)
     levels = np.arange(256) / 255

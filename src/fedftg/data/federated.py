@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from fedftg.data.augment import flip_crop
+from fedftg.data import sources
+from fedftg.data.augment import augment
+from fedftg.data.config import DataConfig, PartitionConfig
 from fedftg.data.dataset import ImageDataset
+from fedftg.data.partition import Indices, hold_back, needed_columns, noise_levels, partition
 from fedftg.errors import InputError
+from fedftg.seeds import SERVER, numpy_rng, torch_rng
 
 
 class FederatedData:
@@ -19,32 +24,43 @@ class FederatedData:
 
     Args:
         dataset: where images, labels and normalisation come from.
-        parts: one index list into the training images per client; lists may be empty.
-        device: where the images stay and batches are made.
+        parts: one index list into the training images per client, for training; lists may be empty.
+        device: where batches are made. The images stay there too, unless they would take more than half of a GPU's
+            free memory: then they stay where they are, and each batch is moved.
+        held_back: per client, training images that it keeps for testing; None holds nothing back.
+        noise: per client, the standard deviation of Gaussian noise on its normalised images; None is 0 for all.
 
     Raises:
         ValueError: no client, or an index that is no training sample.
     """
 
     def __init__(
-        self, dataset: ImageDataset, parts: Sequence[NDArray[np.integer]], device: torch.device | str = "cpu"
+        self,
+        dataset: ImageDataset,
+        parts: Sequence[NDArray[np.integer]],
+        device: torch.device | str = "cpu",
+        *,
+        held_back: Sequence[NDArray[np.integer]] | None = None,
+        noise: Sequence[float] | NDArray[np.float64] | None = None,
     ) -> None:
         if len(parts) == 0:
             raise ValueError("FederatedData needs at least one client")
         self.dataset = dataset
         self.device = torch.device(device)
-        self._parts = [torch.from_numpy(np.asarray(part, dtype=np.int64).copy()) for part in parts]
         total = len(dataset.train_labels)
-        if any(len(part) and (int(part.min()) < 0 or int(part.max()) >= total) for part in self._parts):
-            raise ValueError(f"a client's index is outside the {total} training samples")
+        self._parts = _checked(parts, total)
+        self._held_back = _checked([[]] * len(parts) if held_back is None else held_back, total)
+        if len(self._held_back) != len(parts):
+            raise ValueError(f"held_back needs one index list a client, {len(parts)}, got {len(self._held_back)}")
+        self._noise = [0.0] * len(parts) if noise is None else [float(level) for level in noise]
         self.class_counts = torch.stack(
             [torch.bincount(dataset.train_labels[part], minlength=dataset.num_classes) for part in self._parts]
         )
         """``(clients, C)`` int64, on the CPU."""
         self._mean_size = sum(len(part) for part in self._parts) / len(self._parts)
-        self._train_images = dataset.train_images.to(self.device)
+        self._train_images = _resident(dataset.train_images, self.device)
         self._train_labels = dataset.train_labels.to(self.device)
-        self._test_images = dataset.test_images.to(self.device)
+        self._test_images = _resident(dataset.test_images, self.device)
         self._test_labels = dataset.test_labels.to(self.device)
         self._mean = torch.tensor(dataset.mean, device=self.device).view(1, -1, 1, 1)
         self._std = torch.tensor(dataset.std, device=self.device).view(1, -1, 1, 1)
@@ -67,6 +83,15 @@ class FederatedData:
     def num_samples(self, client: int) -> int:
         """How many training samples the client holds."""
         return len(self._parts[client])
+
+    def num_held_back(self, client: int) -> int:
+        """How many samples the client keeps for testing."""
+        return len(self._held_back[client])
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether any client keeps samples for testing."""
+        return any(len(part) for part in self._held_back)
 
     def relative_size(self, client: int) -> float:
         """The client's number of samples over the mean of all clients; 1 where all hold the same."""
@@ -115,24 +140,120 @@ class FederatedData:
             raise InputError(f"batch_size must be >= {max(min_batch, 1)}, got {batch_size}; {why}")
         per_epoch = self.steps_per_epoch(client, batch_size, min_batch)
         wanted = max(round(num_epochs * per_epoch), 1 if num_epochs > 0 else 0) if num_steps is None else num_steps
-        return self._batches(self._parts[client], per_epoch, wanted if per_epoch else 0, batch_size, rng)
+        return self._batches(client, per_epoch, wanted if per_epoch else 0, batch_size, rng)
 
     def _batches(
-        self, part: Tensor, per_epoch: int, wanted: int, batch_size: int, rng: torch.Generator
+        self, client: int, per_epoch: int, wanted: int, batch_size: int, rng: torch.Generator
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        order = part
+        part = order = self._parts[client]
         for step in range(wanted):
             at = step % per_epoch
             if at == 0:
                 order = part[torch.randperm(len(part), generator=rng)].to(self.device)
             rows = order[at * batch_size : (at + 1) * batch_size]
-            images = self._train_images[rows]
-            if self.dataset.augment == "flip_crop":
-                images = flip_crop(images, rng)
-            yield self.normalise(images), self._train_labels[rows]
+            images, labels = self._train(rows)
+            yield self._noisy(self.normalise(augment(images, self.dataset.augment, rng)), client, rng), labels
+
+    def _train(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Images as unsigned bytes and labels of some training rows, on the device."""
+        images = self._train_images[rows.to(self._train_images.device)].to(self.device)
+        return images, self._train_labels[rows.to(self.device)]
+
+    def _noisy(self, images: Tensor, client: int, rng: torch.Generator) -> Tensor:
+        level = self._noise[client]
+        if not level:
+            return images
+        return images + level * torch.randn(images.shape, generator=rng).to(self.device)
 
     def test_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All test images ``(B, D, H, W)``, normalised, never augmented, and labels ``(B,)``, in stored order."""
         for start in range(0, len(self._test_labels), batch_size):
             stop = start + batch_size
             yield self.normalise(self._test_images[start:stop]), self._test_labels[start:stop]
+
+    def held_back_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Every client's held-back images ``(B, D, H, W)``, labels ``(B,)`` and the owners' numbers ``(B,)``.
+
+        Normalised and not augmented, in the order of clients. A client's noise is on them too, the same at every call.
+        """
+        if any(self._noise):
+            for client, part in enumerate(self._held_back):
+                rng = torch_rng(0, 0, client, "held-back noise")
+                # All of a client's noise is drawn at once, so that it does not depend on the batch size.
+                images, labels = self._train(part)
+                images = self._noisy(self.normalise(images), client, rng)
+                for start in range(0, len(part), batch_size):
+                    few = labels[start : start + batch_size]
+                    yield images[start : start + batch_size], few, torch.full_like(few, client)
+            return
+        rows = torch.cat(self._held_back)
+        sizes = torch.tensor([len(part) for part in self._held_back])
+        owners = torch.repeat_interleave(torch.arange(len(sizes)), sizes).to(self.device)
+        for start in range(0, len(rows), batch_size):
+            images, labels = self._train(rows[start : start + batch_size])
+            yield self.normalise(images), labels, owners[start : start + batch_size]
+
+
+def load(
+    data: DataConfig,
+    division: PartitionConfig,
+    seed: int,
+    device: torch.device | str = "cpu",
+    *,
+    dataset: ImageDataset | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> FederatedData:
+    """The data that the settings name, divided among clients.
+
+    Args:
+        data: where images come from.
+        division: how they are divided, and what clients hold back.
+        seed: the run's; the division depends on it and on nothing else that is random.
+        device: where batches are made.
+        dataset: used in place of the one that ``data`` names.
+        progress: called as ``progress(images decoded, of)``, only where they are not in the cache.
+
+    Raises:
+        InputError: data that cannot be used, or an impossible division.
+    """
+    if dataset is None:
+        dataset = sources.load(data, columns=needed_columns(division), progress=progress)
+    divided = divide(dataset, division, seed)
+    noise = noise_levels(len(divided.train), division.feature_noise)
+    return FederatedData(dataset, divided.train, device, held_back=divided.held_back, noise=noise)
+
+
+@dataclass(frozen=True)
+class Division:
+    """Who holds what: per client, ascending rows of the training images."""
+
+    whole: list[Indices]
+    train: list[Indices]
+    """``whole`` without ``held_back``."""
+    held_back: list[Indices]
+
+
+def divide(dataset: ImageDataset, config: PartitionConfig, seed: int) -> Division:
+    """The training images divided among clients, and each client's into what it trains on and what it holds back.
+
+    Raises:
+        InputError: an impossible division.
+    """
+    labels = dataset.train_labels.numpy()
+    whole = partition(labels, config, numpy_rng(seed, 0, SERVER, "partition"), dataset.columns)
+    train, held_back = hold_back(whole, labels, config.test_share, numpy_rng(seed, 0, SERVER, "hold_back"))
+    return Division(whole, train, held_back)
+
+
+def _checked(parts: Sequence[ArrayLike], total: int) -> list[Tensor]:
+    tensors = [torch.from_numpy(np.asarray(part, dtype=np.int64).copy()) for part in parts]
+    if any(len(part) and (int(part.min()) < 0 or int(part.max()) >= total) for part in tensors):
+        raise ValueError(f"a client's index is outside the {total} training samples")
+    return tensors
+
+
+def _resident(images: Tensor, device: torch.device) -> Tensor:
+    """The images on the device, or where they are if they would take more than half of its free memory."""
+    if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return images
+    return images.to(device)

@@ -1,16 +1,14 @@
-"""Images from folders of parquet files in the layout of the HuggingFace hub, read with pyarrow and Pillow.
+"""A split in parquet or arrow files, as the HuggingFace hub and the datasets library store it, read with pyarrow.
 
-A split is the files ``train-00000-of-00002.parquet``, ... in one folder. The image column holds ``{bytes, path}`` or
-plain bytes of an image file; the label column holds integers; class names stand in the schema's ``huggingface``
-metadata. Only the rows asked for are decoded: about 0.1 ms for a 32x32 image. Threads were tried and made it slower.
+The image column holds ``{bytes, path}`` or plain bytes of an image file; the label column holds integers or words;
+class names stand in the schema's ``huggingface`` metadata. Only the rows asked for are handed on to be decoded.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +18,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import Image
 
+from fedftg.data.classes import check_names
+from fedftg.data.decode import Encoded, one_line
 from fedftg.errors import InputError
 
-LAYOUT = "train-*.parquet and test-*.parquet (or valid-*, validation-*)"
-MAX_CLASSES_WITHOUT_NAMES = 65_536
-
-_GREY = {"1", "L", "LA", "La"}
-_COLOUR = {"RGB", "RGBA", "RGBX", "RGBa", "P", "PA", "CMYK", "YCbCr", "LAB", "HSV"}
-_ROWS_AT_A_TIME = 2048
+_ROWS_AT_A_TIME = 128
+"""Encoded images in memory at a time: of 512x512 pixels about 10 MB."""
 
 
 @dataclass(frozen=True)
@@ -41,86 +36,94 @@ class Columns:
     class_names: tuple[str, ...] | None
 
 
-def split_files(root: Path, prefixes: Sequence[str]) -> list[Path]:
-    """The files of a split in shard order: in ``root``, in ``root/data`` or in the only folder that has any.
+class _Parquet:
+    """An open parquet file."""
 
-    Args:
-        root: the data set's folder.
-        prefixes: names of the split; the first one that has files is used.
+    def __init__(self, path: Path) -> None:
+        self._file = pq.ParquetFile(path)
+        self.schema = self._file.schema_arrow
 
-    Raises:
-        InputError: no such folder, no file of the split, more than one folder with files, or a shard is missing.
-    """
-    if not root.is_dir():
-        raise InputError(f"data.root {str(root)!r} is not a folder; give the folder with {LAYOUT}")
-    below = sorted(folder for folder in root.iterdir() if folder.is_dir() and folder.name != "data")
-    for prefix in prefixes:
-        for folders in ([root], [root / "data"], below):
-            found = {folder: files for folder in folders if (files := _files_of(folder, prefix))}
-            if len(found) > 1:
-                names = ", ".join(sorted(folder.name for folder in found))
-                raise InputError(
-                    f"several folders in {root} have {prefix} files ({names}); set data.root to one of them"
-                )
-            for files in found.values():
-                _check_shards(files)
-                return files
-    wanted = " or ".join(f"{prefix}-*.parquet" for prefix in prefixes)
-    raise InputError(f"no {wanted} in {root} or {root / 'data'}; data.root must be a folder with {LAYOUT}")
+    def column(self, name: str) -> Any:
+        return self._file.read(columns=[name]).column(name)
+
+    def batches(self, name: str) -> Iterator[Any]:
+        for batch in self._file.iter_batches(batch_size=_ROWS_AT_A_TIME, columns=[name]):
+            yield batch.column(0)
 
 
-def _files_of(folder: Path, prefix: str) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(
-        path for path in folder.glob(f"{prefix}*.parquet") if path.stem == prefix or path.stem[len(prefix)] == "-"
-    )
+class _Arrow:
+    """An open arrow file, as a stream (what the datasets library writes) or with a table of contents."""
+
+    def __init__(self, path: Path) -> None:
+        self._source = pa.memory_map(str(path))
+        magic = self._source.read(6)
+        self._source.seek(0)
+        self._indexed = magic == b"ARROW1"
+        self._reader = pa.ipc.open_file(self._source) if self._indexed else pa.ipc.open_stream(self._source)
+        self.schema = self._reader.schema
+
+    def column(self, name: str) -> Any:
+        return self._reader.read_all().column(name)
+
+    def batches(self, name: str) -> Iterator[Any]:
+        index = self.schema.get_field_index(name)
+        if self._indexed:
+            whole = (self._reader.get_batch(number) for number in range(self._reader.num_record_batches))
+        else:
+            whole = iter(self._reader)
+        for batch in whole:
+            for start in range(0, batch.num_rows, _ROWS_AT_A_TIME):
+                yield batch.column(index).slice(start, _ROWS_AT_A_TIME)
 
 
-def _check_shards(files: list[Path]) -> None:
-    """A download that stopped half-way must not pass as a smaller data set."""
-    numbered = [match for path in files if (match := re.search(r"-(\d+)-of-(\d+)", path.stem))]
-    totals = {int(match[2]) for match in numbered}
-    if len(numbered) == len(files) and len(totals) == 1:
-        missing = sorted(set(range(totals.pop())) - {int(match[1]) for match in numbered})
-        if missing:
-            raise InputError(
-                f"shard {missing[0]} beside {files[0]} is missing ({len(files)} of {len(files) + len(missing)} are "
-                "there); complete the download"
-            )
-    elif len(totals) > 1:
-        raise InputError(f"shards beside {files[0]} belong to different sets; keep those of one '-of-' number")
-
-
-def _open(path: Path) -> pq.ParquetFile:
+@contextmanager
+def _open(path: Path) -> Iterator[_Parquet | _Arrow]:
+    kind = "arrow" if path.suffix == ".arrow" else "parquet"
     try:
-        return pq.ParquetFile(path)
+        file = _Arrow(path) if kind == "arrow" else _Parquet(path)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{path} is not a readable parquet file ({_one_line(error)}); download it again") from error
+        raise InputError(f"{path} is not a readable {kind} file ({one_line(error)}); download it again") from error
+    yield file
 
 
 def find_columns(path: Path, image: str | None = None, label: str | None = None) -> Columns:
     """The columns to read, from a file's schema: those named, else the only one that can be meant.
 
     An image column is one with the hub's type Image, else one of bytes or of ``{bytes, path}``. A label column is one
-    with the hub's type ClassLabel, else one of integers.
+    with the hub's type ClassLabel, else one of integers, else one of words that is called label.
 
     Raises:
-        InputError: a column that is named is not there, none can be meant, or several can.
+        InputError: a column that is named is not there, none can be meant, several can, or two classes have one name.
     """
     with _open(path) as file:
-        schema = file.schema_arrow
+        schema = file.schema
     features = _features(path, schema)
     image = _pick(path, "image", image, schema, _typed(features, "Image") or _like(schema, _is_image))
-    label = _pick(path, "label", label, schema, _typed(features, "ClassLabel") or _like(schema, pa.types.is_integer))
+    label = _pick(path, "label", label, schema, _label_candidates(features, schema))
     if not _is_image(schema.field(image).type):
         raise InputError(
             f"{path}: column {image!r} is {schema.field(image).type}, not {{bytes, path}} or bytes of images"
         )
-    if not pa.types.is_integer(schema.field(label).type):
-        raise InputError(f"{path}: column {label!r} is {schema.field(label).type}; labels must be integers from 0")
-    names = features.get(label, {}).get("names")
-    return Columns(image, label, tuple(map(str, names)) if isinstance(names, list) and names else None)
+    if not pa.types.is_integer(schema.field(label).type) and not _is_words(schema.field(label).type):
+        raise InputError(
+            f"{path}: column {label!r} is {schema.field(label).type}; labels must be integers from 0, or words"
+        )
+    found = features.get(label, {}).get("names")
+    names = tuple(map(str, found)) if isinstance(found, list) and found else None
+    check_names(names or (), str(path))
+    return Columns(image, label, names)
+
+
+def _label_candidates(features: dict[str, dict[str, Any]], schema: Any) -> list[str]:
+    """Words are only guessed to be labels where the column says so: a data set may have file names or captions too."""
+    words = [name for name in _like(schema, _is_words) if name in ("label", "labels")]
+    return _typed(features, "ClassLabel") or _like(schema, pa.types.is_integer) or words
+
+
+def _is_words(kind: Any) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _features(path: Path, schema: Any) -> dict[str, dict[str, Any]]:
@@ -131,7 +134,7 @@ def _features(path: Path, schema: Any) -> dict[str, dict[str, Any]]:
         features = json.loads(raw)["info"]["features"]
         return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: the 'huggingface' schema metadata is not understood ({_one_line(error)})") from error
+        raise InputError(f"{path}: the 'huggingface' schema metadata is not understood ({one_line(error)})") from error
 
 
 def _typed(features: dict[str, dict[str, Any]], kind: str) -> list[str]:
@@ -167,126 +170,134 @@ def _pick(path: Path, role: str, named: str | None, schema: Any, candidates: lis
     raise InputError(f"{path} has no {role} column; {there}; set data.{role}_column")
 
 
-def read_labels(files: Sequence[Path], columns: Columns) -> NDArray[np.int64]:
-    """The labels ``(N,)`` of all rows of a split.
+class TableSplit:
+    """The rows of a split's files; images are read when they are asked for."""
 
-    Raises:
-        InputError: no rows; a label that is null, negative, or has no class name; files with other columns or classes.
-    """
-    parts: list[NDArray[np.int64]] = []
-    for path in files:
-        own = find_columns(path, columns.image, columns.label)
-        if own.class_names not in (None, columns.class_names):
-            raise InputError(f"{path}: the class names differ from those of the first training file; use one data set")
-        with _open(path) as file:
-            column = _read_labels(path, file, columns.label)
-        if column.null_count:
-            row = int(pc.index(column.is_null(), pa.scalar(True)).as_py())
-            raise InputError(f"{path}, row {row}: the label is missing; remove the row or give it a label")
-        labels = column.to_numpy()
-        limit = len(columns.class_names) if columns.class_names else MAX_CLASSES_WITHOUT_NAMES
-        wrong = np.flatnonzero((labels < 0) | (labels >= limit))
-        if len(wrong):
-            why = "an unlabelled split?" if labels[wrong[0]] < 0 else f"column {columns.label!r} may not hold classes"
+    def __init__(self, files: Sequence[Path], columns: Columns) -> None:
+        """Read the labels of all rows.
+
+        Args:
+            files: the shards in order.
+            columns: those of the training split's first file; all files must have them.
+
+        Raises:
+            InputError: no rows; a label that is missing; files with other columns or classes.
+        """
+        self.columns = columns
+        self._files = list(files)
+        parts = []
+        for path in self._files:
+            own = find_columns(path, columns.image, columns.label)
+            if own.class_names not in (None, columns.class_names):
+                raise InputError(
+                    f"{path}: the class names differ from those of the first training file; use one data set"
+                )
+            parts.append(_values(path, columns.label, "label"))
+        self._starts = np.cumsum([0, *map(len, parts)])
+        if self._starts[-1] == 0:
+            raise InputError(f"{self._files[0]} has no rows; a split needs at least one image")
+        parts = [part for part in parts if len(part)]
+        if len({part.dtype.kind for part in parts}) > 1:
             raise InputError(
-                f"{path}, row {wrong[0]}: label {labels[wrong[0]]} is outside 0..{limit - 1}; {why}; correct it, or "
-                "set data.label_column"
+                f"column {columns.label!r} beside {self._files[0]} holds words and numbers; store one kind"
             )
-        parts.append(labels)
-    labels = np.concatenate(parts)
-    if len(labels) == 0:
-        raise InputError(f"{files[0]} has no rows; a split needs at least one image")
-    return labels
+        self.labels: NDArray[Any] = np.concatenate(parts)
+
+    @property
+    def image_column(self) -> str:
+        """The column that holds the images."""
+        return self.columns.image
+
+    def files(self, rows: NDArray[np.int64]) -> list[Path]:
+        """The files on which the images of some rows depend: all, for rows are counted over them.
+
+        With them the image files that arrow files only name, as the datasets library does for folders of images.
+        """
+        if all(path.suffix != ".arrow" for path in self._files):
+            return self._files
+        return [*self._files, *(content for _, content in self.images(rows) if isinstance(content, Path))]
+
+    def where(self, row: int) -> str:
+        """``file, row 3``: the row is counted from 0 in that file."""
+        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return f"{self._files[number]}, row {row - self._starts[number]}"
+
+    def column(self, name: str) -> NDArray[Any]:
+        """A further column ``(N,)``: int64 or strings.
+
+        Raises:
+            InputError: there is no such column, it holds something else, or a value is missing.
+        """
+        for path in self._files:
+            with _open(path) as file:
+                schema = file.schema
+            if name not in schema.names:
+                raise InputError(f"{path} has no column {name!r}; the columns are {', '.join(schema.names)}")
+            kind = schema.field(name).type
+            if not pa.types.is_integer(kind) and not _is_words(kind):
+                raise InputError(f"{path}: column {name!r} is {kind}; only integers and words can be used")
+        return np.concatenate([_values(path, name, "value") for path in self._files])
+
+    def images(self, rows: NDArray[np.int64]) -> Iterator[Encoded]:
+        """Where each wanted row stands and its encoded image; about a hundred rows are in memory at a time.
+
+        Args:
+            rows: ascending, counted over all files.
+
+        Raises:
+            InputError: a file that cannot be read.
+        """
+        offset = 0
+        for path in self._files:
+            start_of_file = offset
+            with _open(path) as file:
+                batches = file.batches(self.columns.image)
+                while (values := _next(path, batches)) is not None:
+                    count = len(values)
+                    first, last = np.searchsorted(rows, [offset, offset + count])
+                    here = rows[first:last] - offset
+                    values = values.take(pa.array(here))
+                    for row, content in zip(here + (offset - start_of_file), _encoded(path, values), strict=True):
+                        yield f"{path}, row {row}", content
+                    offset += count
 
 
-def _read_labels(path: Path, file: pq.ParquetFile, name: str) -> Any:
-    try:
-        return file.read(columns=[name]).column(name).cast(pa.int64())
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(
-            f"{path}: column {name!r} cannot be read ({_one_line(error)}); download the file again"
-        ) from error
+def _encoded(path: Path, values: Any) -> list[bytes | Path | None]:
+    """The bytes of each image; in arrow files also the file that one is in, where its whole path is given."""
+    if not pa.types.is_struct(values.type):
+        return list(values.to_pylist())
+    found: list[bytes | Path | None] = pc.struct_field(values, "bytes").to_pylist()
+    if path.suffix == ".arrow" and None in found and values.type.get_field_index("path") >= 0:
+        names = pc.struct_field(values, "path").to_pylist()
+        found = [
+            Path(name) if content is None and name and Path(name).is_absolute() else content
+            for content, name in zip(found, names, strict=True)
+        ]
+    return found
 
 
-def read_images(
-    files: Sequence[Path], column: str, rows: NDArray[np.int64], size: tuple[int, int] | None = None
-) -> tuple[NDArray[np.uint8], bool]:
-    """The images of some rows as RGB ``(len(rows), H, W, 3)``, and whether all of them are grey.
-
-    Grey, palette, CMYK and other 8-bit images are converted; transparency is dropped.
-
-    Args:
-        files: the shards of the split in order.
-        column: the image column.
-        rows: ascending row numbers, counted over all files.
-        size: ``(H, W)`` that all must have; None takes the first image's.
-
-    Raises:
-        InputError: an image is missing, corrupt, of more than 8 bits, or of another size; names file and row.
-    """
-    images: NDArray[np.uint8] | None = None
-    all_grey = True
-    for number, (path, row, content) in enumerate(_contents(files, column, rows)):
-        pixels, grey = _decode(path, row, content)
-        size = size or pixels.shape[:2]
-        if pixels.shape[:2] != size:
+def _values(path: Path, name: str, what: str) -> NDArray[Any]:
+    """A column as int64 or strings."""
+    with _open(path) as file:
+        try:
+            column = file.column(name)
+            words = _is_words(column.type)
+            column = column.cast(pa.string() if words else pa.int64())
+        except (pa.ArrowException, OSError) as error:
             raise InputError(
-                f"{path}, row {row}: the image is {pixels.shape[1]}x{pixels.shape[0]} (width x height), the first one "
-                f"is {size[1]}x{size[0]}; resize all images to one size"
-            )
-        if images is None:
-            images = np.empty((len(rows), *size, 3), dtype=np.uint8)
-        images[number] = pixels
-        all_grey = all_grey and grey
-    if images is None:
-        raise InputError(f"{files[0]} has no rows; a split needs at least one image")
-    return images, all_grey
-
-
-def _contents(files: Sequence[Path], column: str, rows: NDArray[np.int64]) -> Iterator[tuple[Path, int, bytes | None]]:
-    """File, row in that file and encoded image of each wanted row; a few thousand rows are in memory at a time."""
-    offset = 0
-    for path in files:
-        start_of_file = offset
-        with _open(path) as file:
-            batches = file.iter_batches(batch_size=_ROWS_AT_A_TIME, columns=[column])
-            while (batch := _next(path, batches)) is not None:
-                first, last = np.searchsorted(rows, [offset, offset + batch.num_rows])
-                here = rows[first:last] - offset
-                values = batch.column(0).take(pa.array(here))
-                if pa.types.is_struct(values.type):
-                    values = pc.struct_field(values, "bytes")
-                for row, content in zip(here + (offset - start_of_file), values.to_pylist(), strict=True):
-                    yield path, int(row), content
-                offset += batch.num_rows
+                f"{path}: column {name!r} cannot be read ({one_line(error)}); download the file again"
+            ) from error
+    if column.null_count:
+        row = int(pc.index(column.is_null(), pa.scalar(True)).as_py())
+        raise InputError(f"{path}, row {row}: the {what} is missing; remove the row or give it a {what}")
+    if words:
+        return np.array(column.to_pylist(), dtype=np.str_)
+    values: NDArray[Any] = column.to_numpy()
+    return values
 
 
 def _next(path: Path, batches: Iterator[Any]) -> Any:
     try:
         return next(batches, None)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: the images cannot be read ({_one_line(error)}); download the file again") from error
-
-
-def _decode(path: Path, row: int, content: bytes | None) -> tuple[NDArray[np.uint8], bool]:
-    if not content:
-        raise InputError(f"{path}, row {row}: the image has no bytes; images must be stored in the file, not as paths")
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            mode = image.mode
-            if mode in _GREY | _COLOUR:
-                # Palettes with transparency have no direct way to RGB.
-                opened = image.convert("RGBA") if mode in ("P", "PA") else image
-                return np.asarray(opened.convert("RGB")), mode in _GREY
-    except (
-        Exception
-    ) as error:  # Pillow's decoders raise many kinds: OSError, SyntaxError, ValueError, struct.error, ...
-        raise InputError(
-            f"{path}, row {row}: the image is corrupt ({_one_line(error)}); replace or remove it"
-        ) from error
-    raise InputError(f"{path}, row {row}: images of mode {mode!r} are not supported; convert them to 8-bit grey or RGB")
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return re.sub(r" object at 0x[0-9a-f]+", "", lines[0]) if lines else type(error).__name__
+        raise InputError(f"{path}: the images cannot be read ({one_line(error)}); download the file again") from error

@@ -1,0 +1,167 @@
+import gzip
+import json
+import struct
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from fedftg.data import DataConfig, known, load
+from fedftg.errors import InputError
+
+
+def read(root, **options):
+    return load(DataConfig(name="arrays", root=root, **options))
+
+
+def error_of(root, name="arrays", **options):
+    with pytest.raises(InputError) as caught:
+        load(DataConfig(name=name, root=root, **options))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def content(hub, **changes):
+    made = {
+        "train_images": hub.colour(4, size=9),
+        "train_labels": np.array([0, 1, 1, 0]),
+        "test_images": hub.colour(2, size=9, seed=1),
+        "test_labels": np.array([1, 0], dtype=np.uint8),
+    }
+    made.update(changes)
+    return {name: values for name, values in made.items() if values is not None}
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+@pytest.mark.parametrize("layout", ["NHWD", "NDHW", "NHW"])
+def test_layouts(tmp_path, hub, kind, layout):
+    made = content(hub)
+    expected = torch.from_numpy(made["train_images"]).permute(0, 3, 1, 2)
+    if layout == "NDHW":
+        made = content(
+            hub, **{f"{s}_images": made[f"{s}_images"].transpose(0, 3, 1, 2).copy() for s in ("train", "test")}
+        )
+    elif layout == "NHW":
+        made = content(hub, train_images=hub.grey(4, size=9), test_images=hub.grey(2, size=9))
+        expected = torch.from_numpy(made["train_images"])[:, None]
+    path = tmp_path / f"set.{kind}"
+    np.savez(path, **made) if kind == "npz" else save_file(made, path)
+    data = read(path)
+    assert torch.equal(data.train_images, expected)
+    assert data.train_labels.tolist() == [0, 1, 1, 0]
+    assert data.test_labels.tolist() == [1, 0]
+    assert data.class_names == ("0", "1")
+    assert data.mean == pytest.approx((expected.double() / 255).mean(dim=(0, 2, 3)).tolist())
+
+
+def test_class_names_words_and_columns(tmp_path, hub):
+    names = np.array(["ape", "bee", "cat"])
+    writers = np.array(["w", "v", "w", "u"])
+    np.savez(tmp_path / "a.npz", **content(hub), class_names=names, writer=writers, other=np.zeros(3))
+    data = load(DataConfig(name="arrays", root=tmp_path / "a.npz", max_train=2), columns=["writer"])
+    assert data.class_names == ("ape", "bee", "cat")
+    whole = load(DataConfig(name="arrays", root=tmp_path / "a.npz"), columns=["writer"])
+    assert whole.columns["writer"].tolist() == writers.tolist()
+    rows = [int((whole.train_images == image).flatten(1).all(dim=1).nonzero()) for image in data.train_images]
+    assert data.columns["writer"].tolist() == [writers[row] for row in rows]
+    with pytest.raises(InputError, match="has no column 'other'; the columns are: writer"):
+        load(DataConfig(name="arrays", root=tmp_path / "a.npz"), columns=["other"])
+    save_file(content(hub), tmp_path / "b.safetensors", metadata={"class_names": json.dumps(["ape", "bee"])})
+    assert read(tmp_path / "b.safetensors").class_names == ("ape", "bee")
+    words = content(hub, train_labels=np.array(["x", "y", "y", "x"]), test_labels=np.array(["y", "x"]))
+    np.savez(tmp_path / "c.npz", **words)
+    assert read(tmp_path / "c.npz").test_labels.tolist() == [1, 0]
+
+
+def test_without_test_arrays_a_share_is_held_out(tmp_path, hub):
+    path = tmp_path / "a.npz"
+    np.savez(path, **content(hub, test_images=None, test_labels=None))
+    message = error_of(path)
+    assert "has no array test_images or valid_images or validation_images or val_images; the arrays are" in message
+    assert "data.test_share" in message
+    assert len(read(path, test_share=0.5).test_labels) == 2
+    np.savez(path, **content(hub))
+    assert "data.test_share is for sets without a test split, and this one has 2 test images" in error_of(
+        path, test_share=0.5
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"train_images": np.zeros((4, 9, 9))},
+            "'train_images' is float64 of shape (4, 9, 9); it must be unsigned bytes",
+        ),
+        ({"train_images": np.zeros((4, 3, 9, 3), np.uint8)}, "where the channels stand is not clear"),
+        ({"train_labels": np.array([0, 1])}, "it needs 4 integers or words"),
+        ({"train_labels": None}, "has no array 'train_labels'; the arrays are test_images, test_labels, train_images"),
+        ({"train_labels": np.array([0, 2, 2, 0])}, "train_labels row 1: label 2 though no training row has label 1"),
+        ({"test_images": np.zeros((0, 9, 9, 3), np.uint8), "test_labels": np.zeros(0, int)}, "has no test rows"),
+        (
+            {"test_images": np.zeros((2, 8, 8, 3), np.uint8)},
+            "test images have shape (3, 8, 8), training images (3, 9, 9)",
+        ),
+        ({"train_labels": np.array([{}] * 4)}, "cannot be read (Object arrays cannot be loaded"),
+    ],
+)
+def test_arrays_that_cannot_be_used(tmp_path, hub, changes, expected):
+    np.savez(tmp_path / "a.npz", **content(hub, **changes))
+    assert expected in error_of(tmp_path / "a.npz")
+
+
+def test_file_that_cannot_be_used(tmp_path):
+    assert "must be an .npz or .safetensors file" in error_of(tmp_path)
+    (tmp_path / "a.npz").write_bytes(b"nothing")
+    assert "a.npz cannot be read" in error_of(tmp_path / "a.npz")
+
+
+def idx(values):
+    return struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape) + values.tobytes()
+
+
+def write_idx(hub, root, packed):
+    images, labels = hub.grey(10, size=28), np.arange(10, dtype=np.uint8)
+    root.mkdir(parents=True, exist_ok=True)
+    for name, values in (("images-idx3", images), ("labels-idx1", labels)):
+        for split in ("train", "t10k"):
+            content = idx(values)
+            path = root / f"{split}-{name}-ubyte{'.gz' if packed else ''}"
+            path.write_bytes(gzip.compress(content) if packed else content)
+    return images
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+def test_authors_files(tmp_path, hub, packed, name):
+    images = write_idx(hub, tmp_path / "raw" if packed else tmp_path, packed)
+    data = load(DataConfig(name=name, root=tmp_path))
+    assert torch.equal(data.train_images[:, 0], torch.from_numpy(images))
+    assert data.test_labels.tolist() == list(range(10))
+    assert data.class_names[9] == {"mnist": "9", "fashion_mnist": "Ankle boot"}[name]
+
+
+def test_authors_files_that_are_not_whole(tmp_path, hub):
+    write_idx(hub, tmp_path, packed=False)
+    path = tmp_path / "t10k-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert f"{path} is not a whole IDX file" in error_of(tmp_path, "mnist")
+    path.unlink()
+    assert f"{path} (or t10k-images-idx3-ubyte.gz) is missing" in error_of(tmp_path, "mnist")
+    (tmp_path / f"{path.name}.gz").write_bytes(b"x")
+    assert "is not a readable IDX file" in error_of(tmp_path, "mnist")
+    path.write_bytes(idx(hub.grey(3, size=28)))
+    assert f"{path} has 3 images" in error_of(tmp_path, "mnist")
+
+
+@pytest.mark.skipif(not known.DEBIAN_FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
+def test_fashion_mnist_of_debian_needs_no_folder():
+    """60,000 and 10,000 images, as many of each class, and the mean and deviation that its users know."""
+    data = load(DataConfig(name="fashion_mnist"))
+    assert data.train_labels.bincount().tolist() == [6000] * 10
+    assert data.test_labels.bincount().tolist() == [1000] * 10
+    assert data.image_shape == (1, 28, 28)
+    assert data.mean == pytest.approx((0.2860,), abs=1e-4)
+    assert data.std == pytest.approx((0.3530,), abs=1e-4)
+    assert data.converted == {}

@@ -1,0 +1,82 @@
+import numpy as np
+import pytest
+import torch
+
+from fedftg.data.dataset import ImageDataset, measured_normalisation
+from fedftg.errors import InputError
+
+
+def arrays(count=6, shape=(3, 8, 8)):
+    images = np.random.default_rng(0).integers(0, 256, (count, *shape), dtype=np.uint8)
+    return {
+        "train_images": images,
+        "train_labels": np.arange(count) % 3,
+        "test_images": images[:2],
+        "test_labels": np.array([0, 1]),
+    }
+
+
+def test_from_tensors():
+    given = arrays()
+    data = ImageDataset.from_tensors(**given, augment="crop", columns={"writer": ["a", "b"] * 3})
+    assert data.class_names == ("0", "1", "2")
+    assert data.image_shape == (3, 8, 8)
+    assert data.train_labels.dtype == torch.int64
+    assert data.columns["writer"].tolist() == ["a", "b"] * 3
+    floats = given["train_images"] / 255
+    assert data.mean == pytest.approx(floats.mean(axis=(0, 2, 3)))
+    assert data.std == pytest.approx(floats.std(axis=(0, 2, 3)))
+
+
+def test_a_tensor_is_not_copied():
+    given = {name: torch.from_numpy(values) for name, values in arrays().items()}
+    data = ImageDataset.from_tensors(**given, mean=(0.5,) * 3, std=(0.25,) * 3, class_names=["x", "y", "z", "never"])
+    assert data.train_images.data_ptr() == given["train_images"].data_ptr()
+    assert (data.mean, data.std) == ((0.5,) * 3, (0.25,) * 3)
+    assert data.num_classes == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"train_images": np.zeros((6, 3, 8, 8))}, "train images must be unsigned bytes .* got torch.float64"),
+        ({"train_images": np.zeros((6, 8, 8), np.uint8)}, r"must be unsigned bytes of shape \(N, D, H, W\)"),
+        ({"train_images": np.zeros((6, 8, 8, 3), np.uint8)}, "put the channels before height and width"),
+        (
+            {"test_images": np.zeros((0, 3, 8, 8), np.uint8), "test_labels": np.zeros(0, int)},
+            "there are no test images",
+        ),
+        (
+            {"test_images": np.zeros((2, 3, 9, 9), np.uint8)},
+            r"test images have shape \(3, 9, 9\), training .* give both",
+        ),
+        ({"train_labels": np.arange(5)}, "train labels must be 6 integers, one an image, got torch.int64"),
+        ({"train_labels": np.zeros(6)}, "train labels must be 6 integers"),
+        (
+            {"train_labels": np.array([0, 1, 2, -1, 0, 0])},
+            r"train row 3: label -1 is outside 0\.\.2; number the classes",
+        ),
+        ({"test_labels": np.array([0, 7])}, r"test row 1: label 7 is outside 0\.\.2"),
+        ({"class_names": ["a"]}, r"train row 1: label 1 is outside 0\.\.0"),
+        ({"columns": {"writer": [1]}}, r"column 'writer' has shape \(1,\); it needs one value a training row, 6"),
+    ],
+)
+def test_what_does_not_fit_is_told(change, expected):
+    with pytest.raises(InputError, match=expected):
+        ImageDataset.from_tensors(**(arrays() | change))
+
+
+def test_normalisation_by_hand():
+    """Channel 0: half 0, half 255, so mean and deviation 1/2. Channel 1: always 51, so 1/5 and the least, 1/255."""
+    images = np.zeros((2, 2, 4, 4), dtype=np.uint8)
+    images[0, 0], images[:, 1] = 255, 51
+    mean, std = measured_normalisation(images)
+    assert mean == pytest.approx((0.5, 0.2))
+    assert std == pytest.approx((0.5, 1 / 255))
+
+
+def test_normalisation_in_parts_is_that_of_the_whole(monkeypatch):
+    images = np.random.default_rng(1).integers(0, 256, (10, 1, 3, 3), dtype=np.uint8)
+    whole = measured_normalisation(images)
+    monkeypatch.setattr("fedftg.data.dataset._NORMALISED_AT_ONCE", 3)
+    assert measured_normalisation(images) == whole

@@ -1,0 +1,164 @@
+import numpy as np
+import pytest
+import torch
+
+from fedftg.data import DataConfig, load
+from fedftg.errors import InputError
+
+
+def write(hub, folder, names, *, count=2, size=8, seed=0):
+    """Class folders with as many images each; returns the images by class."""
+    made = {}
+    for number, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        made[name] = hub.colour(count, size=size, seed=seed + number)
+        for row, image in enumerate(made[name]):
+            (folder / name / f"{row}.png").write_bytes(hub.encode(image))
+    return made
+
+
+def read(root, name="folder", **options):
+    return load(DataConfig(name=name, root=root, **options))
+
+
+def error_of(root, name="folder", **options):
+    with pytest.raises(InputError) as caught:
+        read(root, name, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def same(images, expected):
+    return torch.equal(images, torch.from_numpy(np.concatenate(expected)).permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("test", ["test", "valid", "validation", "val"])
+def test_train_and_test_with_numeric_names_in_their_order(tmp_path, hub, test):
+    train = write(hub, tmp_path / "train", ["10", "9", "1"])
+    held = write(hub, tmp_path / test, ["9"], seed=50)
+    data = read(tmp_path)
+    assert data.class_names == ("1", "9", "10")
+    assert data.train_labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert same(data.train_images, [train["1"], train["9"], train["10"]])
+    assert data.test_labels.tolist() == [1, 1]
+    assert same(data.test_images, [held["9"]])
+    assert data.augment == "none"
+
+
+def test_classes_at_the_top_with_a_share_held_out(tmp_path, hub):
+    """10 images a class, a share of 0.2: 2 of each are held out, 8 stay."""
+    made = write(hub, tmp_path, ["ant", "bee"], count=10)
+    assert "the folders are ant, bee; set data.test_split to one of them, or data.test_share" in error_of(tmp_path)
+    data = read(tmp_path, test_share=0.2)
+    assert data.train_labels.bincount().tolist() == [8, 8]
+    assert data.test_labels.bincount().tolist() == [2, 2]
+    all_images = torch.cat([data.train_images, data.test_images]).permute(0, 2, 3, 1)
+    found = sorted(image.contiguous().numpy().tobytes() for image in all_images)
+    assert found == sorted(image.tobytes() for image in np.concatenate(list(made.values())))
+
+
+def test_named_splits_deeper_folders_and_other_files(tmp_path, hub):
+    """Tiny ImageNet's own folder has train/<class>/images/*.JPEG; hidden and other files are no images."""
+    write(hub, tmp_path / "fit" / "n1", ["images"])
+    write(hub, tmp_path / "fit" / "n2", ["images"])
+    (tmp_path / "fit" / "n1" / "boxes.txt").write_text("x")
+    (tmp_path / "fit" / "n1" / "images" / "._0.png").write_bytes(b"x")
+    write(hub, tmp_path / "eval", ["n1", "n2"])
+    data = read(tmp_path, train_split="fit", test_split="eval")
+    assert (data.class_names, data.train_labels.tolist()) == (("n1", "n2"), [0, 0, 1, 1])
+    assert "has no folder 'exam'; the folders are eval, fit" in error_of(tmp_path, train_split="fit", test_split="exam")
+    assert "has no folder 'train'; the folders are eval, fit" in error_of(tmp_path, test_split="eval")
+
+
+def test_folders_that_cannot_be_used(tmp_path, hub):
+    with pytest.raises(InputError, match=r"data set 'folder' needs data\.root"):
+        load(DataConfig(name="folder"))
+    assert "is not a folder" in error_of(tmp_path / "nowhere")
+    write(hub, tmp_path / "train", ["cat", "dog"])
+    (tmp_path / "test").mkdir()
+    assert f"{tmp_path / 'test'} has no class folders" in error_of(tmp_path)
+    (tmp_path / "test" / "cat").mkdir()
+    assert f"{tmp_path / 'test' / 'cat'} has no images; remove the folder" in error_of(tmp_path)
+    write(hub, tmp_path / "test", ["emu"])
+    (tmp_path / "test" / "cat").rmdir()
+    assert "class 'emu' is not among the training classes" in error_of(tmp_path)
+
+
+@pytest.mark.parametrize("twin", ["CAT", "cat "])
+def test_folders_that_differ_in_case_or_spaces(tmp_path, hub, twin):
+    write(hub, tmp_path / "train", ["cat", twin])
+    assert "differ only in case or spaces; merge or rename" in error_of(tmp_path, test_share=0.5)
+
+
+def test_errors_name_the_file(tmp_path, hub):
+    write(hub, tmp_path / "train", ["cat", "dog"])
+    write(hub, tmp_path / "test", ["cat"])
+    path = tmp_path / "train" / "dog" / "1.png"
+    path.write_bytes(hub.encode(hub.colour(1, size=9)[0]))
+    message = error_of(tmp_path)
+    assert f"{path}: the image is 9x9 (width x height), the first one is 8x8; set data.image_size" in message
+    assert read(tmp_path, image_size=8).image_shape == (3, 8, 8)
+    path.write_bytes(path.read_bytes()[:60])
+    assert f"{path}: the image is corrupt" in error_of(tmp_path)
+    with pytest.raises(InputError, match="image files in folders have no columns"):
+        load(DataConfig(name="folder", root=tmp_path), columns=["writer"])
+
+
+MIO_TCD = [
+    "articulated_truck", "background", "bicycle", "bus", "car", "motorcycle", "non-motorized_vehicle", "pedestrian",
+    "pickup_truck", "single_unit_truck", "work_van",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("inside", [".", "MIO-TCD-Classification"])
+def test_mio_tcd_holds_out_a_fifth_for_its_test_images_have_no_labels(tmp_path, hub, inside):
+    root = tmp_path / inside
+    write(hub, root / "train", MIO_TCD, count=5, size=20)
+    (root / "test").mkdir()
+    (root / "test" / "00000001.jpg").write_bytes(b"never read")
+    data = read(tmp_path, "mio_tcd")
+    assert data.class_names == tuple(MIO_TCD)
+    assert data.train_labels.bincount().tolist() == [4] * 11
+    assert data.test_labels.bincount().tolist() == [1] * 11
+    assert data.image_shape == (3, 64, 64)
+    assert data.augment == "flip_crop"
+    more = read(tmp_path, "mio_tcd", test_share=0.4, image_size=16)
+    assert (len(more.train_labels), len(more.test_labels), more.image_shape) == (33, 22, (3, 16, 16))
+
+
+def test_mio_tcd_in_part(tmp_path, hub):
+    assert "has no folder 'train'; the folders are none" in error_of(tmp_path, "mio_tcd")
+    write(hub, tmp_path / "train", MIO_TCD[:10])
+    assert "has 10 class folders, not the 11 of mio_tcd" in error_of(tmp_path, "mio_tcd")
+
+
+def write_compcars(hub, root):
+    write(hub, root / "image", ["1", "2", "10"], count=3, size=20)
+    (root / "train_surveillance.txt").write_text("10/0.png\n1/0.png\r\n2/1.png\n\n1/1.png\n")
+    (root / "test_surveillance.txt").write_text("10/2.png\n2/2.png\n")
+
+
+@pytest.mark.parametrize("inside", [".", "sv_data"])
+def test_compcars_takes_the_authors_lists(tmp_path, hub, inside):
+    write_compcars(hub, tmp_path / inside)
+    data = read(tmp_path, "compcars")
+    assert data.class_names == ("1", "2", "10")
+    assert data.train_labels.tolist() == [2, 0, 1, 0]
+    assert data.test_labels.tolist() == [2, 1]
+    assert data.image_shape == (3, 64, 64)
+
+
+def test_compcars_that_is_not_whole(tmp_path, hub):
+    write_compcars(hub, tmp_path)
+    lists = tmp_path / "test_surveillance.txt"
+    lists.write_text("2/2.png\n10/9.png\n")
+    assert f"{lists}, line 2: {tmp_path / 'image' / '10' / '9.png'} is missing" in error_of(tmp_path, "compcars")
+    lists.write_text("2-2.png\n")
+    assert f"{lists}, line 1: '2-2.png' is not like '1/abc.jpg'" in error_of(tmp_path, "compcars")
+    write(hub, tmp_path / "image", ["3"])
+    lists.write_text("3/0.png\n")
+    assert f"{lists}, line 1: class 3 occurs in no line of train_surveillance.txt" in error_of(tmp_path, "compcars")
+    lists.write_text("\n")
+    assert f"{lists} has no lines" in error_of(tmp_path, "compcars")
+    lists.unlink()
+    assert f"{lists} cannot be read" in error_of(tmp_path, "compcars")
