@@ -34,6 +34,6 @@ def find(given: str) -> Path:
         return named
     if path.is_dir():
         raise InputError(f"{given} is a folder, not a recipe; give a .toml file or a name from 'fedftg list'")
-    if len(path.parts) > 1 and path.parts[0] != "paper":
+    if len(path.parts) > 1 and not (folder() / path.parts[0]).is_dir():
         raise InputError(f"recipe {given} does not exist; give a path to a .toml file or a name from 'fedftg list'")
     raise unknown("recipe", given.removesuffix(".toml"), names())

@@ -15,6 +15,15 @@ from fedftg.data.dataset import ImageDataset
 from fedftg.rundir import checkpoint
 
 NAMES = recipes.names()
+DATA_SETS = {
+    "svhn": (10, (3, 32, 32)),
+    "tiny_imagenet": (200, (3, 64, 64)),
+    "food101": (101, (3, 64, 64)),
+    "compcars": (281, (3, 128, 128)),
+    "mio_tcd": (11, (3, 64, 64)),
+    "fashion_mnist": (10, (1, 28, 28)),
+}
+"""Classes and image shape of the sets in recipes/datasets."""
 ALGORITHMS = ("fedavg", "fedprox", "feddyn", "scaffold", "moon")
 
 
@@ -22,6 +31,12 @@ def test_all_recipes_of_the_plan_are_there() -> None:
     expected = {"default", "default_base"}
     settings = ["cifar10_cnn_dir03"]
     settings += [f"paper/{data}_{law}" for data in ("cifar10", "cifar100") for law in ("iid", "dir06", "dir03")]
+    expected |= {
+        f"datasets/{data}_dir03_{clients}_fedavg{end}"
+        for data in DATA_SETS
+        for clients in (10, 100)
+        for end in ("", "_fedftg")
+    }
     expected |= {f"{setting}_{name}{end}" for setting in settings for name in ALGORITHMS for end in ("", "_fedftg")}
     assert set(NAMES) == expected
 
@@ -38,14 +53,17 @@ def test_header_and_meaning(name: str) -> None:
     if parts[0] == "default":
         assert config.refiner.name == ("none" if "base" in parts else "fedftg")
         return
-    assert config.data.name == parts[0]
+    assert name.rpartition("/")[2].startswith(f"{config.data.name}_")
     assert config.algorithm.name == next(part for part in parts if part in ALGORITHMS)
     assert config.refiner.name == ("fedftg" if parts[-1] == "fedftg" else "none")
     law = next(part for part in parts if part == "iid" or part.startswith("dir"))
     assert config.partition.law == ("iid" if law == "iid" else "dirichlet")
     if law != "iid":
         assert config.partition.alpha == int(law[3:]) / 10
-    assert (config.partition.num_clients, config.cohort.probability) == (100, 0.1)
+    if "10" in parts:
+        assert (config.partition.num_clients, config.cohort.size, config.rounds) == (10, 5, 200)
+    else:
+        assert (config.partition.num_clients, config.cohort.probability) == (100, 0.1)
     local = config.local
     assert (local.lr, local.lr_decay, local.epochs, local.batch_size) == (0.1, 0.998, 5, 50)
     assert (local.weight_decay, local.max_grad_norm, local.momentum) == (1e-3, 10, 0)
@@ -67,13 +85,15 @@ def test_runs_for_a_round(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     """On 24 random images in the shape of the recipe's data set; every part of the recipe but its sizes is used."""
     config = configs.load(recipes.find(name))
 
-    def made_up(given: DataConfig, seed: int = 0) -> ImageDataset:
-        classes = {"cifar10": 10, "cifar100": 100}[given.name]
-        rng = np.random.default_rng(seed)
-        images = torch.from_numpy(rng.integers(0, 256, (24, 3, 32, 32), dtype=np.uint8))
-        labels = torch.from_numpy(rng.integers(0, classes, 24))
-        names = tuple(map(str, range(classes)))
-        return ImageDataset(images, labels, images[:8], labels[:8], names, (0.5,) * 3, (0.25,) * 3, "flip_crop")
+    def made_up(given: DataConfig, **_: object) -> ImageDataset:
+        shapes = {"cifar10": (10, (3, 32, 32)), "cifar100": (100, (3, 32, 32)), **DATA_SETS}
+        classes, shape = shapes[given.name]
+        assert given.image_size in (None, shape[1])
+        rng = np.random.default_rng(0)
+        images = rng.integers(0, 256, (24, *shape), dtype=np.uint8)
+        labels = rng.integers(0, classes, 24)
+        names = list(map(str, range(classes)))
+        return ImageDataset.from_tensors(images, labels, images[:8], labels[:8], class_names=names, augment="flip_crop")
 
     if config.data.name != "digits":
         monkeypatch.setattr(sources, "load", made_up)
