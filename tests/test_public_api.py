@@ -16,6 +16,7 @@ def test_public_names() -> None:
     assert set(fedftg.__all__) == {
         "ClientError",
         "DistillConfig",
+        "ImageDataset",
         "InputError",
         "RefineResult",
         "Run",
@@ -47,7 +48,9 @@ def test_refine_signature() -> None:
 
 
 def test_run_signature() -> None:
-    assert list(inspect.signature(fedftg.run).parameters) == ["recipe", "overrides", "out", "resume", "progress"]
+    assert list(inspect.signature(fedftg.run).parameters) == [
+        "recipe", "overrides", "out", "resume", "progress", "dataset",
+    ]  # fmt: skip
 
 
 def test_frozen_cli() -> None:

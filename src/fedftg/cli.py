@@ -62,15 +62,19 @@ def report(folder: Path) -> None:
 def partition(recipe: str | None, overrides: Sequence[str], out: Path | None) -> None:
     """Table and heatmap of who holds what; nothing is trained."""
     console = _console()
-    found = commands.partition(recipe, overrides, out)
-    console.print(table.partition_table(found.class_counts, found.class_names, found.skew))
+    found = commands.partition(recipe, overrides, out, progress.for_console(console))
+    console.print(table.partition_table(found.class_counts, found.class_names, found.skew, found.held_back))
+    if found.converted:
+        modes = ", ".join(f"{count} {mode}" for mode, count in found.converted.items())
+        _say(console, f"images that were not RGB and were converted: {modes}")
     _say(console, f"heatmap: {found.plot}")
-    _say(console, f"counts: {found.data}")
+    _say(console, f"sizes: {found.sizes}")
+    _say(console, f"division: {found.data}")
 
 
 @cli.command(name="list")
 def list_names() -> None:
-    """Every data set, model, algorithm, refiner, preset and recipe."""
+    """Every data set, partition law, model, algorithm, refiner, preset and recipe."""
     console = _console()
     for kind, names in commands.listing().items():
         console.print(f"[bold]{kind}[/bold]", highlight=False)

@@ -8,25 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedftg import config as configs
 from fedftg import experiment, recipes
 from fedftg.algorithms.registry import ALGORITHMS, REFINERS
 from fedftg.config import RunConfig
-from fedftg.data import sources
-from fedftg.data.federated import FederatedData
-from fedftg.data.partition import partition as split
-from fedftg.data.partition import skew
+from fedftg.data import saved_partition, sources
+from fedftg.data.config import DataConfig
+from fedftg.data.dataset import ImageDataset
+from fedftg.data.federated import divide
+from fedftg.data.partition import LAWS, describe, needed_columns, skew
 from fedftg.distill.config import PRESETS
 from fedftg.engine.executors import EXECUTORS
 from fedftg.errors import InputError
 from fedftg.experiment import Run
 from fedftg.models.registry import MODELS
-from fedftg.progress import Progress
+from fedftg.progress import Progress, Silent
 from fedftg.report import plots, table
 from fedftg.report.load import RunRecord, load_run
 from fedftg.rundir import checkpoint
 from fedftg.rundir.folder import RunFolder
-from fedftg.seeds import SERVER, numpy_rng
 
 RUNS = Path("runs")
 
@@ -47,7 +49,12 @@ class PartitionReport:
     class_names: list[str]
     class_counts: list[list[int]]
     skew: dict[str, float]
+    held_back: list[int] | None
+    """Samples of each client that are for its own test; None where `partition.test_share` is 0."""
+    converted: dict[str, int]
+    """How many images were not RGB as stored, by mode."""
     plot: Path
+    sizes: Path
     data: Path
 
 
@@ -58,6 +65,7 @@ def run(
     out: Path | str | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    dataset: ImageDataset | None = None,
 ) -> Run:
     """One experiment, from its config to its deployed model.
 
@@ -68,6 +76,8 @@ def run(
         resume: go on with the run in ``out``; without ``out`` with the newest in ``runs`` with the same settings.
             Without a recipe, the settings are those that the run in ``out`` was started with.
         progress: who is told how it goes on; None is silent.
+        dataset: images and labels of your own (`ImageDataset.from_tensors`), in place of the recipe's ``data``
+            section; give them again to resume.
 
     Raises:
         InputError: wrong input; nothing was written.
@@ -77,6 +87,8 @@ def run(
     if resume and folder is not None and recipe is None:
         recipe = RunFolder(folder).read_config()
     config = _config(recipe, overrides)
+    if dataset is not None:
+        config = config.model_copy(update={"data": DataConfig(name=sources.TENSORS)})
     if folder is None:
         found = _existing(config, RUNS) if resume else None
         if resume and found is None:
@@ -85,7 +97,7 @@ def run(
                 "or name its folder by --out"
             )
         folder = found or _fresh(RUNS, config.name)
-    return experiment.run(config, folder, resume=resume, progress=progress)
+    return experiment.run(config, folder, resume=resume, progress=progress, dataset=dataset)
 
 
 def _config(recipe: RunConfig | Mapping[str, Any] | str | Path | None, overrides: Sequence[str]) -> RunConfig:
@@ -125,23 +137,39 @@ def report(folder: Path) -> Report:
     return _write_report([load_run(folder)], folder / "report")
 
 
-def partition(recipe: str | None, overrides: Sequence[str], out: Path | None) -> PartitionReport:
-    """Splits the data as the recipe would, without training; writes a heatmap and the counts."""
+def partition(
+    recipe: str | None, overrides: Sequence[str], out: Path | None, progress: Progress | None = None
+) -> PartitionReport:
+    """Splits the data as the recipe would, without training; writes a heatmap, the sizes and the division itself."""
     config = configs.load(recipes.find(recipe or recipes.DEFAULT), overrides)
-    dataset = sources.load(config.data)
-    parts = split(dataset.train_labels.numpy(), config.partition, numpy_rng(config.seed, 0, SERVER, "partition"))
-    counts = FederatedData(dataset, parts).class_counts
+    progress = progress or Silent()
+    try:
+        dataset = sources.load(config.data, columns=needed_columns(config.partition), progress=progress.loading)
+    finally:
+        progress.finish()
+    labels = dataset.train_labels.numpy()
+    division = divide(dataset, config.partition, config.seed)
+    parts = division.whole
+    held_back = [len(test) for test in division.held_back] if config.partition.test_share > 0 else None
+    counts = np.stack([np.bincount(labels[part], minlength=dataset.num_classes) for part in parts])
     folder = out or RUNS / "partitions" / config.name
     _make(folder)
-    names, table_of_counts = list(dataset.class_names), counts.tolist()
-    law = config.partition.law + (f" alpha={config.partition.alpha:g}" if config.partition.law == "dirichlet" else "")
-    title = f"{config.data.name}, {law}, {config.partition.sizes} sizes, seed {config.seed}"
-    measures = skew(counts.numpy())
+    names, table_of_counts, measures = list(dataset.class_names), counts.tolist(), skew(counts)
+    data = saved_partition.write(
+        folder / "partition.json",
+        parts,
+        labels,
+        law=config.partition.law,
+        class_names=names,
+        class_counts=table_of_counts,
+        skew=measures,
+    )
+    title = f"{config.data.name}, {describe(config.partition)}, seed {config.seed}"
     plot = plots.partition_heatmap(table_of_counts, names, folder / "partition.png", title=title)
-    content = {"class_names": names, "class_counts": table_of_counts, "skew": measures}
-    data = folder / "partition.json"
-    data.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return PartitionReport(names, table_of_counts, measures, plot, data)
+    sizes = plots.partition_sizes(counts.sum(axis=1).tolist(), folder / "sizes.png", title=title)
+    return PartitionReport(
+        names, table_of_counts, measures, held_back, dict(dataset.converted), plot=plot, sizes=sizes, data=data
+    )
 
 
 def export(folder: Path, to: Path) -> int:
@@ -173,6 +201,7 @@ def listing() -> dict[str, list[str]]:
     """Every name that a recipe or command may use, by kind."""
     return {
         "data sets": sorted(sources.SOURCES),
+        "partition laws": list(LAWS),
         "models": [*sorted(MODELS), "package.module.Class (any nn.Module)"],
         "algorithms": list(ALGORITHMS),
         "refiners": list(REFINERS),

@@ -23,11 +23,11 @@ from fedftg.algorithms.base import (
     ServerState,
 )
 from fedftg.config import RunConfig
-from fedftg.data import sources
+from fedftg.data import federated
+from fedftg.data.dataset import ImageDataset
 from fedftg.data.federated import FederatedData
-from fedftg.data.partition import partition
 from fedftg.engine import executors, sampling
-from fedftg.engine.evaluate import evaluate
+from fedftg.engine.evaluate import evaluate, evaluate_clients
 from fedftg.engine.executors import Executor
 from fedftg.engine.machine import cpu_threads, environment, peak_memory_mb, resolve_device
 from fedftg.engine.memory import ClientStore, rejection
@@ -39,7 +39,7 @@ from fedftg.progress import Progress, Silent
 from fedftg.rundir import checkpoint, records
 from fedftg.rundir.folder import RunFolder, summarise
 from fedftg.rundir.records import Record
-from fedftg.seeds import SERVER, numpy_rng, seed_for, torch_rng
+from fedftg.seeds import SERVER, seed_for, torch_rng
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,14 @@ class Experiment:
             clients = self.clients.updated(results)
         with clock.phase("evaluate"):
             due = number % self.config.evaluation.every == 0 or number == self.config.rounds
-            accuracy, loss = self._evaluate(number, selected, refined, clients, progress) if due else ({}, {})
+            measured = self._evaluate(number, selected, refined, clients, progress) if due else Measured()
         self.state, self.clients = replace(refined, round=number), clients
         record: Record = {"round": number, "clients": cohort}
         if rejected:
             record["rejected"] = rejected
-        record |= {"seconds": clock.seconds, "accuracy": accuracy, "loss": loss}
+        record |= {"seconds": clock.seconds, "accuracy": measured.accuracy, "loss": measured.loss}
+        if measured.clients:
+            record["client_accuracy"] = measured.clients
         record |= {"server": server_metrics, "refine": refine_metrics}
         reasons = [reason for reason in (undone, rolled_back) if reason]
         return record | ({"rolled_back": "; ".join(reasons)} if reasons else {})
@@ -156,7 +158,7 @@ class Experiment:
 
     def _evaluate(
         self, number: int, selected: ServerState, refined: ServerState, clients: ClientStore, progress: Progress
-    ) -> tuple[Metrics, Metrics]:
+    ) -> Measured:
         candidates: dict[str, tuple[Params, Params]] = {"selected": (selected.params, selected.buffers)}
         if clients.tracks_uploads:
             average = to_device(clients.average(), self.data.device)
@@ -166,28 +168,39 @@ class Experiment:
             )
         if refined is not selected:
             candidates["refined"] = (refined.params, refined.buffers)
-        accuracy: Metrics = {}
-        loss: Metrics = {}
-        for done, (kind, (params, buffers)) in enumerate(candidates.items()):
+        measured = Measured()
+        size = self.config.evaluation.batch_size
+        for done, (kind, values) in enumerate(candidates.items()):
             progress.phase(number, "evaluate", done, len(candidates))
-            accuracy[kind], loss[kind] = evaluate(
-                self.model, params, buffers, self.data, self.config.evaluation.batch_size
-            )
-        accuracy.setdefault("refined", accuracy["selected"])
-        loss.setdefault("refined", loss["selected"])
-        return accuracy, loss
+            measured.accuracy[kind], measured.loss[kind] = evaluate(self.model, *values, self.data, size)
+            if self.data.holds_back:
+                measured.clients[kind] = evaluate_clients(self.model, *values, self.data, size)
+        measured.accuracy.setdefault("refined", measured.accuracy["selected"])
+        measured.loss.setdefault("refined", measured.loss["selected"])
+        if measured.clients:
+            measured.clients.setdefault("refined", measured.clients["selected"])
+        return measured
 
 
-def build(config: RunConfig) -> Experiment:
-    """Loads the data, splits it, and makes every object of a run; nothing is written.
+@dataclass(frozen=True)
+class Measured:
+    """What an evaluation found, by kind of model; empty in rounds without one."""
+
+    accuracy: Metrics = field(default_factory=dict)
+    loss: Metrics = field(default_factory=dict)
+    clients: dict[str, Metrics] = field(default_factory=dict)
+    """Accuracy over clients (`evaluate_clients`), where they hold samples back."""
+
+
+def build(config: RunConfig, dataset: ImageDataset | None = None, progress: Progress | None = None) -> Experiment:
+    """Loads the data, splits it, and makes every object of a run; nothing is written but the cache of images.
 
     Raises:
         InputError: the data, the partition, the model or the cohort is impossible.
     """
-    device = resolve_device(config.device)
-    dataset = sources.load(config.data)
-    parts = partition(dataset.train_labels.numpy(), config.partition, numpy_rng(config.seed, 0, SERVER, "partition"))
-    data = FederatedData(dataset, parts, device=device)
+    device = torch.device(resolve_device(config.device))
+    loading = progress.loading if progress is not None else None
+    data = federated.load(config.data, config.partition, config.seed, device, dataset=dataset, progress=loading)
     with_data = sum(data.num_samples(client) > 0 for client in range(data.num_clients))
     if config.cohort.size is not None and config.cohort.size > with_data:
         raise InputError(
@@ -198,7 +211,7 @@ def build(config: RunConfig) -> Experiment:
     params, buffers = model.init()
     algorithm = config.algorithm.build(data.num_clients)
     _check_fit(config, algorithm, model, data)
-    context = RefinerContext(model, data.num_classes, data.image_shape, torch.device(device))
+    context = RefinerContext(model, data.num_classes, data.image_shape, device)
     refiner = config.refiner.build(context)
     state = ServerState(
         round=0,
@@ -215,11 +228,22 @@ def build(config: RunConfig) -> Experiment:
         config.evaluation.track_all,
     )
     executor = executors.build(config.executor, model, data, config.local)
-    record = {"class_names": list(dataset.class_names), "class_counts": data.class_counts.tolist()}
+    record: Record = {"class_names": list(data.dataset.class_names), "class_counts": data.class_counts.tolist()}
+    if data.holds_back:
+        record["held_back"] = [data.num_held_back(client) for client in range(data.num_clients)]
+    if data.dataset.converted:
+        record["converted"] = dict(data.dataset.converted)
     return Experiment(config, data, model, algorithm, refiner, executor, state, clients, record)
 
 
-def run(config: RunConfig, folder: Path, *, resume: bool = False, progress: Progress | None = None) -> Run:
+def run(
+    config: RunConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    dataset: ImageDataset | None = None,
+) -> Run:
     """Runs an experiment to its last round, or goes on with one that was stopped.
 
     After ``kill -9`` at any moment, resuming gives the same ``rounds.jsonl`` (times aside) and weights as an
@@ -228,6 +252,7 @@ def run(config: RunConfig, folder: Path, *, resume: bool = False, progress: Prog
     Args:
         folder: where the run's files go; must not hold another run unless ``resume``.
         resume: goes on after the last whole state in ``folder``; finished runs are returned as they are.
+        dataset: used in place of the one that the config names.
 
     Raises:
         InputError: wrong input; nothing was written, and an existing run is as it was.
@@ -236,7 +261,11 @@ def run(config: RunConfig, folder: Path, *, resume: bool = False, progress: Prog
     progress = progress or Silent()
     run_folder = RunFolder(folder)
     with cpu_threads(config.threads) as threads:
-        experiment = build(config)
+        try:
+            experiment = build(config, dataset, progress)
+        except BaseException:
+            progress.finish()
+            raise
         device = str(experiment.data.device)
         if resume:
             _restore(experiment, run_folder, environment(threads, device))
@@ -278,6 +307,11 @@ def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress) -
 def _restore(experiment: Experiment, folder: RunFolder, session: Record) -> None:
     config = experiment.config
     configs.check_resumable(configs.from_mapping(folder.read_config()), config)
+    if folder.read_partition() != experiment.partition_record:
+        raise InputError(
+            f"{folder.path} was started on other data or another division of it (see its partition.json); "
+            "give the same data, or start a new run"
+        )
     kept = checkpoint.load(folder.checkpoint)
     done = 0
     if kept is not None:

@@ -11,9 +11,16 @@ from rich.console import Console
 from fedftg.config import RunConfig
 from fedftg.rundir.records import Record
 
+SLOW_TO_DECODE = 5000
+"""Fewer images are decoded before a bar could be read."""
+
 
 class Progress(Protocol):
     """Who is told how a run goes on."""
+
+    def loading(self, done: int, total: int) -> None:
+        """``done`` of ``total`` images are decoded; before `start`, and only where they are not in the cache yet."""
+        ...
 
     def start(self, config: RunConfig, done: int, clients: int) -> None:
         """Before the first round of this session; ``done`` rounds are there already."""
@@ -34,6 +41,9 @@ class Progress(Protocol):
 
 class Silent:
     """Tells nobody."""
+
+    def loading(self, done: int, total: int) -> None:
+        """Nothing."""
 
     def start(self, config: RunConfig, done: int, clients: int) -> None:
         """Nothing."""
@@ -56,6 +66,14 @@ class PlainLines:
         self._rounds = 0
         self._started = 0.0
         self._first = 0
+        self._tenth = -1
+
+    def loading(self, done: int, total: int) -> None:
+        """A line at each tenth, for sets that take a while."""
+        tenth = 10 * done // max(total, 1)
+        if total >= SLOW_TO_DECODE and tenth != self._tenth:
+            self._tenth = tenth
+            self._console.print(f"decoding images {done}/{total}", soft_wrap=True, highlight=False)
 
     def start(self, config: RunConfig, done: int, clients: int) -> None:
         """Names the run."""
@@ -94,7 +112,19 @@ class Live:
             transient=True,
         )
         self._task: bars.TaskID | None = None
+        self._loading: bars.TaskID | None = None
         self._rounds = 0
+
+    def loading(self, done: int, total: int) -> None:
+        """A bar of its own, gone when all are decoded."""
+        if self._loading is None and total >= SLOW_TO_DECODE:
+            self._loading = self._bar.add_task("decoding images", total=total, phase="")
+            self._bar.start()
+        if self._loading is not None:
+            self._bar.update(self._loading, completed=done, total=total, phase=f"{done}/{total}")
+            if done >= total:
+                self._bar.remove_task(self._loading)
+                self._loading = None
 
     def start(self, config: RunConfig, done: int, clients: int) -> None:
         """Shows the bar."""
@@ -120,10 +150,11 @@ class Live:
             self._bar.update(self._task, completed=number, description=text)
 
     def finish(self) -> None:
-        """Takes the bar away."""
+        """Takes the bar away; again does nothing."""
         self._bar.stop()
-        if self._task is not None:
-            self._bar.remove_task(self._task)
+        for task in self._bar.task_ids:
+            self._bar.remove_task(task)
+        self._task = self._loading = None
 
 
 def for_console(console: Console) -> Progress:

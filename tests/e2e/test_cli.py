@@ -154,18 +154,70 @@ def test_compare_runs_what_is_missing_only(fedftg: Any, tmp_path: Path) -> None:
     assert list((tmp_path / "runs" / "comparisons").glob("*/accuracy.png"))
 
 
-def test_partition_writes_heatmap_and_counts(fedftg: Any, tmp_path: Path) -> None:
-    done = fedftg("partition", "default", "--set", "partition.num_clients=6", "--out", "p")
+def test_partition_writes_heatmap_sizes_and_the_division(fedftg: Any, tmp_path: Path) -> None:
+    done = fedftg("partition", "default", "--set", "partition.num_clients=6", "--set", "partition.test_share=0.2",
+                  "--out", "p")  # fmt: skip
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "p" / "partition.json").read_text())
-    assert len(content["class_counts"]) == 6
-    assert (tmp_path / "p" / "partition.png").stat().st_size > 5_000
+    assert len(content["class_counts"]) == len(content["indices"]) == 6
+    assert content["law"] == "dirichlet"
+    assert {path.name for path in (tmp_path / "p").iterdir()} == {"partition.json", "partition.png", "sizes.png"}
+    assert all((tmp_path / "p" / name).stat().st_size > 5_000 for name in ("partition.png", "sizes.png"))
+    for line in ("heatmap: p/partition.png", "sizes: p/sizes.png", "division: p/partition.json"):
+        assert f"{line}\n" in done.stdout
+    assert "held back" in done.stdout
+    assert "clients without samples: 0" in done.stdout
+    assert max(len(line) for line in done.stdout.splitlines()) <= 80
+    assert done.stderr == ""
+
+
+def test_saved_partition_is_used_again(fedftg: Any, tmp_path: Path) -> None:
+    settings = ["--set", "partition.law=quantity", "--set", "partition.num_clients=7", "--set", "data.max_train=300"]
+    assert fedftg("partition", "default", *settings, "--out", "first").returncode == 0
+    file = ["--set", "partition.law=file", "--set", "partition.file=first/partition.json", "--set", "seed=5"]
+    done = fedftg("partition", "default", *file, "--set", "data.max_train=300", "--out", "again")
+    assert done.returncode == 0, done.stderr
+    first, again = (json.loads((tmp_path / name / "partition.json").read_text()) for name in ("first", "again"))
+    assert (first.pop("law"), again.pop("law")) == ("quantity", "file")
+    assert first == again
+    fails(fedftg("partition", "default", *file, "--out", "other"), tmp_path, "made for other data", "1438")
+    assert not (tmp_path / "other").exists()
+
+
+def test_partition_by_a_law_of_flwr(fedftg: Any, tmp_path: Path) -> None:
+    done = fedftg("partition", "default", "--set", "partition.law=shards", "--out", "p")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert len(json.loads((tmp_path / "p" / "partition.json").read_text())["indices"]) == 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--set", "partition.law=shards", "--set", "partition.num_clients=1000"], "partition.shards_per_client"),
+        (["--set", "partition.law=file"], "needs partition.file"),
+        (["--set", "partition.law=file", "--set", "partition.file=none.json"], "cannot read partition.file"),
+        (["--set", "partition.law=domain"], "needs partition.column"),
+        (["--out", "/proc/nowhere"], "choose another folder by --out"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_partition_with_wrong_input(fedftg: Any, tmp_path: Path, arguments: list[str], expected: str) -> None:
+    fails(fedftg("partition", "default", *arguments), tmp_path, expected)
 
 
 def test_list_names_everything(fedftg: Any) -> None:
     done = fedftg("list")
     assert done.returncode == 0
-    for name in ("digits", "resnet18_gn", "scaffold", "official", "paper/cifar10_dir03_fedavg_fedftg", "default"):
+    for name in (
+        "digits",
+        "resnet18_gn",
+        "scaffold",
+        "official",
+        "pathological",
+        "paper/cifar10_dir03_fedavg_fedftg",
+        "default",
+    ):
         assert f"  {name}\n" in done.stdout
 
 

@@ -40,3 +40,31 @@ def evaluate(
         loss.append(F.cross_entropy(logits, labels, reduction="sum").double())
         total += len(labels)
     return float(torch.stack(correct).sum()) / total, float(torch.stack(loss).sum()) / total
+
+
+@torch.no_grad()
+def evaluate_clients(
+    model: FunctionalModel, params: Params, buffers: Params, data: FederatedData, batch_size: int
+) -> dict[str, float]:
+    """Accuracy on what each client holds back, over the clients that do: ``mean``, ``worst_10`` and ``std``.
+
+    ``mean`` counts every client once, whatever its size; ``worst_10`` is the mean of the worst tenth of the clients
+    (rounded up to whole clients); ``std`` is the standard deviation over clients, 0 where all fare alike.
+
+    Raises:
+        ValueError: no client holds anything back.
+    """
+    correct = torch.zeros(data.num_clients, dtype=torch.int64, device=data.device)
+    for images, labels, owners in data.held_back_batches(batch_size):
+        right = model(params, buffers, images, train=False).argmax(dim=1) == labels
+        correct += torch.bincount(owners[right], minlength=data.num_clients)
+    sizes = torch.tensor([data.num_held_back(client) for client in range(data.num_clients)])
+    if not bool((sizes > 0).any()):
+        raise ValueError("no client holds anything back; give partition.test_share > 0")
+    accuracies = (correct.cpu()[sizes > 0].double() / sizes[sizes > 0]).sort().values
+    worst = accuracies[: -(-len(accuracies) // 10)]
+    return {
+        "mean": float(accuracies.mean()),
+        "worst_10": float(worst.mean()),
+        "std": float(accuracies.std(correction=0)),
+    }

@@ -79,6 +79,18 @@ class RunFolder:
         records.write_atomically(self.config_file, config_toml.encode())
         records.cut(self.rounds_file, num_rounds)
 
+    def read_partition(self) -> Record:
+        """Who holds what, as it was written when the run started.
+
+        Raises:
+            InputError: the file is missing or damaged.
+        """
+        path = self.path / "partition.json"
+        try:
+            return records.read_json(path)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read ({error}); start a new run") from None
+
     def read_config(self) -> dict[str, Any]:
         """The settings that the run was started with.
 
@@ -98,7 +110,8 @@ class RunFolder:
 def summarise(header: Record, rows: Sequence[Record], targets: Sequence[float], peak_memory_mb: float) -> Record:
     """The content of ``summary.json`` from the records of all rounds.
 
-    ``rounds_to`` gives for each target the first round whose deployed (``refined``) accuracy reached it, or None.
+    ``client_accuracy`` is that of the last evaluation. ``rounds_to`` gives for each target the first round whose
+    deployed (``refined``) accuracy reached it, or None.
     """
     evaluated = [row for row in rows if row.get("accuracy")]
     accuracy: Record = {}
@@ -113,6 +126,7 @@ def summarise(header: Record, rows: Sequence[Record], targets: Sequence[float], 
                 "best_round": best_round,
                 "mean_last_10": sum(last) / len(last),
             }
+    clients: Record = next((row["client_accuracy"] for row in reversed(evaluated) if "client_accuracy" in row), {})
     reached = {
         str(target): next((row["round"] for row in evaluated if row["accuracy"]["refined"] >= target), None)
         for target in targets
@@ -123,6 +137,7 @@ def summarise(header: Record, rows: Sequence[Record], targets: Sequence[float], 
         **header,
         "rounds": len(rows),
         "accuracy": accuracy,
+        **({"client_accuracy": clients} if clients else {}),
         "rounds_to": reached,
         "seconds": {**seconds, "total": sum(seconds.values())},
         "rejected_updates": sum(len(row.get("rejected", ())) for row in rows),

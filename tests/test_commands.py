@@ -1,0 +1,56 @@
+"""The command 'partition' on data that has further columns and images of several kinds."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from fedftg import cli
+from fedftg.data import ImageDataset, sources
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """Data with a column; holds what `sources.load` was asked for."""
+    calls: list[tuple[str, ...]] = []
+    images = np.random.default_rng(0).integers(0, 256, (12, 1, 8, 8), dtype=np.uint8)
+    made = ImageDataset.from_tensors(
+        images, np.arange(12) % 2, images, np.arange(12) % 2, class_names=["cat", "dog"],
+        columns={"style": np.array(["ink", "oil", "oil"] * 4)},
+    )  # fmt: skip
+
+    def load(config: Any, **keywords: Any) -> ImageDataset:
+        calls.append(keywords["columns"])
+        return replace(made, converted={"grey": 3, "CMYK": 1})
+
+    monkeypatch.setattr(sources, "load", load)
+    return calls
+
+
+def partition(*settings: str, out: Path) -> Any:
+    options = [part for setting in settings for part in ("--set", setting)]
+    return CliRunner().invoke(cli.cli, ["partition", "default", *options, "--out", str(out)], catch_exceptions=False)
+
+
+def test_domains_and_converted_images(asked: list[tuple[str, ...]], tmp_path: Path) -> None:
+    done = partition("partition.law=domain", "partition.column=style", "partition.num_clients=3", out=tmp_path)
+    assert done.exit_code == 0
+    assert asked == [("style",)]
+    assert "images that were not RGB and were converted: 3 grey, 1 CMYK\n" in done.stdout
+    content = json.loads((tmp_path / "partition.json").read_text())
+    assert content["indices"][0] == [0, 3, 6, 9]
+    assert [len(rows) for rows in content["indices"]] == [4, 4, 4]
+
+
+def test_columns_are_asked_for_where_they_are_needed_only(asked: list[tuple[str, ...]], tmp_path: Path) -> None:
+    assert partition("partition.law=shards", "partition.num_clients=3", out=tmp_path).exit_code == 0
+    assert asked == [()]
+
+
+def test_natural_clients_are_as_many_as_values(asked: list[tuple[str, ...]], tmp_path: Path) -> None:
+    assert partition("partition.law=natural", "partition.column=style", out=tmp_path).exit_code == 0
+    assert json.loads((tmp_path / "partition.json").read_text())["indices"][0] == [0, 3, 6, 9]
