@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 # More OpenMP threads than cores make everything ten times slower: tests run in processes of one thread each.
 TEST_WORKERS ?= 2
 
-.PHONY: run test lint clean
+# What `make bench` measures; one process with so many threads, beside executors with processes of their own.
+BENCH_THREADS ?= 2
+
+.PHONY: run test lint bench clean
 
 run: $(VENV)/run.stamp
 	$(BIN)/fedftg compare default_base default
@@ -18,6 +21,10 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench: $(VENV)/bench.stamp
+	OMP_NUM_THREADS=$(BENCH_THREADS) $(BIN)/python benchmarks/speed/bench.py --threads $(BENCH_THREADS) $(BENCH)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks/speed -p no:xdist --benchmark-columns=min,median,stddev,rounds
+
 $(VENV)/bin/pip:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "fedftg needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; use make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +35,10 @@ $(VENV)/run.stamp: $(VENV)/bin/pip pyproject.toml constraints.txt
 
 $(VENV)/dev.stamp: $(VENV)/run.stamp
 	$(BIN)/pip install --quiet -c constraints.txt -e .[dev]
+	touch $@
+
+$(VENV)/bench.stamp: $(VENV)/dev.stamp
+	$(BIN)/pip install --quiet -c constraints.txt -e .[bench]
 	touch $@
 
 clean:

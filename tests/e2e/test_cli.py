@@ -230,6 +230,8 @@ def test_interrupt_is_130_and_resumes_to_the_same(
         "import os, signal\n"
         "from pathlib import Path\n"
         "from fedftg import experiment\n"
+        # A shell that starts tests in the background has them ignore the signal.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "evaluate = experiment.evaluate\n"
         "calls = []\n"
         "def watched(*arguments):\n"

@@ -1,0 +1,194 @@
+"""``make bench``: one table of where the time of a round goes, and how far from the machine's limit it is.
+
+    python benchmarks/speed/bench.py [--tables round,local,refine,teachers,clients,models] [--steps 10] [--json FILE]
+
+Times are noisy on a shared machine: what is compared is alternated in one run, and medians are shown. FLOP are torch's
+own count (`torch.utils.flop_counter`), and the peak is a matrix product measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import describe, has_fast_bfloat16, matmul_peak
+from rich.console import Console
+from rich.table import Table
+from workload import BATCH, Refining, bare_loop, images, model, round_config, step_flops
+
+import fedftg
+from fedftg.engine.machine import peak_memory_mb, resolve_device
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    """Measures what is asked for, shows it, and writes it where ``--json`` says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", default="round,local,refine,teachers,clients,models")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--steps", type=int, default=10, help="training steps, and teachers' passes, per measurement")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--executor", default="auto")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    bench = Bench(arguments)
+    console = Console()
+    console.print(describe(bench.device), highlight=False)
+    for dtype in [torch.float32] + [torch.bfloat16] * has_fast_bfloat16(bench.device):
+        peak = matmul_peak(dtype, bench.device)
+        console.print(f"matrix product {str(dtype).removeprefix('torch.')}: {peak / 1e9:.0f} GFLOP/s", highlight=False)
+    rows = []
+    for name in arguments.tables.split(","):
+        for row in getattr(bench, name)():
+            rows.append({"table": name, **row})
+            console.print(_line(rows[-1]), highlight=False)
+    console.print(_table(rows))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps({"machine": describe(bench.device), "rows": rows}, indent=2) + "\n")
+
+
+class Bench:
+    """One method per table; each yields its rows as they are measured."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.device = torch.device(resolve_device(arguments.device))
+        self.steps, self.repeats, self.model = arguments.steps, arguments.repeats, arguments.model
+        self.executor, self.threads = arguments.executor, arguments.threads
+
+    def _peak(self) -> float:
+        return matmul_peak(torch.float32, self.device)
+
+    def round(self) -> Iterator[Row]:
+        """Every phase of one round of the paper's protocol, shortened to ``steps`` steps a client."""
+        clients, samples = 10, BATCH * self.steps
+        config = self._config(local__epochs=1, refiner__iterations=2)
+        summary, seconds = self._run(config, clients * samples)
+        whole = sum(seconds.values())
+        flops = step_flops(model(self.model), BATCH) * self.steps * clients
+        peak = self._peak()
+        for phase, taken in seconds.items():
+            row: Row = {"what": phase, "seconds": taken, "share": taken / whole}
+            if phase == "local":
+                row |= {"samples/s": clients * samples / taken, "of peak": flops / taken / peak}
+            yield row
+        yield {"what": "whole round", "seconds": whole, "memory MB": summary["peak_memory_mb"]}
+
+    def local(self) -> Iterator[Row]:
+        """Local training beside the bare loop, alternated; the bare loop has this process's threads."""
+        module, clients = model(self.model).to(self.device), 2
+        flops, peak = step_flops(model(self.model), BATCH), self._peak()
+        config = self._config(local__epochs=1, refiner__name="none", cohort__size=clients)
+        bare, ours = [], []
+        bare_loop(module, BATCH, 2, self.device)
+        for _ in range(self.repeats):
+            bare.append(bare_loop(module, BATCH, clients * self.steps, self.device))
+            ours.append(self._run(config, 10 * BATCH * self.steps)[1]["local"])
+        count = clients * self.steps
+        for what, times in (("bare loop", bare), (f"local training, {self.executor}", ours)):
+            taken = statistics.median(times)
+            yield {
+                "what": what, "seconds": taken, "samples/s": count * BATCH / taken,
+                "of peak": flops * count / taken / peak, "ratio": statistics.median(bare) / taken,
+            }  # fmt: skip
+
+    def refine(self) -> Iterator[Row]:
+        """Each preset beside its necessary passes measured alone, alternated, with 10 teachers."""
+        for preset in ("paper", "official", "fedftg"):
+            yield self._refining(preset, 10)
+
+    def teachers(self) -> Iterator[Row]:
+        """The paper's preset with more and more teachers."""
+        for count in (5, 10, 20, 50, 100):
+            yield self._refining("paper", count)
+
+    def clients(self) -> Iterator[Row]:
+        """Rounds of a small model with 100 active of more and more clients; memory must not follow their number."""
+        for count in (100, 1_000, 10_000):
+            config = self._config(
+                rounds=3, model__name="lenet", partition__num_clients=count, cohort__size=100, local__steps=2,
+                local__batch_size=10, refiner__name="none",
+            )  # fmt: skip
+            summary, seconds = self._run(config, 20_000)
+            yield {
+                "what": f"{count} clients", "seconds": sum(seconds.values()) / 3,
+                "share": seconds["aggregate"] / sum(seconds.values()), "memory MB": summary["peak_memory_mb"],
+            }  # fmt: skip
+
+    def models(self) -> Iterator[Row]:
+        """Bare training steps of each model."""
+        for name in ("lenet", "cnn", "convnet", "resnet18", "resnet18_gn"):
+            module, flops = model(name, device=self.device), step_flops(model(name), BATCH)
+            bare_loop(module, BATCH, 1, self.device)
+            taken = statistics.median(bare_loop(module, BATCH, self.steps, self.device) for _ in range(self.repeats))
+            speed = flops * self.steps / taken
+            yield {
+                "what": name, "seconds": taken / self.steps, "samples/s": BATCH * self.steps / taken,
+                "of peak": speed / self._peak(),
+            }  # fmt: skip
+
+    def _refining(self, preset: str, teachers: int) -> Row:
+        work, iterations = Refining(preset, teachers, self.model, self.device), 1
+        needed, flops = work.necessary(iterations)
+        work.refine(iterations)
+        pairs = [(work.refine(iterations), work.necessary(iterations)[0]) for _ in range(self.repeats)]
+        taken = statistics.median(ours for ours, _ in pairs)
+        needed = statistics.median(alone for _, alone in pairs)
+        return {
+            "what": f"{preset}, {teachers} teachers, 1 iteration", "seconds": taken, "ratio": taken / needed,
+            "of peak": flops / taken / self._peak(), "memory MB": peak_memory_mb(),
+        }  # fmt: skip
+
+    def _config(self, **changes: Any) -> fedftg.RunConfig:
+        base = {"model__name": self.model, "threads": self.threads, "device": str(self.device)}
+        return round_config(**{**base, "executor__name": self.executor, **changes})
+
+    def _run(self, config: fedftg.RunConfig, samples: int) -> tuple[dict[str, Any], dict[str, float]]:
+        with tempfile.TemporaryDirectory() as folder:
+            summary = fedftg.run(config, out=Path(folder) / "run", dataset=images(samples)).summary
+        seconds = dict(summary["seconds"])
+        del seconds["total"]
+        return summary, seconds
+
+
+FORMATS: dict[str, Callable[[Any], str]] = {
+    "seconds": lambda value: f"{value:.3g}",
+    "samples/s": lambda value: f"{value:.0f}",
+    "of peak": lambda value: f"{value:.0%}",
+    "ratio": lambda value: f"{value:.2f}",
+    "share": lambda value: f"{value:.1%}",
+    "memory MB": lambda value: f"{value:.0f}",
+}
+
+
+def _line(row: Row) -> str:
+    cells = [f"{name} {show(row[name])}" for name, show in FORMATS.items() if name in row]
+    return f"  {row['table']}: {row['what']}: {', '.join(cells)}"
+
+
+def _table(rows: list[Row]) -> Table:
+    caption = (
+        "of peak: FLOP/s over the matrix product's. ratio: local: throughput over the bare loop's; refine: time over "
+        "that of the necessary passes."
+    )
+    table = Table(box=None, pad_edge=False, caption=caption, caption_justify="left")
+    for name in ("table", "what", *FORMATS):
+        table.add_column(name, justify="left" if name in ("table", "what") else "right")
+    for row in rows:
+        table.add_row(
+            row["table"], row["what"], *(show(row[name]) if name in row else "" for name, show in FORMATS.items())
+        )
+    return table
+
+
+if __name__ == "__main__":
+    main()

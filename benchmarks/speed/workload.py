@@ -1,0 +1,174 @@
+"""The work that is timed: the paper's round on random images, bare loops beside it, and how much arithmetic each is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fedftg import ImageDataset, RunConfig
+from fedftg import config as configs
+from fedftg.distill.config import DistillConfig, preset
+from fedftg.distill.distiller import Distiller
+from fedftg.distill.generator import Generator
+from fedftg.distill.teachers import stack_or_list
+from fedftg.models.functional import FunctionalModel, values
+from fedftg.models.registry import ModelConfig, build
+
+BATCH = 50
+CLASSES = 10
+SHAPE = (3, 32, 32)
+
+
+def images(count: int, seed: int = 0) -> ImageDataset:
+    """So many random training images, with a tenth as many to test on."""
+    rng = np.random.default_rng(seed)
+    train, test = (rng.integers(0, 256, (number, *SHAPE), dtype=np.uint8) for number in (count, max(count // 10, 1)))
+    labels = np.arange(count) % CLASSES
+    return ImageDataset.from_tensors(
+        train, labels, test, labels[: len(test)], class_names=list(map(str, range(CLASSES))), augment="flip_crop"
+    )
+
+
+def round_config(**changes: Any) -> RunConfig:
+    """One round of the paper's protocol (``docs/algorithms/fedftg.md``); ``changes`` are keys with __ for the point."""
+    settings = {
+        "rounds": 1, "partition.law": "iid", "partition.num_clients": 10, "model.name": "resnet18",
+        "local.epochs": 5, "local.batch_size": 50, "refiner.preset": "paper", "evaluation.track_all": True,
+    }  # fmt: skip
+    settings |= {key.replace("__", "."): value for key, value in changes.items()}
+    if settings.get("refiner.name") == "none":
+        settings.pop("refiner.preset")
+    return configs.from_mapping(configs.apply({}, [f"{key}={_toml(value)}" for key, value in settings.items()]))
+
+
+def _toml(value: Any) -> str:
+    return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+
+
+def model(name: str, seed: int = 0, device: torch.device | str = "cpu") -> nn.Module:
+    """A classifier of the package for 32x32 colour images."""
+    return build(ModelConfig(name=name), CLASSES, SHAPE, seed).to(device)
+
+
+def step_flops(module: nn.Module, batch: int) -> int:
+    """FLOP of one training step (forward and backward; twice the multiplications) as torch's counter has them."""
+    counter = FlopCounterMode(display=False)
+    labels = torch.zeros(batch, dtype=torch.int64)
+    with counter:
+        nn.functional.cross_entropy(module(torch.zeros(batch, *SHAPE)), labels).backward()
+    return int(counter.get_total_flops())
+
+
+def bare_loop(module: nn.Module, batch: int, steps: int, device: torch.device | str = "cpu") -> float:
+    """Seconds of the plainest training loop there is: forward, backward, SGD on one batch that is there already."""
+    module.train()
+    optimiser = torch.optim.SGD(module.parameters(), lr=0.01, weight_decay=1e-3, foreach=True)
+    inputs, labels = torch.randn(batch, *SHAPE, device=device), torch.arange(batch, device=device) % CLASSES
+    start = time.perf_counter()
+    for _ in range(steps):
+        nn.functional.cross_entropy(module(inputs), labels).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+class Refining:
+    """A distiller with ``K`` ResNet teachers, and its necessary passes one by one."""
+
+    def __init__(self, chosen: str, num_teachers: int, name: str, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.config: DistillConfig = preset(chosen)
+        self.num_teachers = num_teachers
+        self.function = FunctionalModel(model(name, device=device))
+        held = [values(model(name, seed=k, device=device)) for k in range(num_teachers)]
+        call = partial(self.function, train=False)
+        self.teachers = stack_or_list(call, [params for params, _ in held], [buffers for _, buffers in held])
+        self.student = self.function.module(*held[0])
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.generator = Generator(self.config.noise_dim, CLASSES, SHAPE, self.config.generator_width).to(device)
+        self.counts = torch.full((num_teachers, CLASSES), 50.0)
+
+    def refine(self, iterations: int) -> float:
+        """Seconds of so many iterations."""
+        distiller = Distiller(self.config.model_copy(update={"iterations": iterations}), self.generator)
+        return self._timed(
+            lambda: distiller.refine(
+                self.student, self.teachers, self.counts, rng=torch.Generator().manual_seed(0)
+            )
+        )  # fmt: skip
+
+    def necessary(self, iterations: int) -> tuple[float, float]:
+        """Seconds and FLOP of the forward and backward passes that so many iterations cannot do without, each alone.
+
+        Per generator step (as many as there are teachers in ``official``): generator forward and backward, teachers and
+        student forward and backward to the images. Per batch for the student: generator and teachers forward. Per
+        student step: student forward and backward.
+        """
+        config, size = self.config, self.config.batch_size
+        batch = torch.randn(size, *SHAPE, device=self.device)
+        noise = torch.randn(size, config.noise_dim, device=self.device)
+        labels = torch.arange(size, device=self.device) % CLASSES
+        one = self.teachers.part(0, 1)
+        joint = config.generator_update == "joint"
+        generator_steps = config.generator_steps * (1 if joint else self.num_teachers)
+        # Each teacher sees each generator step once: in turn, or all of them jointly.
+        teacher_steps = config.generator_steps * self.num_teachers
+        sets = config.student_steps if config.fresh_batches else 1
+        passes: list[tuple[int, Callable[[], object]]] = [
+            (generator_steps, lambda: self._generator(noise, labels, train=True)),
+            (teacher_steps, lambda: self._to_images(one, batch)),
+            (generator_steps, lambda: self._to_images(self._student(frozen=True), batch)),
+            (sets, lambda: self._generator(noise, labels, train=False)),
+            (sets * self.num_teachers, lambda: self._without_graph(one, batch)),
+            (config.student_steps, lambda: self._student(frozen=False)(batch).square().mean().backward()),
+        ]
+        seconds = flops = 0.0
+        for count, work in passes:
+            counter = FlopCounterMode(display=False)
+            with counter:
+                work()
+            taken = min(self._timed(work) for _ in range(3))
+            seconds += iterations * count * taken
+            flops += iterations * count * counter.get_total_flops()
+        return seconds, flops
+
+    def _generator(self, noise: Tensor, labels: Tensor, *, train: bool) -> None:
+        self.generator.train(train)
+        if train:
+            self.generator(noise, labels).square().mean().backward()
+        else:
+            self._without_graph(partial(self.generator, labels=labels), noise)
+
+    def _student(self, *, frozen: bool) -> nn.Module:
+        self.student.train(not frozen and self.config.student_mode == "train")
+        return self.student.requires_grad_(not frozen)
+
+    @staticmethod
+    def _to_images(classifier: Callable[[Tensor], Tensor], batch: Tensor) -> None:
+        classifier(batch.clone().requires_grad_()).square().mean().backward()
+
+    @staticmethod
+    @torch.no_grad()
+    def _without_graph(function: Callable[[Tensor], Tensor], batch: Tensor) -> None:
+        function(batch)
+
+    def _timed(self, work: Callable[[], object]) -> float:
+        _wait(self.device)
+        start = time.perf_counter()
+        work()
+        _wait(self.device)
+        return time.perf_counter() - start
+
+
+def _wait(device: torch.device | str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
