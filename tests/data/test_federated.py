@@ -184,3 +184,11 @@ def test_noise_of_each_client_has_its_level():
     plain = torch.cat([images for images, _, _ in clean.held_back_batches(20)])
     assert torch.equal(sizes[3][:10], plain[:10])
     assert (sizes[3] - plain)[10:].std().item() == pytest.approx(0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_grey_images_have_the_strides_of_channels_last(depth):
+    data = FederatedData(make_dataset(depth=depth), [np.arange(20)])
+    images, _ = next(data.batches(0, num_epochs=1, num_steps=1, batch_size=4, rng=torch.Generator()))
+    assert images.is_contiguous()
+    assert images.stride()[1] == (1 if depth == 1 else 64)
