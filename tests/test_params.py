@@ -16,6 +16,58 @@ def test_weighted_mean_by_hand() -> None:
     assert mean["n"].dtype == torch.int64
 
 
+def formula(trees: list[tree.Params], weights: list[float]) -> tree.Params:
+    """The mean as its definition says, over whole tensors."""
+    mean = {}
+    for name, like in trees[0].items():
+        value = torch.zeros_like(like, dtype=torch.float64)
+        for params, weight in zip(trees, weights, strict=True):
+            value = value + params[name].to(torch.float64) * (weight / sum(weights))
+        mean[name] = value.to(like.dtype) if like.is_floating_point() else value.round().to(like.dtype)
+    return mean
+
+
+def several(count: int) -> list[tree.Params]:
+    """Longer than a stretch that is summed at a time, not a multiple of it; strided, scalar, empty, half, integer."""
+    rng = torch.Generator().manual_seed(0)
+    return [
+        {
+            "long": torch.randn(3, 50_001, generator=rng),
+            "strided": torch.randn(40, 50, generator=rng).t(),
+            "image": torch.randn(8, 3, 5, 5, generator=rng).to(memory_format=torch.channels_last),
+            "half": torch.randn(7, generator=rng).to(torch.bfloat16),
+            "double": torch.randn(7, generator=rng).double(),
+            "scalar": torch.randn((), generator=rng),
+            "empty": torch.ones(0, 3),
+            "count": torch.randint(100, (), generator=rng),
+        }
+        for _ in range(count)
+    ]
+
+
+def same_bits(left: tree.Params, right: tree.Params) -> bool:
+    return left.keys() == right.keys() and all(
+        left[name].dtype == value.dtype and torch.equal(left[name], value) for name, value in right.items()
+    )
+
+
+def test_sums_in_stretches_have_the_bits_of_the_formula() -> None:
+    trees, weights = several(7), [3.0, 1.0, 4.0, 1.5, 9.0, 2.0, 6.0]
+    before = several(7)
+    assert same_bits(tree.weighted_mean(trees, weights), formula(trees, weights))
+    total = {name: torch.randn(value.shape, dtype=torch.float64) for name, value in trees[0].items()}
+    expected = dict(total)
+    for weight, after, start in zip(weights, trees, reversed(trees), strict=True):
+        for name in expected:
+            change = after[name].to(torch.float64) - start[name].to(torch.float64)
+            expected[name] = expected[name] + weight * change
+    kept = {name: value.clone() for name, value in total.items()}
+    changes = list(zip(weights, trees, reversed(trees), strict=True))
+    assert same_bits(tree.add_changes(total, changes), expected)
+    assert same_bits(total, kept)
+    assert all(same_bits(left, right) for left, right in zip(trees, before, strict=True))
+
+
 def test_weighted_mean_rounds_integers() -> None:
     """(1 + 2 + 2) / 3 = 1.67 is 2."""
     counts = [{"n": torch.tensor(value)} for value in (1, 2, 2)]
@@ -56,6 +108,22 @@ def test_norm_is_over_all_floating_tensors() -> None:
 def test_first_non_finite_names_the_tensor() -> None:
     assert tree.first_non_finite(make(1.0)) is None
     assert tree.first_non_finite({"a": torch.ones(2), "b": torch.tensor([1.0, float("inf")])}) == "b"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 17, 999])
+def test_first_non_finite_finds_one_in_many(bad: float, place: int) -> None:
+    value = torch.randn(1000)
+    value[place] = bad
+    for kind in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        params = {
+            "n": torch.tensor(1),
+            "none": torch.ones(0),
+            "a": torch.full((9,), 6e4, dtype=kind),
+            "b": value.to(kind),
+        }
+        assert tree.first_non_finite(params) == "b"
+        assert tree.first_non_finite({**params, "b": torch.ones(1)}) is None
 
 
 def test_prefix_round_trip() -> None:

@@ -7,7 +7,7 @@ argument; a missing key raises ``KeyError``. Integer tensors (BatchNorm's ``num_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -53,10 +53,45 @@ def weighted_mean(trees: Sequence[Params], weights: Sequence[float]) -> Params:
     mean: Params = {}
     for name, like in used[0][0].items():
         value = torch.zeros_like(like, dtype=torch.float64)
-        for tree, weight in used:
-            value += tree[name].to(torch.float64) * weight
+        pieces = _pieces(value, *(tree[name] for tree, _ in used))
+        for target, *sources in pieces:
+            change = torch.empty_like(target)
+            for source, (_, weight) in zip(sources, used, strict=True):
+                target.add_(change.copy_(source).mul_(weight))
         mean[name] = value.to(like.dtype) if like.is_floating_point() else value.round().to(like.dtype)
     return mean
+
+
+def add_changes(total: Params, changes: Sequence[tuple[float, Params, Params]]) -> Params:
+    """``total + sum_i weight_i (after_i - before_i)`` for ``(weight, after, before)``, in the order given, in float64.
+
+    Args:
+        total: float64 tensors.
+        changes: trees of the same names.
+    """
+    result: Params = {}
+    for name, start in total.items():
+        value = start.clone()
+        sides = [side[name] for _, after, before in changes for side in (after, before)]
+        for target, *sources in _pieces(value, *sides):
+            change = torch.empty_like(target)
+            for index, (weight, _, _) in enumerate(changes):
+                target.add_(change.copy_(sources[2 * index]).sub_(sources[2 * index + 1]).mul_(weight))
+        result[name] = value
+    return result
+
+
+def _pieces(*tensors: Tensor) -> Iterator[Sequence[Tensor]]:
+    """Views of short stretches of all tensors together; writing to one writes to its tensor.
+
+    On a CPU, sums over many trees then stay in its cache, which makes them several times faster than going over whole
+    tensors; the values are the same.
+    """
+    if any(tensor.device.type != "cpu" or not tensor.is_contiguous() for tensor in tensors):
+        return iter([tensors])
+    # As many elements as torch gives to one thread of an elementwise operation.
+    size = 32768 * torch.get_num_threads()
+    return zip(*(torch.split(tensor.view(-1), size) for tensor in tensors), strict=True)
 
 
 def stack(trees: Sequence[Params]) -> Params:
@@ -77,10 +112,13 @@ def to_device(params: Params, device: torch.device | str) -> Params:
 
 def first_non_finite(params: Params) -> str | None:
     """The name of the first tensor that holds a NaN or an infinity, or None if all are finite."""
-    for name, tensor in params.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            return name
-    return None
+    # The extremes of a tensor are finite if and only if all of it is; `isfinite` takes nine times as long on a CPU.
+    floats = {name: tensor for name, tensor in params.items() if tensor.is_floating_point() and tensor.numel()}
+    if not floats:
+        return None
+    extremes = [torch.stack(torch.aminmax(tensor.detach())).double() for tensor in floats.values()]
+    finite = torch.stack(extremes).isfinite().all(dim=1).tolist()
+    return next((name for name, good in zip(floats, finite, strict=True) if not good), None)
 
 
 def norm(params: Params) -> float:
