@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ from fedftg.params import Params, clone, first_non_finite, to_device
 from fedftg.progress import Progress, Silent
 from fedftg.rundir import checkpoint, records
 from fedftg.rundir.folder import RunFolder, summarise
+from fedftg.rundir.packs import Packs
 from fedftg.rundir.records import Record
 from fedftg.seeds import SERVER, seed_for, torch_rng
 
@@ -71,7 +73,7 @@ class Experiment:
         """One round: local training, aggregation, refining, evaluation. The state moves on only when all is done."""
         number = self.state.round + 1
         clock = _Clock()
-        cohort = sampling.cohort(self.config.cohort, self._candidates(), self.config.seed, number)
+        cohort = sampling.cohort(self.config.cohort, self._candidates, self.config.seed, number)
         with clock.phase("local"):
             results, rejected = self._train(number, cohort, progress)
         with clock.phase("aggregate"):
@@ -86,6 +88,8 @@ class Experiment:
         with clock.phase("evaluate"):
             due = number % self.config.evaluation.every == 0 or number == self.config.rounds
             measured = self._evaluate(number, selected, refined, clients, progress) if due else Measured()
+        with clock.phase("checkpoint"):
+            clients.settle(self.clients)
         self.state, self.clients = replace(refined, round=number), clients
         record: Record = {"round": number, "clients": cohort}
         if rejected:
@@ -97,6 +101,7 @@ class Experiment:
         reasons = [reason for reason in (undone, rolled_back) if reason]
         return record | ({"rolled_back": "; ".join(reasons)} if reasons else {})
 
+    @cached_property
     def _candidates(self) -> list[int]:
         return [client for client in range(self.data.num_clients) if self.data.num_samples(client) > 0]
 
@@ -226,6 +231,7 @@ def build(config: RunConfig, dataset: ImageDataset | None = None, progress: Prog
         {**params, **buffers},
         sizes,
         config.evaluation.track_all,
+        bound=config.checkpoint.client_memory_mb * 1e6,
     )
     executor = executors.build(config.executor, model, data, config.local)
     record: Record = {"class_names": list(data.dataset.class_names), "class_counts": data.class_counts.tolist()}
@@ -266,6 +272,7 @@ def run(
         except BaseException:
             progress.finish()
             raise
+        experiment.clients.packs = Packs(run_folder.checkpoint)
         device = str(experiment.data.device)
         if resume:
             _restore(experiment, run_folder, environment(threads, device))
@@ -285,19 +292,29 @@ def run(
 def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress) -> None:
     config = experiment.config
     progress.start(config, experiment.state.round, experiment.data.num_clients)
-    saved = recorded = experiment.state.round
+    saved = experiment.state.round
+    record: Record | None = None
     try:
         while experiment.state.round < config.rounds:
             record = experiment.run_round(progress)
-            records.append(folder.rounds_file, record)
-            done = recorded = experiment.state.round
+            done = experiment.state.round
+            index: checkpoint.Index | None = None
             if done % config.checkpoint.every == 0 or done == config.rounds:
-                checkpoint.save(folder.checkpoint, experiment.state, experiment.clients)
+                # All of it but the last rename comes before the record, which says how long it took.
+                start = time.perf_counter()
+                index = checkpoint.write(folder.checkpoint, experiment.state, experiment.clients)
+                seconds = record["seconds"]["checkpoint"] + time.perf_counter() - start
+                record["seconds"]["checkpoint"] = round(seconds, 6)
+            records.append(folder.rounds_file, record)
+            if index is not None:
+                checkpoint.commit(folder.checkpoint, index)
                 saved = done
             progress.round_done(record)
     except KeyboardInterrupt:
-        # Only what is on record: a round that was interrupted before its line was written is done again.
-        if recorded == experiment.state.round > saved:
+        # Of a round that is done, nothing is lost; one that is not is done again.
+        if record is not None and record["round"] == experiment.state.round > saved:
+            if len(records.read(folder.rounds_file)) < experiment.state.round:
+                records.append(folder.rounds_file, record)
             checkpoint.save(folder.checkpoint, experiment.state, experiment.clients)
         raise
     finally:
@@ -321,10 +338,10 @@ def _restore(experiment: Experiment, folder: RunFolder, session: Record) -> None
                 f"{folder.path} is at round {done} already; rounds must be at least that, got {config.rounds}"
             )
         experiment.state = _on(kept.state, experiment.data.device)
-        experiment.clients.records = kept.clients
-        experiment.clients.change_sum = kept.change_sum
+        experiment.clients.restore(kept.places, kept.change_sum)
     if folder.finished and done == config.rounds:
         return
+    checkpoint.sweep(folder.checkpoint)
     folder.reopen(config.to_toml(), session, done)
 
 
@@ -368,7 +385,7 @@ class _Clock:
     """Adds up seconds per phase."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {"local": 0.0, "aggregate": 0.0, "refine": 0.0, "evaluate": 0.0}
+        self.seconds: dict[str, float] = dict.fromkeys(records.PHASES, 0.0)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -29,7 +29,7 @@ def fedftg(tmp_path: Path) -> Fedftg:
     def call(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
         if path is not None:
-            environment["PYTHONPATH"] = str(path)
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(path), os.environ.get("PYTHONPATH")]))
         return subprocess.run(
             [sys.executable, "-m", "fedftg.cli", *arguments],
             cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300,

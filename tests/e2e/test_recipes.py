@@ -98,7 +98,7 @@ def test_runs_for_a_round(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     if config.data.name != "digits":
         monkeypatch.setattr(sources, "load", made_up)
         # Writing ResNet-18 to disk sixty times is what other tests are for.
-        monkeypatch.setattr(checkpoint, "save", lambda *_: None)
+        monkeypatch.setattr(checkpoint, "write", lambda *_: None)
     small = [
         "rounds=1", "threads=1", "partition.num_clients=2", "cohort={size=2}", "local.epochs=1", "local.batch_size=6",
         "checkpoint.every=1",

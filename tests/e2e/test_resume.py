@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from fedftg.rundir.checkpoint import read_tensors
+import fedftg as package
+from fedftg.params import Params
+from fedftg.rundir import checkpoint
+from fedftg.rundir.packs import Packs
+from fedftg.rundir.tensors import read_tensors
 
 # Kills its own process with SIGKILL at one point of round 3, the first time that it gets there.
 KILLER = """
@@ -25,11 +29,11 @@ def die():
 
 from fedftg.distill import distiller
 from fedftg.engine import executors
-from fedftg.rundir import checkpoint
+from fedftg.rundir import checkpoint, tensors
 
 state = dict(round=0, calls=0)
-train, student_steps, write_json, write_atomically = (
-    executors.train, distiller.student_steps, checkpoint.write_json, checkpoint.write_atomically
+train, student_steps, write_json, write_chunks = (
+    executors.train, distiller.student_steps, checkpoint.write_json, tensors.write_chunks
 )
 
 def watched_train(model, rule, task, batches, counts, settings):
@@ -51,16 +55,18 @@ def watched_write_json(path, value):
         die()
     write_json(path, value)
 
-def watched_write_atomically(path, content):
-    if POINT == "checkpoint-file" and state["round"] == 3 and not MARK.exists():
+def watched_write_chunks(path, chunks, sync=True):
+    kind = {{"checkpoint-file": "state", "clients-file": "clients"}}.get(POINT)
+    if kind and path.name.startswith(kind) and state["round"] == 3 and not MARK.exists():
+        content = b"".join(chunks)
         path.with_name(path.name + ".part").write_bytes(content[: len(content) // 2])
         die()
-    write_atomically(path, content)
+    write_chunks(path, chunks, sync=sync)
 
 executors.train = watched_train
 distiller.student_steps = watched_student_steps
 checkpoint.write_json = watched_write_json
-checkpoint.write_atomically = watched_write_atomically
+tensors.write_chunks = watched_write_chunks
 """
 
 ALGORITHMS = ("fedavg", "feddyn", "scaffold", "moon")
@@ -68,17 +74,26 @@ Read = Callable[[Path], list[dict[str, Any]]]
 
 
 def assert_same_weights(left: Path, right: Path) -> None:
-    """State and clients; a client's file may be named after another round where checkpoints were rarer."""
-    indices = [json.loads((folder / "checkpoint" / "checkpoint.json").read_text()) for folder in (left, right)]
-    assert indices[0]["round"] == indices[1]["round"]
-    assert indices[0]["clients"].keys() == indices[1]["clients"].keys()
-    files = [{"state": index["state"], **index["clients"]} for index in indices]
-    for key in files[0]:
-        ours, theirs = (
-            read_tensors(folder / "checkpoint" / names[key]) for folder, names in zip((left, right), files, strict=True)
+    """State and clients; a client's record may lie in another file where checkpoints or the bound differ."""
+    folders = [left / "checkpoint", right / "checkpoint"]
+    kept = [checkpoint.load(folder) for folder in folders]
+    assert kept[0] is not None
+    assert kept[1] is not None
+    assert kept[0].state.round == kept[1].state.round
+    states = [read_tensors(folder / f"state-{kept[0].state.round:06d}.safetensors") for folder in folders]
+    assert_same(*states)
+    assert kept[0].places.keys() == kept[1].places.keys()
+    for client in kept[0].places:
+        one, other = (
+            Packs(folder).read(part.places[client], client) for folder, part in zip(folders, kept, strict=True) if part
         )
-        assert list(ours) == list(theirs)
-        assert all(ours[name].equal(theirs[name]) for name in ours), key
+        assert_same(one.memory, other.memory)
+        assert_same(one.upload, other.upload)
+
+
+def assert_same(ours: Params, theirs: Params) -> None:
+    assert list(ours) == list(theirs)
+    assert all(ours[name].equal(theirs[name]) for name in ours)
 
 
 @pytest.fixture(scope="session")
@@ -88,12 +103,18 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "point", "every"),
+    ("algorithm", "point", "every", "bound"),
     [
-        *((name, point, 1) for name in ALGORITHMS for point in ("local", "refine", "checkpoint-file")),
-        ("scaffold", "checkpoint-index", 1),
-        ("feddyn", "local", 2),
-        ("feddyn", "refine", 4),
+        *((name, point, 1, 512) for name in ALGORITHMS for point in ("local", "refine", "checkpoint-file")),
+        ("scaffold", "checkpoint-index", 1, 512),
+        ("feddyn", "local", 2, 512),
+        ("feddyn", "refine", 4, 512),
+        # Nothing in memory between rounds, and little: files of clients also between checkpoints.
+        ("scaffold", "clients-file", 1, 0),
+        ("moon", "checkpoint-index", 1, 0),
+        ("scaffold", "checkpoint-index", 2, 0),
+        ("moon", "clients-file", 2, 0.4),
+        ("moon", "refine", 4, 0),
     ],
 )
 def test_killed_and_resumed(
@@ -105,6 +126,7 @@ def test_killed_and_resumed(
     algorithm: str,
     point: str,
     every: int,
+    bound: float,
 ) -> None:
     (tmp_path / "killer.py").write_text(KILLER.format(point=point, mark=tmp_path / "mark"))
     settings = ["default", *tiny, "--set", f"algorithm.name={algorithm}"]
@@ -113,6 +135,7 @@ def test_killed_and_resumed(
         done = fedftg("run", *settings, "--out", str(whole))
         assert done.returncode == 0, done.stderr
     extra = ["--set", 'plugins=["killer"]', "--set", f"checkpoint.every={every}"]
+    extra += ["--set", f"checkpoint.client_memory_mb={bound}"]
     killed = fedftg("run", *settings, *extra, "--out", "killed", path=tmp_path)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "killed" / "summary.json").exists()
@@ -122,7 +145,61 @@ def test_killed_and_resumed(
     assert read_records(tmp_path / "killed") == read_records(whole)
     assert len(read_records(whole)) == 4
     assert_same_weights(tmp_path / "killed", whole)
+    named = json.loads((tmp_path / "killed" / "checkpoint" / "checkpoint.json").read_text())
+    left = {path.name for path in (tmp_path / "killed" / "checkpoint").iterdir()}
+    assert left == {"checkpoint.json", named["state"], *named["clients"]}
     assert not list((tmp_path / "killed").rglob("*.part"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["scaffold", "moon"])
+def test_the_bound_of_memory_changes_nothing(
+    fedftg: Any, tiny: list[str], read_records: Read, uninterrupted: Path, tmp_path: Path, algorithm: str
+) -> None:
+    """Little in memory and a checkpoint at the end only; nothing in memory, and more when resumed."""
+    settings = ["default", *tiny, "--set", f"algorithm.name={algorithm}"]
+    whole = uninterrupted / algorithm
+    if not whole.exists():
+        assert fedftg("run", *settings, "--out", str(whole)).returncode == 0
+    little, none = (["--set", f"checkpoint.client_memory_mb={bound}"] for bound in (0.4, 0))
+    for arguments in (
+        [*settings, *little, "--set", "checkpoint.every=4", "--out", "little"],
+        [*settings, *none, "--set", "rounds=2", "--out", "parts"],
+        ["--resume", *little, "--set", "rounds=4", "--out", "parts"],
+    ):
+        done = fedftg("run", *arguments)
+        assert done.returncode == 0, done.stderr
+    for out in ("little", "parts"):
+        assert read_records(tmp_path / out) == read_records(whole)
+        assert_same_weights(tmp_path / out, whole)
+
+
+@pytest.mark.parametrize("step", ["write", "commit"])
+def test_interrupted_while_the_state_is_written(
+    no_refiner: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_records: Read, step: str
+) -> None:
+    """The round was done, so Ctrl-C keeps it: it is on record once, and the state is written then."""
+    settings = [*no_refiner[1::2], "rounds=3", "algorithm.name=scaffold", "checkpoint.client_memory_mb=0"]
+    whole = package.run("default", overrides=settings, out=tmp_path / "whole")
+    real, calls = getattr(checkpoint, step), []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(step)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    settings.append("checkpoint.every=2")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, step, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            package.run("default", overrides=settings, out=tmp_path / "stopped")
+    kept = checkpoint.load(tmp_path / "stopped" / "checkpoint")
+    assert kept is not None
+    assert kept.state.round == len(read_records(tmp_path / "stopped")) == 2
+    again = package.run("default", overrides=settings, out=tmp_path / "stopped", resume=True)
+    assert read_records(tmp_path / "stopped") == read_records(tmp_path / "whole")
+    assert_same(again.state.params, whole.state.params)
 
 
 def test_four_rounds_are_two_and_two(fedftg: Any, tiny: list[str], read_records: Read, tmp_path: Path) -> None:

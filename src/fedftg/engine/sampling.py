@@ -47,5 +47,5 @@ def cohort(config: CohortConfig, candidates: list[int], seed: int, round: int) -
         while True:
             joined = rng.random(len(candidates)) < config.probability
             if joined.any():
-                return [client for client, joins in zip(candidates, joined, strict=True) if joins]
+                return [candidates[index] for index in joined.nonzero()[0]]
     return list(candidates)

@@ -1,8 +1,9 @@
 """Checkpoints: safetensors for values, one JSON file that names those of a consistent state.
 
 New files are written beside the old ones; ``checkpoint.json`` is renamed into place last and only then are files that
-it no longer names removed. So whenever the process dies, ``checkpoint.json`` names a whole state. Clients' files are
-written only when they changed. There is no random state: seeds are derived from (run, round, client, purpose).
+it no longer names removed. So whenever the process dies, ``checkpoint.json`` names a whole state. Clients' records are
+written only when they changed, many to a file (`fedftg.rundir.packs`). There is no random state: seeds are derived
+from (run, round, client, purpose).
 """
 
 from __future__ import annotations
@@ -13,18 +14,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialise
-
 from fedftg import params as tree
 from fedftg.algorithms.base import ServerState
-from fedftg.engine.memory import ClientRecord, ClientStore
+from fedftg.engine.memory import ClientStore
 from fedftg.errors import InputError
 from fedftg.params import Params
-from fedftg.rundir.records import write_atomically, write_json
+from fedftg.rundir.records import write_json
+from fedftg.rundir.tensors import opened, read_tensors, write_tensors
 
-FORMAT = 1
+__all__ = ["Checkpoint", "Index", "commit", "load", "read_tensors", "save", "sweep", "write", "write_tensors"]
+
+FORMAT = 2
+_READABLE = (1, 2)
+"""Format 1 had one file per client and no other difference."""
 _SERVER_PARTS = ("params", "buffers", "server", "refiner")
+
+Index = dict[str, Any]
+"""The content of ``checkpoint.json``."""
 
 
 @dataclass(frozen=True)
@@ -32,35 +38,48 @@ class Checkpoint:
     """A state read back: the server's, and what goes into the client store."""
 
     state: ServerState
-    clients: dict[int, ClientRecord]
+    places: dict[int, str]
+    """The file that each client's record is in; none is read yet."""
     change_sum: Params
 
 
 def save(folder: Path, state: ServerState, clients: ClientStore) -> None:
     """Writes the state after ``state.round`` rounds; on return it is on disk and older files are gone."""
-    (folder / "clients").mkdir(parents=True, exist_ok=True)
-    index = _read_index(folder) if (folder / "checkpoint.json").exists() else {"clients": {}}
+    commit(folder, write(folder, state, clients))
+
+
+def write(folder: Path, state: ServerState, clients: ClientStore) -> Index:
+    """Writes a state's files; the last checkpoint stays the valid one until `commit`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    places = clients.flush(folder)
     state_file = f"state-{state.round:06d}.safetensors"
     tensors: Params = tree.prefixed(clients.change_sum, "change_sum/")
     for part in _SERVER_PARTS:
         tensors |= tree.prefixed(getattr(state, part), part + "/")
     write_tensors(folder / state_file, tensors)
-    client_files: dict[str, str] = dict(index["clients"])
-    for client in sorted(clients.changed):
-        record = clients.records[client]
-        name = f"clients/{client:06d}-{state.round:06d}.safetensors"
-        write_tensors(
-            folder / name, {**tree.prefixed(record.memory, "memory/"), **tree.prefixed(record.upload, "upload/")}
-        )
-        client_files[str(client)] = name
-    new_index = {"format": FORMAT, "round": state.round, "state": state_file, "clients": client_files}
-    write_json(folder / "checkpoint.json", new_index)
-    clients.changed.clear()
-    _remove_unnamed(folder, {state_file, *client_files.values()})
+    files: dict[str, list[int]] = {}
+    for client in sorted(places):
+        files.setdefault(places[client], []).append(client)
+    return {"format": FORMAT, "round": state.round, "state": state_file, "clients": files}
+
+
+def commit(folder: Path, index: Index) -> None:
+    """Makes what `write` wrote the checkpoint to resume from, and removes older files."""
+    write_json(folder / "checkpoint.json", index)
+    _remove_unnamed(folder, {index["state"], *index["clients"]})
+
+
+def sweep(folder: Path) -> None:
+    """Removes what a session that died left behind; only for the one session that goes on with the run."""
+    named: set[str] = set()
+    if (folder / "checkpoint.json").exists():
+        index = _read_index(folder)
+        named = {index["state"], *index["clients"]}
+    _remove_unnamed(folder, named)
 
 
 def load(folder: Path) -> Checkpoint | None:
-    """The last whole state, in host memory, or None where none was written yet.
+    """The last whole state, in host memory but for the clients' records, or None where none was written yet.
 
     Raises:
         InputError: a file is missing, torn or of another format.
@@ -70,49 +89,29 @@ def load(folder: Path) -> Checkpoint | None:
     index = _read_index(folder)
     tensors = read_tensors(folder / index["state"])
     parts = {part: tree.unprefixed(tensors, part + "/") for part in _SERVER_PARTS}
-    clients = {}
-    for client, name in index["clients"].items():
-        kept = read_tensors(folder / name)
-        clients[int(client)] = ClientRecord(tree.unprefixed(kept, "memory/"), tree.unprefixed(kept, "upload/"))
+    places: dict[int, str] = {}
+    for name, clients in index["clients"].items():
+        with opened(folder / name):  # tells a torn file now, and not in the round that needs it
+            places |= dict.fromkeys(clients, name)
     state = ServerState(round=int(index["round"]), **parts)
-    return Checkpoint(state, clients, tree.unprefixed(tensors, "change_sum/"))
+    return Checkpoint(state, places, tree.unprefixed(tensors, "change_sum/"))
 
 
-def write_tensors(path: Path, tensors: Params, metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file with the order of names kept in its metadata; written aside, on disk, renamed."""
-    # Copies, because safetensors refuses tensors that share memory.
-    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_atomically(path, serialise(whole, metadata={"order": json.dumps(list(tensors)), **(metadata or {})}))
-
-
-def read_tensors(path: Path) -> Params:
-    """The tensors of `write_tensors`, in the order in which they were written.
-
-    Sums over all tensors of a model depend on their order in the last bit, and safetensors sorts names by itself.
-    """
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            order = json.loads((file.metadata() or {}).get("order", "null")) or list(file.keys())
-            return {name: file.get_tensor(name) for name in order}
-    except (OSError, SafetensorError, ValueError) as error:
-        raise InputError(
-            f"checkpoint file {path} cannot be read ({error}); start the run anew without --resume"
-        ) from error
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
+def _read_index(folder: Path) -> Index:
     path = folder / "checkpoint.json"
     try:
-        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        index: Index = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(
             f"checkpoint file {path} cannot be read ({error}); start the run anew without --resume"
         ) from error
-    if index.get("format") != FORMAT:
+    if index.get("format") not in _READABLE:
         raise InputError(
-            f"{path} has format {index.get('format')}, this version reads {FORMAT}; "
+            f"{path} has format {index.get('format')}, this version reads {' and '.join(map(str, _READABLE))}; "
             "resume with the version that wrote it"
         )
+    if index["format"] == 1:
+        index["clients"] = {name: [int(client)] for client, name in index["clients"].items()}
     return index
 
 
@@ -123,5 +122,5 @@ def _remove_unnamed(folder: Path, named: set[str]) -> None:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    for pattern in ("state-*", "clients/*"):
+    for pattern in ("state-*", "clients-*", "clients/*"):
         yield from folder.glob(pattern)

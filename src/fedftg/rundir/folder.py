@@ -131,8 +131,7 @@ def summarise(header: Record, rows: Sequence[Record], targets: Sequence[float], 
         str(target): next((row["round"] for row in evaluated if row["accuracy"]["refined"] >= target), None)
         for target in targets
     }
-    phases = ("local", "aggregate", "refine", "evaluate")
-    seconds = {phase: sum(row["seconds"].get(phase, 0.0) for row in rows) for phase in phases}
+    seconds = {phase: sum(row["seconds"].get(phase, 0.0) for row in rows) for phase in records.PHASES}
     return {
         **header,
         "rounds": len(rows),

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+
+PHASES = ("local", "aggregate", "refine", "evaluate", "checkpoint")
+"""What a record's ``seconds`` are split into; checkpoint: writing the state, and clients' records beyond the bound."""
 
 
 def finite(value: Any) -> Any:
@@ -57,13 +61,21 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes aside, has it written to disk, renames: a reader sees the old file or the new one, never a part."""
+    write_chunks(path, (content,))
+
+
+def write_chunks(path: Path, chunks: Iterable[bytes | memoryview], *, sync: bool = True) -> None:
+    """As `write_atomically`, of content that comes in pieces; without ``sync`` a power cut may still take it away."""
     aside = path.with_name(path.name + ".part")
     with aside.open("wb") as file:
-        file.write(content)
+        for chunk in chunks:
+            file.write(chunk)
         file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
     os.replace(aside, path)
-    sync_folder(path.parent)
+    if sync:
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
