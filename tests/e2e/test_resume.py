@@ -112,8 +112,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         # Nothing in memory between rounds, and little: files of clients also between checkpoints.
         ("scaffold", "clients-file", 1, 0),
         ("moon", "checkpoint-index", 1, 0),
-        ("scaffold", "checkpoint-index", 2, 0),
-        ("moon", "clients-file", 2, 0.4),
+        ("scaffold", "clients-file", 2, 0),
+        ("moon", "clients-file", 2, 0.2),
         ("moon", "refine", 4, 0),
     ],
 )
@@ -161,7 +161,7 @@ def test_the_bound_of_memory_changes_nothing(
     whole = uninterrupted / algorithm
     if not whole.exists():
         assert fedftg("run", *settings, "--out", str(whole)).returncode == 0
-    little, none = (["--set", f"checkpoint.client_memory_mb={bound}"] for bound in (0.4, 0))
+    little, none = (["--set", f"checkpoint.client_memory_mb={bound}"] for bound in (0.2, 0))
     for arguments in (
         [*settings, *little, "--set", "checkpoint.every=4", "--out", "little"],
         [*settings, *none, "--set", "rounds=2", "--out", "parts"],
