@@ -30,7 +30,7 @@ class DistillConfig(BaseModel):
     noise_dim: int = Field(
         default=100, ge=1, description="length of the noise z; the public code takes 256 for 100 classes"
     )
-    generator_width: int = Field(default=64, ge=1, description="channels of the generator's last feature map")
+    generator_width: int = Field(default=64, ge=1, description="channels of the generator after its second upsampling")
 
     discrepancy: Discrepancy = Field(
         default="kl",
@@ -111,7 +111,16 @@ class DistillConfig(BaseModel):
     teacher_chunk: int = Field(
         default=0,
         ge=0,
-        description="teachers whose graphs are in memory at a time, same numbers up to rounding; 0 means all",
+        description="teachers whose graphs are in memory at a time, same numbers up to rounding; 0 means all up to 32",
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="arithmetic of the frozen teachers and the generator; bfloat16 needs hardware that has it",
+    )
+    compile_teachers: bool = Field(
+        default=False,
+        description="run the teachers of a federation through torch.compile: a minute or more once, same numbers up to "
+        "rounding",
     )
 
 

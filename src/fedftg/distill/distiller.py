@@ -172,6 +172,11 @@ class Distiller:
             raise InputError(
                 f"student and generator must be on one device, got {trainable[0].device} and {device}; move one of them"
             )
+        if config.precision == "bfloat16" and not _has_bfloat16(device):
+            raise InputError(
+                f"precision 'bfloat16' needs hardware that has it, and {device} has not: it would take a hundred times "
+                "as long; set precision to 'float32'"
+            )
         if config.generator_optimizer_state == "reset":
             self._optimizer = self._new_optimizer()
         for group in self._optimizer.param_groups:
@@ -231,6 +236,13 @@ class Distiller:
                 for name, now in state.items()
             }
         self._averaged = state
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    # Without AVX512_BF16 or AMX a product of 2048x2048 measured 0.3 GFLOP/s beside 84 in float32 (AVX2).
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @contextmanager

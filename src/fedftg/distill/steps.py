@@ -21,6 +21,9 @@ from fedftg.distill.teachers import Teachers
 from fedftg.errors import InputError
 from fedftg.params import Params
 
+MOST_AT_ONCE = 32
+"""Teachers whose graphs are in memory at a time unless the settings say so."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -53,8 +56,18 @@ class Task:
 
     def chunks(self, start: int, stop: int) -> list[tuple[int, int]]:
         """The ranges of teachers whose graphs are in memory at a time."""
-        size = self.config.teacher_chunk or stop - start
+        size = self.config.teacher_chunk or MOST_AT_ONCE
         return [(first, min(first + size, stop)) for first in range(start, stop, size)]
+
+    def reduced_precision(self) -> torch.autocast:
+        """What the frozen teachers and the generator run in; the student and all losses stay in full precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+
+    def images(self, noise: Float[Tensor, "B Z"], labels: Int[Tensor, " B"]) -> Float[Tensor, "B D H W"]:
+        """``(B, D, H, W)`` of the generator in its present mode."""
+        with self.reduced_precision():
+            images: Tensor = self.generator(noise, labels)
+        return images.to(noise.dtype)
 
     def student_logits(self, images: Float[Tensor, "B D H W"]) -> Float[Tensor, "B C"]:
         """Logits ``(B, C)`` of the student in its present mode.
@@ -77,7 +90,9 @@ class Task:
         Raises:
             InputError: another number of classes than the class counts have.
         """
-        logits = self.teachers.part(start, stop)(images)
+        with self.reduced_precision():
+            logits = self.teachers.part(start, stop)(images)
+        logits = logits.to(images.dtype)
         expected = (stop - start, images.shape[0], self.class_weights.shape[1])
         if tuple(logits.shape) != expected:
             raise InputError(
@@ -138,7 +153,7 @@ def _generator_step(task: Task, noise: Tensor, labels: Tensor, start: int, stop:
 
     No gradient of a teacher's or the student's weights is computed.
     """
-    images = task.generator(noise, labels)
+    images = task.images(noise, labels)
     task.generator_optimizer.zero_grad()
     if len(task.chunks(start, stop)) == 1:
         metrics = _backward_at_once(task, images, noise, labels, start, stop)
@@ -260,10 +275,11 @@ def _student_step(task: Task, images: Tensor, ensemble: Tensor) -> Float[Tensor,
 @torch.no_grad()
 def _targets(task: Task, noise: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Images, the ensemble's probabilities for them, and the share of those that are right."""
-    images = task.generator(noise, labels)
+    images = task.images(noise, labels)
     if task.averaged_generator:
-        remembered: Tensor = functional_call(task.generator, task.averaged_generator, (noise, labels))
-        images, labels = torch.cat([images, remembered]), torch.cat([labels, labels])
+        with task.reduced_precision():
+            remembered: Tensor = functional_call(task.generator, task.averaged_generator, (noise, labels))
+        images, labels = torch.cat([images, remembered.to(images.dtype)]), torch.cat([labels, labels])
     ensemble = task.ensemble(images, labels)
     agreement = (ensemble.argmax(dim=-1) == labels).to(torch.float32).mean()
     return images, ensemble, agreement

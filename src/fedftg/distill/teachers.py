@@ -20,6 +20,10 @@ ClassifierFunction = Callable[[Params, Params, Tensor], Tensor]
 """``(params, buffers, images) -> logits (B, C)``, in evaluation mode."""
 
 
+STACKED_UP_TO = 2**30
+"""Bytes of all teachers together: beyond, a second copy of them costs more memory than it saves launches."""
+
+
 class Teachers(ABC):
     """Teachers in evaluation mode: gradients reach the images and never the teachers' weights."""
 
@@ -119,7 +123,8 @@ def stack_or_list(
         params: one per teacher.
         buffers: one per teacher.
         stacked: None chooses: stacked (copies all values) on an accelerator, where many small kernels wait for their
-            launch; listed on the CPU, where a ``vmap`` over convolutions measured twice the time of a loop.
+            launch, while the copies are at most 1 GiB; listed beyond that, and on the CPU, where a ``vmap`` over
+            convolutions measured twice the time of a loop.
 
     Raises:
         InputError: no teacher.
@@ -127,7 +132,8 @@ def stack_or_list(
     if not params:
         raise InputError("got no teacher, at least 1 is needed; pass the models to distil from")
     if stacked is None:
-        stacked = next(iter(params[0].values())).device.type != "cpu"
+        size = len(params) * sum(tensor.nbytes for tensor in params[0].values())
+        stacked = next(iter(params[0].values())).device.type != "cpu" and size <= STACKED_UP_TO
     if stacked:
         return StackedTeachers(function, stack(params), stack(buffers))
     frozen = [{name: tensor.detach() for name, tensor in one.items()} for one in params]
