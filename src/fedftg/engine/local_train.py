@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -35,30 +35,45 @@ class LocalConfig(BaseModel):
         return self.lr * self.lr_decay ** (round - 1)
 
 
-def clip(grads: Params, max_norm: float) -> Params:
-    """Gradients scaled so that their joint norm is at most ``max_norm``; 0 returns them as they are."""
+def clip(grads: Params, max_norm: float, *, in_place: bool = False) -> Params:
+    """Gradients scaled so that their joint norm is at most ``max_norm``; 0 returns them as they are.
+
+    ``in_place`` writes the same numbers over the given ones, for gradients that nobody else holds.
+    """
     if max_norm == 0:
         return grads
-    norms = torch._foreach_norm(list(grads.values()))
+    values = list(grads.values())
+    norms = torch._foreach_norm(values)
     factor = (max_norm / (torch.stack(norms).norm() + 1e-6)).clamp(max=1.0)
-    return dict(zip(grads, torch._foreach_mul(list(grads.values()), factor), strict=True))
+    if in_place:
+        torch._foreach_mul_(values, factor)
+        return grads
+    return dict(zip(grads, torch._foreach_mul(values, factor), strict=True))
 
 
 class Sgd:
-    """SGD with weight decay and momentum on leaf tensors, in place; the arithmetic of ``torch.optim.SGD``."""
+    """SGD with weight decay and momentum on leaf tensors, in place; the arithmetic of ``torch.optim.SGD``.
 
-    def __init__(self, params: Params, lr: float, settings: LocalConfig) -> None:
+    Args:
+        velocity: where momentum starts, one tensor a parameter and written in place; None takes the first step's.
+    """
+
+    def __init__(
+        self, params: Params, lr: float, settings: LocalConfig, velocity: Sequence[Tensor] | None = None
+    ) -> None:
         self._params = list(params.values())
         self._lr = lr
         self._weight_decay = settings.weight_decay
         self._momentum = settings.momentum
-        self._velocity: list[Tensor] | None = None
+        self._velocity = None if velocity is None else list(velocity)
 
     @torch.no_grad()
-    def step(self, grads: Params) -> None:
-        """One step along the gradients."""
+    def step(self, grads: Params, *, in_place: bool = False) -> None:
+        """One step along the gradients; ``in_place`` may write over them."""
         steps = list(grads.values())
-        if self._weight_decay:
+        if self._weight_decay and in_place:
+            torch._foreach_add_(steps, self._params, alpha=self._weight_decay)
+        elif self._weight_decay:
             steps = list(torch._foreach_add(steps, self._params, alpha=self._weight_decay))
         if self._momentum:
             if self._velocity is None:
@@ -70,6 +85,46 @@ class Sgd:
         torch._foreach_add_(self._params, steps, alpha=-self._lr)
 
 
+def client_step(
+    model: FunctionalModel,
+    rule: LocalRule,
+    params: Params,
+    buffers: Params,
+    batch: Batch,
+    task: LocalTask,
+    sgd: Sgd,
+    max_grad_norm: float,
+) -> Tensor:
+    """One step of one client on leaf tensors ``params``, in place; gives the detached loss.
+
+    Order: the rule's gradient correction, clipping, weight decay, momentum, step. Nothing waits for a value, so a GPU
+    can record the step.
+    """
+    loss = rule.loss(model, params, buffers, batch, task)
+    grads = _gradients(loss, params)
+    with torch.no_grad():
+        corrected = rule.correct(grads, params, task)
+        # What a rule made may be its own; the gradients themselves are ours to write on, which saves ResNet-18 two
+        # fresh copies of 45 MB a step.
+        ours = all(corrected[name] is grad for name, grad in grads.items())
+        clipped = clip(corrected, max_grad_norm, in_place=ours)
+        sgd.step(clipped, in_place=ours or clipped is not corrected)
+    return loss.detach()
+
+
+def _gradients(loss: Tensor, params: Params) -> Params:
+    """Fresh gradients by name, zero where the loss does not use a parameter.
+
+    ``backward`` and not ``autograd.grad``: what lands in ``grad`` is never shared or expanded, so it can be written on.
+    """
+    loss.backward(inputs=list(params.values()))  # type: ignore[no-untyped-call]
+    grads: Params = {}
+    for name, param in params.items():
+        grads[name] = torch.zeros_like(param) if param.grad is None else param.grad
+        param.grad = None
+    return grads
+
+
 def train(
     model: FunctionalModel,
     rule: LocalRule,
@@ -78,9 +133,7 @@ def train(
     class_counts: Tensor,
     settings: LocalConfig,
 ) -> ClientResult:
-    """One client's round: steps over ``batches``, starting from ``task.params``, which stay as they are.
-
-    Order in a step: the rule's gradient correction, clipping, weight decay, momentum, step.
+    """One client's round: `client_step` over ``batches``, starting from ``task.params``, which stay as they are.
 
     Args:
         batches: images ``(B, D, H, W)`` and labels ``(B,)``; none at all gives the received model back.
@@ -91,12 +144,8 @@ def train(
     sgd = Sgd(params, task.lr, settings)
     losses: list[Tensor] = []
     for images, labels in batches:
-        loss = rule.loss(model, params, buffers, Batch(images, labels), task)
-        grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True, materialize_grads=True)
-        with torch.no_grad():
-            corrected = rule.correct(dict(zip(params, grads, strict=True)), params, task)
-            sgd.step(clip(corrected, settings.max_grad_norm))
-        losses.append(loss.detach())
+        batch = Batch(images, labels)
+        losses.append(client_step(model, rule, params, buffers, batch, task, sgd, settings.max_grad_norm))
     trained = {name: tensor.detach() for name, tensor in params.items()}
     extra, memory = rule.finish(trained, buffers, task, len(losses))
     mean_loss = float(torch.stack(losses).double().mean()) if losses else float("nan")
