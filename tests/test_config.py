@@ -128,7 +128,7 @@ fedftg.register_algorithm("mine", MineConfig)
         ("rounds", "--set needs key=value, got 'rounds'"),
         ("rounds.x=1", "rounds"),
         ("plugins=['not_there_at_all']", "plugin 'not_there_at_all' cannot be imported"),
-        ("executor.name=ray", "executor.name must be 'sequential', got 'ray'"),
+        ("executor.name=ray", "executor.name must be 'auto', 'sequential'"),
     ],
 )  # fmt: skip
 def test_wrong_settings_give_one_line(override: str, expected: str) -> None:
@@ -162,3 +162,10 @@ def test_differences_that_resuming_allows() -> None:
     assert configs.first_difference(before, configs.load(None, ["local.lr=0.3"])) == "local.lr"
     with pytest.raises(InputError, match=r"--resume cannot change local\.lr"):
         configs.check_resumable(before, configs.load(None, ["local.lr=0.3"]))
+
+
+def test_executors_of_the_same_numbers_may_take_each_others_place() -> None:
+    before = configs.load(None, ["executor.name=sequential"])
+    for name in ("auto", "workers"):
+        assert configs.first_difference(before, configs.load(None, [f"executor.name={name}"])) is None
+    assert configs.first_difference(before, configs.load(None, ["executor.name=workers", "executor.workers=3"])) is None

@@ -19,7 +19,7 @@ from fedftg.algorithms.registry import ALGORITHMS, REFINERS
 from fedftg.data.config import DataConfig, PartitionConfig
 from fedftg.distill.config import PRESETS
 from fedftg.engine.evaluate import EvaluationConfig
-from fedftg.engine.executors import ExecutorConfig
+from fedftg.engine.executors import INTERCHANGEABLE, ExecutorConfig
 from fedftg.engine.local_train import LocalConfig
 from fedftg.engine.sampling import CohortConfig
 from fedftg.errors import InputError, explain, unknown
@@ -221,6 +221,7 @@ RESUME_MAY_CHANGE = ("name", "rounds", "device", "data.root", "checkpoint", "eva
 """What may differ when a run is resumed: the length, and where things lie or run.
 
 Another device or number of threads rounds differently: the run goes on, but not to the last bit as it would have.
+Executors whose numbers are the same (`INTERCHANGEABLE`) may take each other's place.
 """
 
 
@@ -237,8 +238,10 @@ def check_resumable(before: RunConfig, now: RunConfig) -> None:
 def first_difference(before: RunConfig, now: RunConfig) -> str | None:
     """The first setting that makes two configs different experiments, or None."""
     left, right = (_flat(config.model_dump(mode="json")) for config in (before, now))
+    same_numbers = {before.executor.name, now.executor.name} <= set(INTERCHANGEABLE)
+    may_change = (*RESUME_MAY_CHANGE, "executor") if same_numbers else RESUME_MAY_CHANGE
     for key in sorted({*left, *right}):
-        allowed = any(key == may or key.startswith(may + ".") for may in RESUME_MAY_CHANGE)
+        allowed = any(key == may or key.startswith(may + ".") for may in may_change)
         if not allowed and left.get(key) != right.get(key):
             return key
     return None

