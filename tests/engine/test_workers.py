@@ -186,9 +186,9 @@ def alive(pid: int) -> bool:
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_processes_end_with_the_parent(tmp_path: Path, plugin: str, how: signal.Signals) -> None:
     """Killed or interrupted in the middle of a client that takes minutes; then resumed to the same numbers."""
-    settings = ["threads=1", "rounds=3", "data.name=digits", "data.max_train=150", "partition.num_clients=5", "cohort.size=5",
+    settings = ["threads=1", "rounds=3", "data.name=digits", "data.max_train=150", "partition.num_clients=5",
                 "model.name=lenet_bn", "local.epochs=1", "refiner.name=none", "executor.name=workers",
-                "executor.workers=2", f'plugins=["{plugin}"]', f"algorithm.name={plugin}"]  # fmt: skip
+                "executor.workers=2", "cohort.size=5", f'plugins=["{plugin}"]', f"algorithm.name={plugin}"]  # fmt: skip
     options = [part for setting in settings for part in ("--set", setting)]
     command = [sys.executable, "-m", "fedftg.cli", "run", "default", *options]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]), "OMP_NUM_THREADS": "1"}

@@ -21,14 +21,43 @@ _STAGES = ((64, 1), (128, 2), (256, 2), (512, 2))
 """Channels and first stride of the four stages of two blocks each."""
 
 
+class LiveConv3x3(nn.Conv2d):
+    """A 3x3 convolution with padding 1 and no bias that leaves out the taps that only ever meet padding.
+
+    On a 1x1 map that leaves the centre tap, on a 2x2 map with stride 2 the lower right four; any other map meets all
+    nine. The values differ from those of ``nn.Conv2d`` by rounding alone, dead taps have gradient zero as before, and
+    parameters have the same names and shapes.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Features ``(B, outputs, H / stride, W / stride)`` of ``(B, inputs, H, W)``."""
+        height, width = input.shape[-2:]
+        if height == width == 1:
+            return functional.linear(input.flatten(1), self.weight[:, :, 1, 1])[..., None, None]
+        if height == width == 2 and self.stride == (2, 2):
+            return functional.linear(input.flatten(1), self.weight[:, :, 1:, 1:].flatten(1))[..., None, None]
+        return super().forward(input)
+
+
+def _conv3x3(inputs: int, outputs: int, stride: int, live_taps: bool) -> nn.Conv2d:
+    if live_taps:
+        return LiveConv3x3(inputs, outputs, stride)
+    return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions around a shortcut; the shortcut has a 1x1 convolution where the shape changes."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, normalisation: Normalisation, groups: int) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, stride: int, normalisation: Normalisation, groups: int, *, live_taps: bool
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.conv1 = _conv3x3(inputs, outputs, stride, live_taps)
         self.norm1 = normalisation_layer(normalisation, outputs, groups)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.conv2 = _conv3x3(outputs, outputs, 1, live_taps)
         self.norm2 = normalisation_layer(normalisation, outputs, groups)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
@@ -54,6 +83,8 @@ class ResNet18(nn.Module):
             small images and takes about 15 times the work.
         normalisation: "batch", "group" or "none".
         groups: of GroupNorm.
+        live_taps: leaves out what only meets padding (`LiveConv3x3`), in the last stage of 32x32 images behind the
+            "imagenet" stem; False computes it all, for the last bits of runs from before.
     """
 
     def __init__(
@@ -64,6 +95,7 @@ class ResNet18(nn.Module):
         stem: Stem,
         normalisation: Normalisation,
         groups: int = 2,
+        live_taps: bool = True,
     ) -> None:
         super().__init__()
         depth, height, width = image_shape
@@ -78,8 +110,8 @@ class ResNet18(nn.Module):
         blocks: list[nn.Module] = []
         inputs = 64
         for outputs, stride in _STAGES:
-            blocks.append(BasicBlock(inputs, outputs, stride, normalisation, groups))
-            blocks.append(BasicBlock(outputs, outputs, 1, normalisation, groups))
+            blocks.append(BasicBlock(inputs, outputs, stride, normalisation, groups, live_taps=live_taps))
+            blocks.append(BasicBlock(outputs, outputs, 1, normalisation, groups, live_taps=live_taps))
             inputs = outputs
         self.blocks = nn.Sequential(*blocks)
         self.classifier = nn.Linear(512, num_classes)
@@ -94,14 +126,18 @@ class ResNet18(nn.Module):
         return logits
 
 
-def resnet18(num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+def resnet18(num_classes: int, image_shape: tuple[int, int, int], live_taps: bool = True) -> nn.Module:
     """ResNet-18, ImageNet stem, BatchNorm: the paper's model; 11,181,642 parameters on CIFAR-10."""
-    return ResNet18(num_classes, image_shape, stem="imagenet", normalisation="batch")
+    return ResNet18(num_classes, image_shape, stem="imagenet", normalisation="batch", live_taps=live_taps)
 
 
-def resnet18_gn(num_classes: int, image_shape: tuple[int, int, int], groups: int = 2) -> nn.Module:
+def resnet18_gn(
+    num_classes: int, image_shape: tuple[int, int, int], groups: int = 2, live_taps: bool = True
+) -> nn.Module:
     """ResNet-18, ImageNet stem, GroupNorm, for skewed clients; 11,181,642 parameters on CIFAR-10."""
-    return ResNet18(num_classes, image_shape, stem="imagenet", normalisation="group", groups=groups)
+    return ResNet18(
+        num_classes, image_shape, stem="imagenet", normalisation="group", groups=groups, live_taps=live_taps
+    )
 
 
 def resnet18_cifar(
