@@ -57,16 +57,20 @@ def choose(
     work: Work | None,
     most: int,
 ) -> Choice:
-    """``workers`` where local training on the CPU takes long enough to share it, else ``sequential``.
+    """``cuda_graph`` on an NVIDIA GPU, ``workers`` where local training on the CPU is long enough, else ``sequential``.
 
-    The choice does not change numbers of a run with ``threads = 1``: both give the same bits. With more threads
-    ``sequential`` rounds differently, as it does from one number of threads to another; the reason says so.
+    On the CPU the choice does not change numbers of a run with ``threads = 1``: both give the same bits. With more
+    threads ``sequential`` rounds differently, as it does from one number of threads to another; the reason says so.
 
     Args:
         most: the most processes to take.
     """
     threads = torch.get_num_threads()
     beside = f"; {threads} threads round differently from one" if threads > 1 else ""
+    if data.device.type == "cuda":
+        if model.has_dropout:
+            return Choice("sequential", "a model with dropout cannot be recorded")
+        return Choice("cuda_graph", f"device {data.device}")
     if data.device.type != "cpu":
         return Choice("sequential", f"device {data.device}")
     if origin is None or work is None:

@@ -6,13 +6,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from fedftg.algorithms.base import ClientResult, LocalRule, LocalTask
 from fedftg.data.federated import FederatedData
+from fedftg.engine.batches import client_batches
 from fedftg.engine.choice import Work, choose, cores
+from fedftg.engine.cuda_graph import CudaGraphExecutor
 from fedftg.engine.local_train import LocalConfig, train
+from fedftg.engine.vectorized import VectorizedExecutor
 from fedftg.engine.workers import Origin, WorkersExecutor
 from fedftg.errors import ClientError, InputError
 from fedftg.models.functional import FunctionalModel
@@ -24,13 +26,16 @@ class ExecutorConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    name: Literal["auto", "sequential", "workers"] = Field(
+    name: Literal["auto", "sequential", "workers", "vectorized", "cuda_graph"] = Field(
         default="auto",
-        description="sequential: one client after the other; workers: in processes of one CPU thread; auto takes one "
-        "of these by device and size, and `environment.json` says which. The numbers of workers are those of "
-        "sequential with threads = 1",
+        description="sequential: one client after the other; workers: in processes of one CPU thread, the numbers of "
+        "sequential with threads = 1; vectorized: several in one call, equal up to rounding; cuda_graph: recorded "
+        "steps on an NVIDIA GPU; auto takes one by device and size, and `environment.json` says which",
     )
     workers: int = Field(default=0, ge=0, description="processes of workers; 0 is one a core")
+    group: int = Field(
+        default=0, ge=0, description="clients a call (vectorized, 0: 10) or a recorded step (cuda_graph, 0: 1)"
+    )
 
 
 INTERCHANGEABLE = ("auto", "sequential", "workers")
@@ -78,20 +83,13 @@ class SequentialExecutor:
 
     def run_one(self, rule: LocalRule, task: LocalTask) -> ClientResult:
         """Trains one client."""
-        batches = self.data.batches(
-            task.client,
-            num_epochs=self.settings.epochs,
-            num_steps=self.settings.steps,
-            batch_size=self.settings.batch_size,
-            rng=torch.Generator().manual_seed(task.seed),
-            min_batch=2 if self.model.has_batchnorm else 1,
-        )
+        batches = client_batches(self.model, self.data, self.settings, task)
         # Dropout and the like draw from the global generator: give each client its own, and leave ours as it was.
         with forked(seed_for(task.seed, task.round, task.client, "model"), self.data.device):
             return train(self.model, rule, task, batches, self.data.class_counts[task.client], self.settings)
 
 
-EXECUTORS = ("auto", "sequential", "workers")
+EXECUTORS = ("auto", "sequential", "workers", "vectorized", "cuda_graph")
 
 
 def build(
@@ -122,4 +120,12 @@ def build(
         workers = WorkersExecutor(origin, data, settings, count)
         workers.description += why
         return workers
+    if name == "vectorized":
+        return VectorizedExecutor(model, data, settings, config.group or 10)
+    if name == "cuda_graph":
+        # What auto took falls back where a model cannot be recorded; what the user named says so.
+        reference = SequentialExecutor(model, data, settings)
+        graph = CudaGraphExecutor(model, data, settings, config.group or 1, fallback=reference if why else None)
+        graph.description += why
+        return graph
     return SequentialExecutor(model, data, settings, f"sequential{why}")

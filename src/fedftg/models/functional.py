@@ -12,6 +12,7 @@ from fedftg.errors import InputError
 from fedftg.params import Params, clone
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 class FunctionalModel:
@@ -28,6 +29,7 @@ class FunctionalModel:
         self._training = copy.deepcopy(module).train().requires_grad_(False)
         self._evaluating = copy.deepcopy(module).eval().requires_grad_(False)
         self.has_batchnorm = any(isinstance(layer, _BATCH_NORMS) for layer in module.modules())
+        self.has_dropout = any(map(_draws, module.modules()))
 
     def init(self) -> tuple[Params, Params]:
         """Fresh copies of the parameters and the buffers that the module was given with."""
@@ -63,6 +65,12 @@ class FunctionalModel:
         module = copy.deepcopy(self._evaluating)
         module.load_state_dict({**params, **buffers}, strict=False)
         return module.requires_grad_(True)
+
+
+def _draws(layer: nn.Module) -> bool:
+    """Whether a layer drops at random in training mode; attention and recurrent layers have a rate of their own."""
+    rate = layer.p if isinstance(layer, _DROPOUTS) else getattr(layer, "dropout", 0.0)
+    return isinstance(rate, int | float) and rate > 0
 
 
 def last_linear(module: nn.Module) -> nn.Linear:
