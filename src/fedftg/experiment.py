@@ -29,7 +29,7 @@ from fedftg.data.dataset import ImageDataset
 from fedftg.data.federated import FederatedData
 from fedftg.engine import executors, sampling
 from fedftg.engine.choice import Work
-from fedftg.engine.evaluate import evaluate, evaluate_clients
+from fedftg.engine.evaluate import Measured, evaluate, evaluate_clients
 from fedftg.engine.executors import Executor
 from fedftg.engine.machine import cpu_threads, environment, peak_memory_mb, resolve_device
 from fedftg.engine.memory import ClientStore, rejection
@@ -187,16 +187,6 @@ class Experiment:
         if measured.clients:
             measured.clients.setdefault("refined", measured.clients["selected"])
         return measured
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What an evaluation found, by kind of model; empty in rounds without one."""
-
-    accuracy: Metrics = field(default_factory=dict)
-    loss: Metrics = field(default_factory=dict)
-    clients: dict[str, Metrics] = field(default_factory=dict)
-    """Accuracy over clients (`evaluate_clients`), where they hold samples back."""
 
 
 def build(config: RunConfig, dataset: ImageDataset | None = None, progress: Progress | None = None) -> Experiment:

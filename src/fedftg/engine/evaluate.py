@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import torch
@@ -26,6 +27,16 @@ class EvaluationConfig(BaseModel):
     targets: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
         default=(), description="accuracies between 0 and 1; the summary says in which round each was first reached"
     )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an evaluation found, by kind of model; empty in rounds without one."""
+
+    accuracy: dict[str, float] = field(default_factory=dict)
+    loss: dict[str, float] = field(default_factory=dict)
+    clients: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Accuracy over clients (`evaluate_clients`), where they hold samples back."""
 
 
 @torch.no_grad()
