@@ -53,13 +53,19 @@ class Distiller:
         generator: trained in place; its device is where the work is done.
 
     Raises:
-        InputError: the generator's noise length is not the config's.
+        InputError: the generator's noise length is not the config's, or its device has no bfloat16 that is asked for.
     """
 
     def __init__(self, config: DistillConfig, generator: Generator) -> None:
         if config.noise_dim != generator.noise_dim:
             raise InputError(
                 f"noise_dim must be the generator's, {generator.noise_dim}, got {config.noise_dim}; change one of them"
+            )
+        device = next(generator.parameters()).device
+        if config.precision == "bfloat16" and not _has_bfloat16(device):
+            raise InputError(
+                f"precision 'bfloat16' needs hardware that has it, and {device} has not: it would take a hundred times "
+                "as long; set precision to 'float32'"
             )
         self.config = config
         self.generator = generator
@@ -171,11 +177,6 @@ class Distiller:
         if trainable[0].device != device:
             raise InputError(
                 f"student and generator must be on one device, got {trainable[0].device} and {device}; move one of them"
-            )
-        if config.precision == "bfloat16" and not _has_bfloat16(device):
-            raise InputError(
-                f"precision 'bfloat16' needs hardware that has it, and {device} has not: it would take a hundred times "
-                "as long; set precision to 'float32'"
             )
         if config.generator_optimizer_state == "reset":
             self._optimizer = self._new_optimizer()
