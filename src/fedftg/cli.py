@@ -105,8 +105,8 @@ def main() -> None:
     except ClientError as error:
         _fail(f"{error}; the run can go on from its last checkpoint by --resume", 1)
     except (KeyboardInterrupt, click.Abort):
-        again = "the same command" if "compare" in sys.argv[1:2] else "the same command with --resume"
-        _fail(f"interrupted; go on by {again}", 130)
+        resumes = ", with --resume once its folder is there" if "run" in sys.argv[1:2] else ""
+        _fail(f"interrupted; go on by the same command{resumes}", 130)
 
 
 def _console() -> Console:

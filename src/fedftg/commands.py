@@ -88,6 +88,11 @@ def run(
         recipe = RunFolder(folder).read_config()
     config = _config(recipe, overrides)
     if dataset is not None:
+        if not isinstance(dataset, ImageDataset):
+            raise InputError(
+                f"dataset must be an ImageDataset, got {type(dataset).__name__}; make one by "
+                "fedftg.ImageDataset.from_tensors(...)"
+            )
         config = config.model_copy(update={"data": DataConfig(name=sources.TENSORS)})
     if folder is None:
         found = _existing(config, RUNS) if resume else None

@@ -217,7 +217,16 @@ def _split(override: str) -> tuple[str, Any]:
     return key.strip(), value
 
 
-RESUME_MAY_CHANGE = ("name", "rounds", "device", "data.root", "checkpoint", "evaluation.targets", "threads")
+RESUME_MAY_CHANGE = (
+    "name",
+    "rounds",
+    "device",
+    "data.root",
+    "data.cache",
+    "checkpoint",
+    "evaluation.targets",
+    "threads",
+)
 """What may differ when a run is resumed: the length, and where things lie or run.
 
 Another device or number of threads rounds differently: the run goes on, but not to the last bit as it would have.

@@ -230,6 +230,7 @@ def build(config: RunConfig, dataset: ImageDataset | None = None, progress: Prog
     work = Work(config.rounds, config.cohort.size or round(share * with_data), config.threads)
     executor = executors.build(config.executor, model, data, config.local, origin, work)
     record: Record = {"class_names": list(data.dataset.class_names), "class_counts": data.class_counts.tolist()}
+    record["digest"] = data.digest
     if data.holds_back:
         record["held_back"] = [data.num_held_back(client) for client in range(data.num_clients)]
     if data.dataset.converted:
@@ -321,7 +322,9 @@ def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress) -
 def _restore(experiment: Experiment, folder: RunFolder, session: Record) -> None:
     config = experiment.config
     configs.check_resumable(configs.from_mapping(folder.read_config()), config)
-    if folder.read_partition() != experiment.partition_record:
+    before = folder.read_partition()
+    # A run of version 0.1 has no digest.
+    if before != {key: value for key, value in experiment.partition_record.items() if key != "digest" or key in before}:
         raise InputError(
             f"{folder.path} was started on other data or another division of it (see its partition.json); "
             "give the same data, or start a new run"

@@ -1,4 +1,6 @@
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -117,3 +119,16 @@ def test_arrays_are_resized_like_files(hub):
     grey = hub.grey(2, size=12)
     expected = np.stack([decoded(hub.encode(image), Sizing(8))[0] for image in grey])
     assert np.array_equal(resized(grey[:, None], Sizing(8))[:, 0], expected)
+
+
+def test_sixteen_bit_colour_is_refused_though_pillow_takes_it_for_rgb():
+    """A 1x1 PNG of colour type 2 and depth 16, by hand: IHDR, one row of filter 0 and three 16-bit values, IEND."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(b"\0" + struct.pack(">HHH", 1000, 2000, 3000)))
+    png = b"\x89PNG\r\n\x1a\n" + head + body + chunk(b"IEND", b"")
+    with pytest.raises(InputError, match="here: images of mode 'RGB;16' are not supported"):
+        decoded(png)

@@ -11,6 +11,7 @@ process waits for the lock; the lock of a killed one is free, and what it left i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -77,7 +78,7 @@ def _content_digest(root: Path, files: Sequence[Sequence[Path]]) -> str:
         except OSError as error:
             raise InputError(f"{path} cannot be read ({one_line(error)}); restore it") from error
         newest = max(newest, status.st_mtime)
-        stamps.append((str(path.absolute()), status.st_size, status.st_mtime_ns))
+        stamps.append((str(path.absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns))
     # Sorted, and beside that the order: the digest depends on which file belongs to which split.
     order = [[str(path.absolute()) for path in split] for split in files]
     stamp = digest(json.dumps([FORMAT, sorted(stamps), order]).encode())
@@ -123,11 +124,11 @@ def open_or_make(root: Path, key: str, make: Callable[[Path], dict[str, Any]]) -
         InputError: the folder cannot be written, or the disk is full.
     """
     with _told(root):
+        entry, part = root / key, root / f"{key}.part"
+        if meta_of(entry) is not None:  # first of all, so that a cache that may only be read serves
+            return entry
         root.mkdir(parents=True, exist_ok=True)
         _sweep(root)
-        entry, part = root / key, root / f"{key}.part"
-        if meta_of(entry) is not None:
-            return entry
         with _locked(root / f"{key}.lock"):
             if meta_of(entry) is not None:  # made by the process that was waited for
                 return entry
@@ -180,7 +181,8 @@ def _locked(path: Path) -> Iterator[None]:
 def _sweep(root: Path) -> None:
     """Remove what killed processes left: a part whose lock is free."""
     for part in root.glob("*.part"):
-        with part.with_suffix(".lock").open("w") as file:
+        # What belongs to another user is theirs to sweep.
+        with contextlib.suppress(PermissionError), part.with_suffix(".lock").open("w") as file:
             if _lock_is_free(file):
                 shutil.rmtree(part, ignore_errors=True)
 

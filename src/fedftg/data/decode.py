@@ -65,7 +65,8 @@ def decode(where: str, content: bytes | Path | None, sizing: Sizing) -> tuple[Ar
         raise InputError(f"{where}: the image has no bytes; images must be stored in the file, not as paths")
     try:
         with Image.open(content if isinstance(content, Path) else io.BytesIO(content)) as image:
-            mode = image.mode
+            # Pillow opens 16-bit colour as RGB and drops the lower half of each value.
+            mode = f"{image.mode};16" if _has_16_bits(image) else image.mode
             if mode in _GREY | _COLOUR:
                 if sizing.side is not None:
                     image.draft(None, (sizing.side * _DRAFT_FACTOR,) * 2)
@@ -74,6 +75,11 @@ def decode(where: str, content: bytes | Path | None, sizing: Sizing) -> tuple[Ar
     except Exception as error:
         raise InputError(f"{where}: the image is corrupt ({one_line(error)}); replace or remove it") from error
     raise InputError(f"{where}: images of mode {mode!r} are not supported; convert them to 8-bit grey or RGB")
+
+
+def _has_16_bits(image: Image.Image) -> bool:
+    """Whether a PNG of a mode that passes for 8-bit holds 16 bits a channel: its raw mode says so."""
+    return image.format == "PNG" and any(";16" in str(part[3]) for part in getattr(image, "tile", ()))
 
 
 def _plain(image: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -64,6 +65,16 @@ class FederatedData:
         self._test_labels = dataset.test_labels.to(self.device)
         self._mean = torch.tensor(dataset.mean, device=self.device).view(1, -1, 1, 1)
         self._std = torch.tensor(dataset.std, device=self.device).view(1, -1, 1, 1)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of labels and of who holds which rows; tells divisions with equal class counts apart."""
+        total = hashlib.sha256()
+        parts = [self.dataset.train_labels, self.dataset.test_labels, *self._parts, *self._held_back]
+        for part in parts:
+            total.update(f"{len(part)};".encode())
+            total.update(part.numpy().astype("<i8").tobytes())
+        return total.hexdigest()
 
     @property
     def num_clients(self) -> int:
@@ -219,6 +230,11 @@ def load(
     if dataset is None:
         dataset = sources.load(data, columns=needed_columns(division), progress=progress)
     divided = divide(dataset, division, seed)
+    if division.test_share > 0 and not any(map(len, divided.held_back)):
+        raise InputError(
+            f"partition.test_share {division.test_share:g} holds nothing back: no client has enough samples for it; "
+            "raise it, or lower partition.num_clients"
+        )
     noise = noise_levels(len(divided.train), division.feature_noise)
     return FederatedData(dataset, divided.train, device, held_back=divided.held_back, noise=noise)
 
