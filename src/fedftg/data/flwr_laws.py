@@ -49,6 +49,7 @@ def class_dirichlet(
     Raises:
         InputError: no division among `ATTEMPTS` had ``min_samples`` samples for everybody.
     """
+    _libraries()  # told as what it is, not as a division that cannot be found
     alpha = float(np.clip(alpha, 1e-12, 1e12))
     seed = _seed_that_suffices(labels, num_clients, alpha, min_samples, rng)
 
@@ -113,6 +114,7 @@ def pathological(labels: Indices, num_clients: int, classes_per_client: int, rng
     Raises:
         InputError: more classes than there are, or more places than the classes' samples can fill.
     """
+    _libraries()  # or the division would silently be another one where the package is missing
     present = int(np.count_nonzero(np.bincount(labels)))
     if classes_per_client > present:
         raise InputError(
