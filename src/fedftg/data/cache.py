@@ -43,7 +43,7 @@ def folder(setting: str) -> Path | None:
         return None
     if setting != "auto":
         return Path(setting).expanduser()
-    if named := os.environ.get("FEDFTG_CACHE"):
+    if (named := os.environ.get("FEDFTG_CACHE")) and named != "auto":
         return folder(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fedftg"
 

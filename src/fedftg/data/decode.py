@@ -66,7 +66,7 @@ def decode(where: str, content: bytes | Path | None, sizing: Sizing) -> tuple[Ar
     try:
         with Image.open(content if isinstance(content, Path) else io.BytesIO(content)) as image:
             # Pillow opens 16-bit colour as RGB and drops the lower half of each value.
-            mode = f"{image.mode};16" if _has_16_bits(image) else image.mode
+            mode = f"{image.mode};16" if image.mode in _COLOUR | _GREY and _has_16_bits(image) else image.mode
             if mode in _GREY | _COLOUR:
                 if sizing.side is not None:
                     image.draft(None, (sizing.side * _DRAFT_FACTOR,) * 2)
