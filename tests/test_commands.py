@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from fedftg import cli
+from fedftg import cli, commands
 from fedftg.data import ImageDataset, sources
+from fedftg.errors import InputError
 
 
 @pytest.fixture
@@ -44,6 +45,10 @@ def test_domains_and_converted_images(asked: list[tuple[str, ...]], tmp_path: Pa
     content = json.loads((tmp_path / "partition.json").read_text())
     assert content["indices"][0] == [0, 3, 6, 9]
     assert [len(rows) for rows in content["indices"]] == [4, 4, 4]
+    assert content["groups"] == ["ink", "oil", "oil"]
+    assert content["partition"]["column"] == "style"
+    assert content["converted"] == {"CMYK": 1, "grey": 3} or content["converted"] == {"grey": 3, "CMYK": 1}
+    assert "domain by style, seed 0" in done.stdout.splitlines()[0]
 
 
 def test_columns_are_asked_for_where_they_are_needed_only(asked: list[tuple[str, ...]], tmp_path: Path) -> None:
@@ -54,3 +59,25 @@ def test_columns_are_asked_for_where_they_are_needed_only(asked: list[tuple[str,
 def test_natural_clients_are_as_many_as_values(asked: list[tuple[str, ...]], tmp_path: Path) -> None:
     assert partition("partition.law=natural", "partition.column=style", out=tmp_path).exit_code == 0
     assert json.loads((tmp_path / "partition.json").read_text())["indices"][0] == [0, 3, 6, 9]
+
+
+def test_another_division_is_never_overwritten(
+    asked: list[tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def made(*settings: str, out: str | None = None) -> Path:
+        overrides = ["partition.num_clients=3", *settings]
+        return commands.partition("default", overrides, None if out is None else Path(out)).data
+
+    first = made()
+    content = first.read_bytes()
+    assert made() == first  # the same division: the same folder
+    second = made("seed=1")
+    assert second.parent.name == f"{first.parent.name}-2"
+    assert first.read_bytes() == content
+    assert made("seed=1") == second
+    assert made(out="here").read_bytes() == content
+    with pytest.raises(InputError, match="here holds another division already; give another folder by --out"):
+        made("seed=1", out="here")
+    assert (tmp_path / "here" / "partition.json").read_bytes() == content

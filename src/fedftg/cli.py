@@ -63,7 +63,10 @@ def partition(recipe: str | None, overrides: Sequence[str], out: Path | None) ->
     """Table and heatmap of who holds what; nothing is trained."""
     console = _console()
     found = commands.partition(recipe, overrides, out, progress.for_console(console))
-    console.print(table.partition_table(found.class_counts, found.class_names, found.skew, found.held_back))
+    _say(console, found.title)
+    console.print(
+        table.partition_table(found.class_counts, found.class_names, found.skew, found.held_back, found.groups)
+    )
     if found.converted:
         modes = ", ".join(f"{count} {mode}" for mode, count in found.converted.items())
         _say(console, f"images that were not RGB and were converted: {modes}")

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedftg import config as configs
 from fedftg import experiment, recipes
 from fedftg.algorithms.registry import ALGORITHMS, REFINERS
 from fedftg.config import RunConfig
 from fedftg.data import saved_partition, sources
-from fedftg.data.config import DataConfig
+from fedftg.data.config import DataConfig, PartitionConfig
 from fedftg.data.dataset import ImageDataset
 from fedftg.data.federated import divide
 from fedftg.data.partition import LAWS, describe, needed_columns, skew
@@ -46,11 +47,15 @@ class Report:
 class PartitionReport:
     """Who holds what, and the files that it was written to."""
 
+    title: str
+    """Data set, law with its settings, and seed."""
     class_names: list[str]
     class_counts: list[list[int]]
     skew: dict[str, float]
     held_back: list[int] | None
     """Samples of each client that are for its own test; None where `partition.test_share` is 0."""
+    groups: list[str] | None
+    """The domain or natural client that each client is; None for the other laws."""
     converted: dict[str, int]
     """How many images were not RGB as stored, by mode."""
     plot: Path
@@ -92,6 +97,10 @@ def run(
             raise InputError(
                 f"dataset must be an ImageDataset, got {type(dataset).__name__}; make one by "
                 "fedftg.ImageDataset.from_tensors(...)"
+            )
+        if lost := [override for override in overrides if override.startswith("data.")]:
+            raise InputError(
+                f"{lost[0]!r} has no effect beside dataset=...; leave it out, or change the dataset itself"
             )
         config = config.model_copy(update={"data": DataConfig(name=sources.TENSORS)})
     if folder is None:
@@ -157,9 +166,17 @@ def partition(
     parts = division.whole
     held_back = [len(test) for test in division.held_back] if config.partition.test_share > 0 else None
     counts = np.stack([np.bincount(labels[part], minlength=dataset.num_classes) for part in parts])
-    folder = out or RUNS / "partitions" / config.name
-    _make(folder)
+    folder = _partition_folder(out, config.name, parts)
     names, table_of_counts, measures = list(dataset.class_names), counts.tolist(), skew(counts)
+    groups = _groups(dataset, config.partition, parts)
+    about: dict[str, Any] = {
+        "data": config.data.model_dump(mode="json", exclude_none=True),
+        "partition": config.partition.model_dump(mode="json", exclude_none=True),
+        "seed": config.seed,
+        **({"held_back": held_back} if held_back is not None else {}),
+        **({"groups": groups} if groups is not None else {}),
+        **({"converted": dict(dataset.converted)} if dataset.converted else {}),
+    }
     data = saved_partition.write(
         folder / "partition.json",
         parts,
@@ -168,13 +185,34 @@ def partition(
         class_names=names,
         class_counts=table_of_counts,
         skew=measures,
+        about=about,
     )
     title = f"{config.data.name}, {describe(config.partition)}, seed {config.seed}"
     plot = plots.partition_heatmap(table_of_counts, names, folder / "partition.png", title=title)
     sizes = plots.partition_sizes(counts.sum(axis=1).tolist(), folder / "sizes.png", title=title)
     return PartitionReport(
-        names, table_of_counts, measures, held_back, dict(dataset.converted), plot=plot, sizes=sizes, data=data
+        title, names, table_of_counts, measures, held_back, groups, dict(dataset.converted), plot, sizes, data
     )
+
+
+def _partition_folder(out: Path | None, name: str, parts: Sequence[NDArray[np.integer]]) -> Path:
+    """Where a division is written: never over another one, which a run may be using."""
+    folder, number = out or RUNS / "partitions" / name, 1
+    while (folder / "partition.json").exists() and not saved_partition.holds(folder / "partition.json", parts):
+        if out is not None:
+            raise InputError(f"{folder} holds another division already; give another folder by --out")
+        number += 1
+        folder = RUNS / "partitions" / f"{name}-{number}"
+    _make(folder)
+    return folder
+
+
+def _groups(dataset: ImageDataset, config: PartitionConfig, parts: Sequence[NDArray[np.integer]]) -> list[str] | None:
+    """The value of the column that each client's rows have; None for laws that divide by no column."""
+    if config.column is None or config.law not in ("domain", "natural"):
+        return None
+    values = dataset.columns[config.column]
+    return [str(values[part[0]]) if len(part) else "-" for part in parts]
 
 
 def export(folder: Path, to: Path) -> int:

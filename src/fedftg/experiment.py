@@ -201,7 +201,8 @@ def build(config: RunConfig, dataset: ImageDataset | None = None, progress: Prog
     with_data = sum(data.num_samples(client) > 0 for client in range(data.num_clients))
     if config.cohort.size is not None and config.cohort.size > with_data:
         raise InputError(
-            f"cohort.size must be at most the number of clients with data, {with_data}, got {config.cohort.size}"
+            f"cohort.size must be at most the number of clients with data, {with_data}, got {config.cohort.size}; "
+            f"set cohort.size={with_data} or less, or divide the data among more clients"
         )
     module = models.build(config.model, data.num_classes, data.image_shape, seed_for(config.seed, 0, SERVER, "model"))
     model = FunctionalModel(module.to(device))
@@ -262,6 +263,11 @@ def run(
     """
     progress = progress or Silent()
     run_folder = RunFolder(folder)
+    # Before the data, which may take minutes to decode.
+    if resume:
+        configs.check_resumable(configs.from_mapping(run_folder.read_config()), config)
+    else:
+        run_folder.check_free()
     with cpu_threads(config.threads) as threads:
         try:
             experiment = build(config, dataset, progress)
@@ -321,7 +327,6 @@ def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress) -
 
 def _restore(experiment: Experiment, folder: RunFolder, session: Record) -> None:
     config = experiment.config
-    configs.check_resumable(configs.from_mapping(folder.read_config()), config)
     before = folder.read_partition()
     # A run of version 0.1 has no digest.
     if before != {key: value for key, value in experiment.partition_record.items() if key != "digest" or key in before}:

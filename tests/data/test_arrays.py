@@ -72,6 +72,14 @@ def test_class_names_words_and_columns(tmp_path, hub):
     words = content(hub, train_labels=np.array(["x", "y", "y", "x"]), test_labels=np.array(["y", "x"]))
     np.savez(tmp_path / "c.npz", **words)
     assert read(tmp_path / "c.npz").test_labels.tolist() == [1, 0]
+    np.savez(tmp_path / "d.npz", **words, class_names=np.array(["y", "never", "x"]))
+    named = read(tmp_path / "d.npz")
+    assert named.class_names == ("y", "never", "x")
+    assert (named.train_labels.tolist(), named.test_labels.tolist()) == ([2, 0, 0, 2], [0, 2])
+    np.savez(tmp_path / "e.npz", **words, class_names=np.array(["y", "z"]))
+    assert "train_labels row 0: label 'x' is not among the class names" in error_of(tmp_path / "e.npz")
+    np.savez(tmp_path / "f.npz", **content(hub), class_names=np.array(["a", "b", "a"]))
+    assert "f.npz: the class name 'a' occurs twice" in error_of(tmp_path / "f.npz")
 
 
 def test_without_test_arrays_a_share_is_held_out(tmp_path, hub):

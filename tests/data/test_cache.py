@@ -36,17 +36,11 @@ def decoded_count(monkeypatch):
 
 
 @pytest.fixture
-def root(tmp_path, hub):
-    """Six training and six test images that were written a while ago."""
+def root(tmp_path, hub, monkeypatch):
+    """Six training and six test images that count as written a while ago."""
     hub.write_set(tmp_path / "set", hub.colour(6, size=8), [0, 1, 2, 0, 1, 2])
-    age(tmp_path / "set")
+    monkeypatch.setattr(cache, "_RECENT", -1.0)
     return tmp_path / "set"
-
-
-def age(folder, seconds=100):
-    then = time.time() - seconds
-    for path in folder.rglob("*"):
-        os.utime(path, (then, then))
 
 
 def read(root, folder, **options):
@@ -102,10 +96,14 @@ def test_a_changed_set_is_decoded_again_even_at_the_same_size_and_name(tmp_path,
 
 
 def test_files_changed_a_moment_ago_are_not_trusted_by_their_time(tmp_path, root, monkeypatch):
-    age(root, seconds=0)
+    monkeypatch.setattr(cache, "_RECENT", 2.0)
     read(root, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("stamps/*"))
-    age(root)
+    for path in root.iterdir():  # an old time of change is no proof either: it can be set
+        os.utime(path, (1, 1))
+    read(root, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("stamps/*"))
+    monkeypatch.setattr(cache, "_RECENT", -1.0)
     read(root, tmp_path / "cache")
     assert len(list((tmp_path / "cache").glob("stamps/*.json"))) == 1
 
@@ -170,6 +168,52 @@ def test_damaged_entry_is_made_again(tmp_path, root, decoded_count):
         stamp.write_text("{")
     assert torch.equal(read(root, tmp_path / "cache").train_images, before)
     assert decoded_count == [36]
+    content = (tmp_path / "cache" / entry / "train.npy").read_bytes()
+    for wrong in (b"x" * len(content), content.replace(b"|u1", b"|i1")):  # of the right size, with another header
+        (tmp_path / "cache" / entry / "train.npy").write_bytes(wrong)
+        assert torch.equal(read(root, tmp_path / "cache").train_images, before)
+    meta = tmp_path / "cache" / entry / "meta.json"
+    meta.write_text(json.dumps({name: value for name, value in json.loads(meta.read_text()).items() if name != "std"}))
+    assert torch.equal(read(root, tmp_path / "cache").train_images, before)
+    assert decoded_count == [72]
+
+
+def test_a_set_that_changes_while_it_is_read_is_not_kept(tmp_path, root, hub, monkeypatch):
+    whole = assemble.decoded
+
+    def changing(*arguments):
+        yield from whole(*arguments)
+        hub.write_set(root, hub.colour(6, size=8, seed=3), [0, 1, 2, 0, 1, 2])
+
+    monkeypatch.setattr(assemble, "decoded", changing)
+    with pytest.raises(InputError, match="the data changed while they were read"):
+        read(root, tmp_path / "cache")
+    assert entries(tmp_path / "cache") == []
+
+
+def test_a_stamp_that_cannot_be_kept_is_no_error(tmp_path, root, decoded_count):
+    read(root, tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache" / "stamps")
+    (tmp_path / "cache" / "stamps").write_text("in the way")
+    read(root, tmp_path / "cache")
+    assert decoded_count == [12]
+
+
+def test_stamps_that_were_never_put_in_place_are_swept(tmp_path, root):
+    stamps = tmp_path / "cache" / "stamps"
+    stamps.mkdir(parents=True)
+    for name, time_ in (("a.123", 1), ("b.456", time.time()), ("c.json", 1)):
+        (stamps / name).write_text("{}")
+        os.utime(stamps / name, (time_, time_))
+    read(root, tmp_path / "cache")
+    assert {path.name for path in stamps.iterdir()} >= {"b.456", "c.json"}
+    assert not (stamps / "a.123").exists()
+
+
+@pytest.mark.parametrize("value", ["", "  "])
+def test_an_empty_folder_name_is_refused(value):
+    with pytest.raises(ValueError, match="cache"):
+        DataConfig(cache=value)
 
 
 def make_slowly(folder):

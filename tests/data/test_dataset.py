@@ -40,7 +40,13 @@ def test_a_tensor_is_not_copied():
     ("change", "expected"),
     [
         ({"train_images": np.zeros((6, 3, 8, 8))}, "train images must be unsigned bytes .* got torch.float64"),
-        ({"train_images": np.zeros((6, 8, 8), np.uint8)}, r"must be unsigned bytes of shape \(N, D, H, W\)"),
+        ({"train_images": np.zeros((6, 8), np.uint8)}, r"must be unsigned bytes of shape \(N, D, H, W\)"),
+        ({"train_labels": np.array([0, 1, 3, 0, 1, 3])}, "no training row has label 2, though labels go up to 3"),
+        ({"class_names": ["a", "b", "a"]}, "class_names: the class name 'a' occurs twice"),
+        ({"mean": (0.5,)}, r"mean must be 3 numbers from 0 to 1, one a channel, got \(0.5,\)"),
+        ({"mean": (120.0, 120.0, 120.0)}, "mean must be 3 numbers from 0 to 1"),
+        ({"std": (0.5, 0.0, 0.5)}, "std must be 3 numbers from 0.00391 to 1"),
+        ({"augment": "rotate"}, "augment must be one of none, flip, crop, flip_crop, got 'rotate'"),
         ({"train_images": np.zeros((6, 8, 8, 3), np.uint8)}, "put the channels before height and width"),
         (
             {"test_images": np.zeros((0, 3, 8, 8), np.uint8), "test_labels": np.zeros(0, int)},
@@ -80,3 +86,16 @@ def test_normalisation_in_parts_is_that_of_the_whole(monkeypatch):
     whole = measured_normalisation(images)
     monkeypatch.setattr("fedftg.data.dataset._NORMALISED_AT_ONCE", 3)
     assert measured_normalisation(images) == whole
+
+
+def test_grey_without_a_channel_and_small_unsigned_labels():
+    given = arrays(shape=(8, 8)) | {"train_labels": torch.tensor([0, 1, 2, 0, 1, 2], dtype=torch.uint16)}
+    data = ImageDataset.from_tensors(**given)
+    assert data.image_shape == (1, 8, 8)
+    assert data.train_labels.dtype == torch.int64
+
+
+def test_shows_itself_in_a_line():
+    assert repr(ImageDataset.from_tensors(**arrays())) == (
+        "ImageDataset(6 training and 2 test images of 3x8x8, 3 classes, augment='none')"
+    )

@@ -1,11 +1,11 @@
-import dataclasses
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
 import pytest
 import torch
 
-from fedftg.data import FederatedData, ImageDataset
+from fedftg.data import FederatedData, ImageDataset, federated
 from fedftg.errors import InputError
 
 
@@ -110,7 +110,7 @@ def test_normalise():
 
 
 def test_augmentation_pads_with_black_before_normalisation():
-    dataset = dataclasses.replace(make_dataset(augment="flip_crop"), train_images=torch.full((20, 1, 8, 8), 255).byte())
+    dataset = replace(make_dataset(augment="flip_crop"), train_images=torch.full((20, 1, 8, 8), 255).byte())
     data = FederatedData(dataset, [np.arange(20)])
     ((images, _),) = data.batches(0, num_epochs=1, num_steps=None, batch_size=20, rng=torch.Generator().manual_seed(0))
     assert images.unique().tolist() == [-2.0, 2.0]
@@ -192,3 +192,43 @@ def test_grey_images_have_the_strides_of_channels_last(depth):
     images, _ = next(data.batches(0, num_epochs=1, num_steps=1, batch_size=4, rng=torch.Generator()))
     assert images.is_contiguous()
     assert images.stride()[1] == (1 if depth == 1 else 64)
+
+
+def test_digest_tells_apart_whatever_training_would_see():
+    parts = [np.arange(0, 10), np.arange(11, 20)]
+    dataset = make_dataset()
+
+    def digest(dataset=dataset, parts=parts, **options):
+        return FederatedData(dataset, parts, **options).digest
+
+    pixel = dataset.train_images.clone()
+    pixel[3, 0, 2, 1] ^= 1
+    others = [
+        digest(replace(dataset, train_images=pixel)),
+        digest(replace(dataset, test_images=dataset.test_images ^ 1)),
+        digest(replace(dataset, train_labels=dataset.train_labels.roll(1))),
+        digest(replace(dataset, mean=(0.4,))),
+        digest(replace(dataset, std=(0.4,))),
+        digest(replace(dataset, augment="flip")),
+        digest(parts=[parts[0], parts[1][:-1]]),
+        digest(held_back=[[10], []]),
+        digest(noise=[0.0, 0.1]),
+    ]
+    assert digest() == digest(make_dataset())
+    assert len({digest(), *others}) == 10
+
+
+def test_digest_of_large_sets_reads_evenly_spaced_images(monkeypatch):
+    dataset = make_dataset()
+    monkeypatch.setattr(federated, "_DIGESTED_BYTES", dataset.train_images.nbytes // 3)
+
+    def digest(row):
+        images = dataset.train_images.clone()
+        images[row] ^= 1
+        return FederatedData(replace(dataset, train_images=images), [np.arange(5)]).digest
+
+    plain = FederatedData(dataset, [np.arange(5)]).digest
+    seen = [row for row in range(len(dataset.train_images)) if digest(row) != plain]
+    step = seen[1] - seen[0]
+    assert step in (3, 4)
+    assert seen == list(range(0, len(dataset.train_images), step))

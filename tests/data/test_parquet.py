@@ -1,3 +1,7 @@
+import io
+import struct
+import zlib
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -6,6 +10,7 @@ import torch
 from PIL import Image
 
 from fedftg.data import DataConfig, load
+from fedftg.data.parquet import TableSplit, find_columns
 from fedftg.errors import InputError
 
 
@@ -167,6 +172,36 @@ def test_shards_of_two_sets(tmp_path, hub):
     assert "belong to different sets" in error_of(tmp_path)
 
 
+def test_a_shard_that_is_there_twice(tmp_path, hub):
+    """The hub has had names with and without a hash; both together would count each row twice."""
+    hub.write_set(tmp_path, hub.grey(4), [0, 1, 2, 0])
+    other = tmp_path / "train-00001-of-00002-0123456789abcdef.parquet"
+    other.write_bytes((tmp_path / "train-00001-of-00002.parquet").read_bytes())
+    assert f"{other} and train-00001-of-00002.parquet are the same shard; remove one of them" in error_of(tmp_path)
+    other.rename(tmp_path / "train-old.parquet")
+    assert "train-old.parquet has no shard number though train-0000" in error_of(tmp_path)
+
+
+def test_row_groups_without_wanted_rows_are_not_read(tmp_path, hub):
+    images = hub.grey(12)
+    for split in ("train", "test"):
+        table = pa.table({"image": [hub.encode(image) for image in images], "label": [row % 3 for row in range(12)]})
+        pq.write_table(table, tmp_path / f"{split}.parquet", row_group_size=2, compression="none")
+    path = tmp_path / "train.parquet"
+    split = TableSplit([path], find_columns(path))
+    metadata = pq.ParquetFile(path).metadata
+    assert metadata.num_row_groups == 6
+    column = metadata.row_group(2).column(0)  # rows 4 and 5 of the images
+    content = bytearray(path.read_bytes())
+    start = column.dictionary_page_offset or column.data_page_offset
+    content[start : start + column.total_compressed_size] = b"x" * column.total_compressed_size
+    path.write_bytes(content)
+    found = list(split.images(np.array([1, 3, 6, 11])))
+    assert found == [(f"{path}, row {row}", hub.encode(images[row])) for row in (1, 3, 6, 11)]
+    with pytest.raises(InputError, match="the images cannot be read"):
+        list(split.images(np.array([1, 4])))
+
+
 def test_not_parquet(tmp_path, hub):
     hub.write_set(tmp_path, hub.grey(4), [0, 1, 2, 0])
     (tmp_path / "train-00001-of-00002.parquet").write_bytes(b"version https://git-lfs.github.com/spec/v1")
@@ -208,6 +243,36 @@ def test_sixteen_bits_are_refused(tmp_path, hub):
     for split in ("train", "test"):
         hub.write(tmp_path / f"{split}.parquet", content, {"label": [0]})
     assert "images of mode 'I;16' are not supported" in error_of(tmp_path)
+
+
+def tiff_of_16_bits(compression):
+    """A colour TIFF by hand: Pillow writes none. Little-endian, one strip, tags in ascending order."""
+    pixels = np.full((8, 8, 3), 40_000, dtype="<u2").tobytes()
+    strip = zlib.compress(pixels) if compression == 8 else pixels
+    tags = [(256, 3, 1, 8), (257, 3, 1, 8), (258, 3, 3, 8 + len(strip)), (259, 3, 1, compression), (262, 3, 1, 2),
+            (273, 4, 1, 8), (277, 3, 1, 3), (278, 3, 1, 8), (279, 4, 1, len(strip))]  # fmt: skip
+    table = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + len(strip) + 6) + strip + struct.pack("<3H", 16, 16, 16) + table
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"P6 8 8 65535\n" + bytes(384), b"P6 8 8 1023\n" + bytes(384), tiff_of_16_bits(1), tiff_of_16_bits(8)],
+    ids=["ppm", "ppm10", "tiff", "tiff_deflate"],
+)
+def test_sixteen_bit_colour_is_refused_where_pillow_takes_it_for_eight(tmp_path, hub, content):
+    assert Image.open(io.BytesIO(content)).mode == "RGB"
+    for split in ("train", "test"):
+        hub.write(tmp_path / f"{split}.parquet", [content], {"label": [0]})
+    assert "row 0: images of mode 'RGB;16' are not supported; convert them to 8-bit" in error_of(tmp_path)
+
+
+def test_eight_bit_ppm_and_tiff_are_read(tmp_path, hub):
+    image = hub.colour(1, size=8)[0]
+    content = [hub.encode(image, kind) for kind in ("PPM", "TIFF", "PNG")]
+    for split in ("train", "test"):
+        hub.write(tmp_path / f"{split}.parquet", content, {"label": [0] * 3})
+    assert (read(tmp_path).train_images == torch.from_numpy(image).permute(2, 0, 1)).all()
 
 
 def test_other_size_in_train_and_in_test(tmp_path, hub):

@@ -110,3 +110,9 @@ def test_file_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot write"):
         saved(tmp_path / "partition.json", [np.array([0])])
     assert not (tmp_path / "partition.json.part").exists()
+
+
+def test_the_record_of_a_run_is_no_partition_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "partition.json").write_text('{"class_names": ["a"], "class_counts": [[3]], "digest": "0"}')
+    with pytest.raises(InputError, match="is the record of a run, which counts samples and names no rows"):
+        read(tmp_path / "partition.json", LABELS)

@@ -107,4 +107,4 @@ def test_share_with_a_test_split_is_refused(tmp_path, hub):
 
 def test_share_of_everything(tmp_path, hub):
     hub.write(tmp_path / "train.parquet", [hub.encode(hub.grey(1)[0])], {"label": [0]})
-    assert "data.test_share 0.5 leaves none of 1 images for training" in error_of(tmp_path, test_share=0.5)
+    assert "data.test_share 0.5 holds out none of 1 images" in error_of(tmp_path, test_share=0.5)

@@ -1,6 +1,7 @@
 """Tensors from Python, samples held back by clients, noise on features, and data that changed between sessions."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 import fedftg
+from fedftg.data import sources
 
 SMALL = [
     "rounds=2", "threads=1", "partition.num_clients=4", "cohort={size=2}", "model.name=lenet_gn", "local.epochs=1",
@@ -35,8 +37,10 @@ def test_resuming_without_the_tensors_or_with_others_is_refused(tmp_path: Path) 
     with pytest.raises(fedftg.InputError, match=r"fedftg\.run\(\.\.\., dataset="):
         fedftg.run(out=tmp_path / "run", overrides=["rounds=2"], resume=True)
     before = (tmp_path / "run" / "rounds.jsonl").read_bytes()
-    with pytest.raises(fedftg.InputError, match="was started on other data or another division of it"):
-        fedftg.run("default", overrides=SMALL, out=tmp_path / "run", dataset=made(seed=1), resume=True)
+    brighter = replace(made(), train_images=made().train_images // 2 + 100)  # with the same labels
+    for other in (made(seed=1), brighter, replace(made(), mean=(0.1,))):
+        with pytest.raises(fedftg.InputError, match="was started on other data or another division of it"):
+            fedftg.run("default", overrides=SMALL, out=tmp_path / "run", dataset=other, resume=True)
     assert (tmp_path / "run" / "rounds.jsonl").read_bytes() == before
 
 
@@ -59,3 +63,21 @@ def test_held_back_samples_give_accuracy_per_client(fedftg: Any, tiny: list[str]
     text = " ".join(done.stdout.split())
     mean = 100 * rows[-1]["client_accuracy"]["refined"]["mean"]
     assert f"per client (round 4): mean {mean:.2f}, worst 10 %" in text
+
+
+def test_settings_of_data_beside_a_dataset_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(fedftg.InputError, match=r"'data\.max_train=9' has no effect beside dataset="):
+        fedftg.run("default", overrides=[*SMALL, "data.max_train=9"], out=tmp_path / "run", dataset=made())
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_needs_no_data_is_told_before_any_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "load", lambda *_, **__: pytest.fail("the data were loaded"))
+    with pytest.raises(fedftg.InputError, match="holds no run"):
+        fedftg.run("default", out=tmp_path / "none", resume=True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("")
+    with pytest.raises(fedftg.InputError, match="exists already"):
+        fedftg.run("default", out=tmp_path / "full")
+    with pytest.raises(fedftg.InputError, match=r"cannot read partition\.file"):
+        fedftg.run("default", overrides=["partition.law=file", "partition.file=no.json"], out=tmp_path / "run")

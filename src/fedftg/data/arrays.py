@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedftg.data.assemble import Arrays, Request, Traits, from_arrays
+from fedftg.data.classes import check_names
 from fedftg.data.dataset import ImageDataset
 from fedftg.data.decode import Array, one_line
 from fedftg.data.shards import TEST_SPLITS
@@ -33,6 +34,7 @@ def arrays(request: Request) -> ImageDataset:
         raise InputError(f"data set 'arrays' needs data.root: an .npz or .safetensors file with {_KEYS}")
     path = Path(config.root).expanduser()
     content, names = _read(path)
+    check_names(names or (), str(path))
     there = f"the arrays are {', '.join(sorted(content)) or 'none'}"
     train_name = config.train_split or "train"
     test_names = [config.test_split] if config.test_split else list(TEST_SPLITS)
@@ -83,9 +85,7 @@ def _split(path: Path, content: dict[str, NDArray[Any]], name: str, there: str) 
             f"{path}: '{name}_labels' is {labels.dtype} of shape {labels.shape}; it needs {len(images)} integers or "
             "words, one an image"
         )
-    if labels.dtype.kind == "u":
-        labels = labels.astype(np.int64)
-    if labels.dtype.kind == "i":
+    if labels.dtype.kind in "iu":
         labels = labels.astype(np.int64)
     return Arrays(
         _channels_first(path, f"{name}_images", images), labels, lambda row: f"{path}, {name}_labels row {row}"

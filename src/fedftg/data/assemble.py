@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fedftg.data import cache, classes
 from fedftg.data.config import DataConfig
 from fedftg.data.dataset import Augmentation, Channels, ImageDataset, measured_normalisation
-from fedftg.data.decode import Array, Encoded, Sizing, decoded, is_grey, resized
+from fedftg.data.decode import DECODER, Array, Encoded, Sizing, decoded, is_grey, one_line, resized
 from fedftg.data.store import FileStore, MemoryStore, Store, mapped
 from fedftg.errors import InputError
 
@@ -179,13 +179,24 @@ def _rows(
                 "of the training images"
             )
         held_out = np.zeros(len(train_labels), dtype=bool)
-        held_out[stratified_subset(train_labels, max(1, round(len(train_labels) * share)), seed)] = True
+        chosen = stratified_subset(train_labels, max(1, round(len(train_labels) * share)), seed)
+        held_out[_one_left_of_each_class(train_labels, chosen)] = True
         train_rows, test_rows, test_labels = np.flatnonzero(~held_out), np.flatnonzero(held_out), train_labels
-        if len(train_rows) == 0:
-            raise InputError(f"data.test_share {share} leaves none of {len(held_out)} images for training; lower it")
+        if len(test_rows) == 0:
+            raise InputError(
+                f"data.test_share {share} holds out none of {len(held_out)} images, for each class keeps one for "
+                "training; raise it, or add images"
+            )
     train_rows = train_rows[stratified_subset(train_labels[train_rows], config.max_train, seed)]
     test_rows = test_rows[stratified_subset(test_labels[test_rows], config.max_test, seed)]
     return names, train_labels, test_labels, train_rows, test_rows
+
+
+def _one_left_of_each_class(labels: Labels, chosen: Labels) -> Labels:
+    """``chosen`` without the first row of each class that it would take whole: rounding may do that to rare classes."""
+    whole = np.flatnonzero(np.bincount(labels[chosen], minlength=labels.max() + 1) == np.bincount(labels))
+    firsts = [chosen[labels[chosen] == label][:1] for label in whole]
+    return np.setdiff1d(chosen, np.concatenate(firsts)) if firsts else chosen
 
 
 def stratified_subset(labels: Labels, count: int | None, seed: int) -> Labels:
@@ -222,8 +233,10 @@ def _images(request: Request, wanted: Sequence[tuple[Split, Labels]], sizing: Si
         "sizing": [sizing.side, sizing.resize if sizing.side else None],
         "rows": [_digest_of_rows(rows) for _, rows in wanted],
         "columns": [split.image_column for split, _ in wanted],
+        "decoder": DECODER,
     }
-    key = cache.key_of(root, [split.files(rows) for split, rows in wanted], settings)
+    files = [split.files(rows) for split, rows in wanted]
+    key, states = cache.key_of(root, files, settings)
 
     def make(folder: Path) -> dict[str, Any]:
         stores = [FileStore(folder / f"{name}.npy", len(rows)) for name, (_, rows) in _named(wanted)]
@@ -237,15 +250,28 @@ def _images(request: Request, wanted: Sequence[tuple[Split, Labels]], sizing: Si
         shape = list(made.train.shape[1:])
         return {"bytes": sizes, "shape": shape, "mean": mean, "std": std, "converted": made.converted}
 
-    entry = cache.open_or_make(root, key, make)
+    for attempt in range(2):
+        entry = cache.open_or_make(root, key, make, still=lambda: cache.states_of(files) == states)
+        try:
+            return _opened(entry)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if attempt or not cache.discard(root, key):
+                raise InputError(
+                    f"{entry} is damaged ({one_line(error)}) and cannot be made anew; remove it"
+                ) from error
+    raise AssertionError("unreachable")
+
+
+def _opened(entry: Path) -> _Images:
+    """What an entry of the cache holds; raises where it is not what was written."""
     meta = cache.meta_of(entry)
     if meta is None:
-        raise InputError(f"{entry} was removed while it was read; start again")
+        raise ValueError("it was removed while it was read")
     return _Images(
         train=mapped(entry / "train.npy"),
         test=mapped(entry / "test.npy"),
-        normalisation=(tuple(meta["mean"]), tuple(meta["std"])),
-        converted=meta["converted"],
+        normalisation=(tuple(map(float, meta["mean"])), tuple(map(float, meta["std"]))),
+        converted={str(mode): int(count) for mode, count in meta["converted"].items()},
     )
 
 

@@ -36,6 +36,11 @@ FORMAT = 1
 _RECENT = 2.0
 """Seconds: a file changed so shortly ago may change again within the clock's grain, so its stamp proves nothing."""
 
+State = tuple[str, int, int, int]
+
+_ABANDONED = 3600.0
+"""Seconds after which nobody is still writing a stamp."""
+
 
 def folder(setting: str) -> Path | None:
     """The folder for decoded images that ``data.cache`` means; None keeps them in memory."""
@@ -53,7 +58,7 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def key_of(root: Path, files: Sequence[Sequence[Path]], settings: object) -> str:
+def key_of(root: Path, files: Sequence[Sequence[Path]], settings: object) -> tuple[str, list[State]]:
     """The key of an entry: what is in the files of each split, in order, and what is done with it.
 
     Args:
@@ -61,27 +66,41 @@ def key_of(root: Path, files: Sequence[Sequence[Path]], settings: object) -> str
         files: per split; their order is that of the images, their names do not count.
         settings: anything JSON can hold that decides the pixels.
 
+    Returns:
+        The key, and `states_of` the files before they were read.
+
     Raises:
         InputError: a file or the cache's folder cannot be used.
     """
-    content = _content_digest(root, files)
+    now = time.time()  # before any file is looked at: a later change of one has a later time
+    states = states_of(files)
+    content = _content_digest(root, files, states, now)
     text = json.dumps([FORMAT, content, settings], sort_keys=True)
-    return digest(text.encode())
+    return digest(text.encode()), states
 
 
-def _content_digest(root: Path, files: Sequence[Sequence[Path]]) -> str:
-    newest = 0.0
-    stamps = []
+def states_of(files: Sequence[Sequence[Path]]) -> list[State]:
+    """Path, size, and times of the last change of content and of the file, in ns, of every file.
+
+    Raises:
+        InputError: a file is not there.
+    """
+    found = []
     for path in [path for split in files for path in split]:
         try:
             status = path.stat()
         except OSError as error:
             raise InputError(f"{path} cannot be read ({one_line(error)}); restore it") from error
-        newest = max(newest, status.st_mtime)
-        stamps.append((str(path.absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+        found.append((os.path.abspath(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+    return found
+
+
+def _content_digest(root: Path, files: Sequence[Sequence[Path]], states: list[State], now: float) -> str:
+    newest = max((max(changed, touched) for _, _, changed, touched in states), default=0) / 1e9
     # Sorted, and beside that the order: the digest depends on which file belongs to which split.
-    order = [[str(path.absolute()) for path in split] for split in files]
-    stamp = digest(json.dumps([FORMAT, sorted(stamps), order]).encode())
+    names = iter([name for name, _, _, _ in states])
+    order = [[next(names) for _ in split] for split in files]
+    stamp = digest(json.dumps([FORMAT, sorted(states), order]).encode())
     with _told(root):
         memory = root / "stamps" / f"{stamp}.json"
         if memory.is_file():
@@ -94,12 +113,16 @@ def _content_digest(root: Path, files: Sequence[Sequence[Path]]) -> str:
         total.update(f"{len(split)};".encode())
         for path in split:
             total.update(_file_digest(path))
-    if time.time() - newest > _RECENT:
-        with _told(root):
+    if now - newest > _RECENT:
+        # Without the stamp the next start hashes again, which is no reason to fail: a shared cache may be read only.
+        with contextlib.suppress(OSError):
             memory.parent.mkdir(parents=True, exist_ok=True)
             aside = memory.with_suffix(f".{os.getpid()}")
-            aside.write_text(json.dumps({"content": total.hexdigest()}))
-            aside.replace(memory)
+            try:
+                aside.write_text(json.dumps({"content": total.hexdigest()}))
+                aside.replace(memory)
+            finally:
+                aside.unlink(missing_ok=True)
     return total.hexdigest()
 
 
@@ -111,7 +134,9 @@ def _file_digest(path: Path) -> bytes:
         raise InputError(f"{path} cannot be read ({one_line(error)}); restore it") from error
 
 
-def open_or_make(root: Path, key: str, make: Callable[[Path], dict[str, Any]]) -> Path:
+def open_or_make(
+    root: Path, key: str, make: Callable[[Path], dict[str, Any]], still: Callable[[], bool] = lambda: True
+) -> Path:
     """The folder of the entry, made first where it is not there or not whole.
 
     Args:
@@ -119,9 +144,10 @@ def open_or_make(root: Path, key: str, make: Callable[[Path], dict[str, Any]]) -
         key: from `key_of`.
         make: writes the entry's files into the folder it is given and returns what goes into ``meta.json``. Whatever it
             raises leaves nothing behind.
+        still: asked when all is made: whether the files are those that the key was made of.
 
     Raises:
-        InputError: the folder cannot be written, or the disk is full.
+        InputError: the folder cannot be written, the disk is full, or a file changed meanwhile.
     """
     with _told(root):
         entry, part = root / key, root / f"{key}.part"
@@ -137,6 +163,8 @@ def open_or_make(root: Path, key: str, make: Callable[[Path], dict[str, Any]]) -
             try:
                 part.mkdir()
                 meta = make(part)
+                if not still():
+                    raise InputError("the data changed while they were read; start again once they are complete")
                 with (part / "meta.json").open("w") as file:
                     json.dump({"format": FORMAT, **meta}, file)
                     file.flush()
@@ -146,6 +174,13 @@ def open_or_make(root: Path, key: str, make: Callable[[Path], dict[str, Any]]) -
             finally:
                 shutil.rmtree(part, ignore_errors=True)
     return entry
+
+
+def discard(root: Path, key: str) -> bool:
+    """Remove an entry; whether it is gone."""
+    with _told(root), _locked(root / f"{key}.lock"):
+        shutil.rmtree(root / key, ignore_errors=True)
+    return not (root / key).exists()
 
 
 def meta_of(entry: Path) -> dict[str, Any] | None:
@@ -179,7 +214,11 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _sweep(root: Path) -> None:
-    """Remove what killed processes left: a part whose lock is free."""
+    """Remove what killed processes left: a part whose lock is free, a stamp that was never put in place."""
+    for aside in (root / "stamps").glob("*.[0-9]*"):
+        with contextlib.suppress(OSError):
+            if time.time() - aside.stat().st_mtime > _ABANDONED:
+                aside.unlink()
     for part in root.glob("*.part"):
         # What belongs to another user is theirs to sweep.
         with contextlib.suppress(PermissionError), part.with_suffix(".lock").open("w") as file:

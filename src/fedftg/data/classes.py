@@ -52,8 +52,8 @@ def resolve(
 ) -> tuple[tuple[str, ...], Labels, Labels | None]:
     """Class names, and the labels of both splits as numbers from 0.
 
-    Words become their place in the sorted words of the training rows. Numbers without names must be 0, 1, 2, ...
-    without a gap; their names are the numbers.
+    Words become their place in the class names, or, without these, in the sorted words of the training rows.
+    Numbers without names must be 0, 1, 2, ... without a gap; their names are the numbers.
 
     Args:
         train: of the training rows.
@@ -66,7 +66,7 @@ def resolve(
         InputError: a label outside the classes, a gap, or a test label that no training row has; says where it stands.
     """
     if train.values.dtype.kind != "i" or (test is not None and test.values.dtype.kind != "i"):
-        return _by_words(train, test)
+        return _by_words(train, test, names)
     if names is not None or num_classes is not None:
         count = len(names) if names is not None else num_classes or 0
         for split in (train, test):
@@ -92,13 +92,23 @@ def resolve(
     return tuple(map(str, found)), *_places(train, test, found)
 
 
-def _by_words(train: RawLabels, test: RawLabels | None) -> tuple[tuple[str, ...], Labels, Labels | None]:
+def _by_words(
+    train: RawLabels, test: RawLabels | None, known: tuple[str, ...] | None
+) -> tuple[tuple[str, ...], Labels, Labels | None]:
     for split in (train, test):
         if split is not None and split.values.dtype.kind != "U":
             raise InputError(
                 f"{split.where(0)}: the labels of one split are words, those of the other are numbers; store both alike"
             )
-    names = in_order(map(str, train.values))
+    if known is not None:
+        unknown = np.flatnonzero(~np.isin(train.values, known))
+        if len(unknown):
+            row = int(unknown[0])
+            raise InputError(
+                f"{train.where(row)}: label {str(train.values[row])!r} is not among the class names; correct it, or "
+                "leave the class names out"
+            )
+    names = list(known) if known is not None else in_order(map(str, train.values))
     order = np.argsort(np.array(names))
     train_labels, test_labels = _places(train, test, np.array(names)[order])
     return tuple(names), order[train_labels], None if test_labels is None else order[test_labels]

@@ -70,6 +70,7 @@ class DataConfig(BaseModel):
     )
     cache: str = Field(
         default="auto",
+        pattern=r"\S",
         description="folder for decoded images; auto is FEDFTG_CACHE or the user's cache folder, none keeps them in "
         "memory only",
     )

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedftg.data.classes import check_names
 from fedftg.errors import InputError
 
 Augmentation = Literal["none", "flip", "crop", "flip_crop"]
 Channels = tuple[float, ...]
 
+_LEAST_STD = 1 / 256
+"""About one grey level: less would blow rounding up."""
+
 _NORMALISED_AT_ONCE = 1 << 20
 """Pixels of a channel that are counted at once; counting takes 8 bytes for each."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ImageDataset:
     """Images ``(N, D, H, W)`` as unsigned bytes and labels ``(N,)`` int64, all on the CPU.
 
@@ -42,6 +47,13 @@ class ImageDataset:
     """Further columns ``(N,)`` of the training rows, integers or strings: a domain, a writer."""
     converted: Mapping[str, int] = field(default_factory=dict)
     """How many images were not RGB as stored, by mode (``grey``, ``CMYK``, ...); all are RGB now, or all are grey."""
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.image_shape))
+        return (
+            f"ImageDataset({len(self.train_labels)} training and {len(self.test_labels)} test images of {shape}, "
+            f"{self.num_classes} classes, augment={self.augment!r})"
+        )
 
     @property
     def num_classes(self) -> int:
@@ -71,8 +83,9 @@ class ImageDataset:
         """A data set of your own tensors or arrays, for ``fedftg.run(..., dataset=...)``.
 
         Args:
-            train_images: ``(N, D, H, W)`` unsigned bytes, 1 or 3 channels; not copied where they are a CPU tensor.
-            train_labels: ``(N,)`` integers from 0.
+            train_images: ``(N, D, H, W)`` unsigned bytes, 1 or 3 channels, or ``(N, H, W)``; not copied where they are
+                a CPU tensor.
+            train_labels: ``(N,)`` integers 0, 1, 2, ...; without ``class_names`` every class must occur.
             test_images: as ``train_images``, of the same shape but for N, at least one.
             test_labels: as ``train_labels``.
             class_names: one a class; None names them by number, up to the largest training label.
@@ -82,9 +95,10 @@ class ImageDataset:
             columns: further columns ``(N,)`` of the training rows, for the partition laws "domain" and "natural".
 
         Raises:
-            InputError: types, shapes or labels that do not fit; names the first row that is wrong.
+            InputError: types, shapes, labels, names or statistics that do not fit; names the first row that is wrong.
         """
         images = {"train": _tensor(train_images), "test": _tensor(test_images)}
+        images = {split: part[:, None] if part.ndim == 3 else part for split, part in images.items()}
         labels = {"train": _tensor(train_labels), "test": _tensor(test_labels)}
         for split in ("train", "test"):
             _check_split(split, images[split], labels[split])
@@ -93,9 +107,18 @@ class ImageDataset:
                 f"test images have shape {tuple(images['test'].shape[1:])}, training images "
                 f"{tuple(images['train'].shape[1:])}; give both the same"
             )
+        labels = {split: part.to(torch.int64) for split, part in labels.items()}
         count = int(labels["train"].max()) + 1 if class_names is None else len(class_names)
         for split in ("train", "test"):
             _check_labels(split, labels[split], count)
+        names = tuple(map(str, class_names if class_names is not None else range(count)))
+        check_names(names, "class_names")
+        if class_names is None:
+            _check_no_gap(labels["train"], count)
+        _check_channels("mean", mean, images["train"].shape[1], 0.0)
+        _check_channels("std", std, images["train"].shape[1], _LEAST_STD)
+        if augment not in get_args(Augmentation):
+            raise InputError(f"augment must be one of {', '.join(get_args(Augmentation))}, got {augment!r}")
         extra = {name: np.asarray(values) for name, values in (columns or {}).items()}
         for name, values in extra.items():
             if values.shape != tuple(labels["train"].shape):
@@ -104,15 +127,14 @@ class ImageDataset:
                     f"{len(labels['train'])}"
                 )
         measured = measured_normalisation(images["train"].numpy()) if mean is None or std is None else ((0.0,), (1.0,))
-        names = tuple(map(str, class_names if class_names is not None else range(count)))
         return cls(
             train_images=images["train"],
-            train_labels=labels["train"].to(torch.int64),
+            train_labels=labels["train"],
             test_images=images["test"],
-            test_labels=labels["test"].to(torch.int64),
+            test_labels=labels["test"],
             class_names=names,
-            mean=mean or measured[0],
-            std=std or measured[1],
+            mean=measured[0] if mean is None else tuple(map(float, mean)),
+            std=measured[1] if std is None else tuple(map(float, std)),
             augment=augment,
             columns=extra,
         )
@@ -156,6 +178,25 @@ def _check_split(split: str, images: Tensor, labels: Tensor) -> None:
         raise InputError(
             f"{split} labels must be {len(images)} integers, one an image, got {labels.dtype} of shape "
             f"{tuple(labels.shape)}"
+        )
+
+
+def _check_no_gap(labels: Tensor, num_classes: int) -> None:
+    missing = (torch.bincount(labels, minlength=num_classes) == 0).nonzero()
+    if len(missing):
+        raise InputError(
+            f"no training row has label {int(missing[0])}, though labels go up to {num_classes - 1}; number the "
+            "classes without a gap, or give class_names for all of them"
+        )
+
+
+def _check_channels(name: str, values: Sequence[float] | None, channels: int, least: float) -> None:
+    if values is None:
+        return
+    if len(values) != channels or not all(math.isfinite(value) and least <= value <= 1 for value in values):
+        raise InputError(
+            f"{name} must be {channels} numbers from {least:.3g} to 1, one a channel, got {tuple(values)}; it is of "
+            "images scaled to 0..1, and None measures it"
         )
 
 

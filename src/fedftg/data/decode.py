@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import PIL
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
@@ -33,6 +34,8 @@ _AT_ONCE = 64
 _DRAFT_FACTOR = 2
 """JPEGs may be decoded at 1/2, 1/4 or 1/8 of their size where that leaves this many times ``image_size``, so that the
 antialiased resize still decides how the image looks."""
+DECODER = f"Pillow {PIL.__version__}, draft {_DRAFT_FACTOR}"
+"""Part of the cache's keys: another version may decode or resize to other bytes."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,14 @@ def decode(where: str, content: bytes | Path | None, sizing: Sizing) -> tuple[Ar
 
 
 def _has_16_bits(image: Image.Image) -> bool:
-    """Whether a PNG of a mode that passes for 8-bit holds 16 bits a channel: its raw mode says so."""
-    return image.format == "PNG" and any(";16" in str(part[3]) for part in getattr(image, "tile", ()))
+    """Whether an image of a mode that passes for 8-bit holds more bits a channel, as Pillow's decoder is told.
+
+    PNG and TIFF say so in the raw mode (``RGB;16B``), PPM by the largest value beside it.
+    """
+    details = [part[3] for part in getattr(image, "tile", ())]
+    if image.format == "PPM":
+        return any(isinstance(detail, tuple) and detail[-1] > 255 for detail in details)
+    return image.format in ("PNG", "TIFF") and any(";16" in str(detail) for detail in details)
 
 
 def _plain(image: Image.Image) -> Image.Image:

@@ -11,13 +11,15 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from fedftg.data import sources
+from fedftg.data import saved_partition, sources
 from fedftg.data.augment import augment
 from fedftg.data.config import DataConfig, PartitionConfig
 from fedftg.data.dataset import ImageDataset
 from fedftg.data.partition import Indices, hold_back, needed_columns, noise_levels, partition
 from fedftg.errors import InputError
 from fedftg.seeds import SERVER, numpy_rng, torch_rng
+
+_DIGESTED_BYTES = 64 << 20
 
 
 class FederatedData:
@@ -68,12 +70,20 @@ class FederatedData:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of labels and of who holds which rows; tells divisions with equal class counts apart."""
-        total = hashlib.sha256()
-        parts = [self.dataset.train_labels, self.dataset.test_labels, *self._parts, *self._held_back]
-        for part in parts:
+        """SHA-256 of what training sees: labels, who holds which rows, pixels, normalisation, augmentation and noise.
+
+        Of large sets only evenly spaced images are read, about 64 MB of each split.
+        """
+        data, total = self.dataset, hashlib.sha256()
+        for part in [data.train_labels, data.test_labels, *self._parts, *self._held_back]:
             total.update(f"{len(part)};".encode())
             total.update(part.numpy().astype("<i8").tobytes())
+        for images in (data.train_images, data.test_images):
+            step = -(-images.nbytes // _DIGESTED_BYTES)
+            total.update(f"{tuple(images.shape)};".encode())
+            for start in range(0, len(images), step * 1024):
+                total.update(images[start : start + step * 1024 : step].contiguous().numpy().data)
+        total.update(repr((data.mean, data.std, data.augment, self._noise)).encode())
         return total.hexdigest()
 
     @property
@@ -227,6 +237,8 @@ def load(
     Raises:
         InputError: data that cannot be used, or an impossible division.
     """
+    if division.law == "file" and division.file is not None:
+        saved_partition.check_there(division.file)  # before the data, which may take minutes to decode
     if dataset is None:
         dataset = sources.load(data, columns=needed_columns(division), progress=progress)
     divided = divide(dataset, division, seed)

@@ -17,7 +17,7 @@ from fedftg.data.decode import Encoded
 from fedftg.data.shards import TEST_SPLITS
 from fedftg.errors import InputError
 
-_IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
+_IMAGES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
 _CAMERA_SIZE = 64
 """Side in pixels of images cut from camera pictures, which all differ, where the user gives none."""
 
@@ -109,6 +109,9 @@ def compcars(request: Request) -> ImageDataset:
         root = root / "sv_data"
     train = _listed(root, "train_surveillance.txt")
     test = _listed(root, "test_surveillance.txt")
+    trained = {image for _, image, _ in train}
+    if leaks := [where for _, image, where in test if image in trained]:
+        raise InputError(f"{leaks[0]}: the image is in train_surveillance.txt too; restore the authors' lists")
     names = tuple(in_order(name for name, _, _ in train))
     number = {name: label for label, name in enumerate(names)}
     for name, _, where in test:
@@ -188,12 +191,15 @@ def _listed(root: Path, name: str) -> list[tuple[str, Path, str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read; data.root must be the authors' folder sv_data") from error
     found = []
+    first: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
+        if first.setdefault(line.strip(), number) != number:
+            raise InputError(f"{where}: the image is listed in line {first[line.strip()]} already; restore the list")
         folder, slash, file = line.strip().partition("/")
-        if not slash or not file:
+        if not slash or not file or ".." in Path(line.strip()).parts:
             raise InputError(f"{where}: {line.strip()!r} is not like '1/abc.jpg'; restore the authors' list")
         image = root / "image" / folder / file
         if not image.is_file():

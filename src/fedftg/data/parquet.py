@@ -46,9 +46,16 @@ class _Parquet:
     def column(self, name: str) -> Any:
         return self._file.read(columns=[name]).column(name)
 
-    def batches(self, name: str) -> Iterator[Any]:
-        for batch in self._file.iter_batches(batch_size=_ROWS_AT_A_TIME, columns=[name]):
-            yield batch.column(0)
+    def batches(self, name: str, rows: NDArray[np.int64]) -> Iterator[tuple[int, Any]]:
+        """Parts of a column and the row each starts at; row groups without any of ``rows`` are not read."""
+        start = 0
+        for group in range(self._file.num_row_groups):
+            end = start + self._file.metadata.row_group(group).num_rows
+            if _any_between(rows, start, end):
+                for batch in self._file.iter_batches(_ROWS_AT_A_TIME, row_groups=[group], columns=[name]):
+                    yield start, batch.column(0)
+                    start += len(batch)
+            start = end
 
 
 class _Arrow:
@@ -65,15 +72,24 @@ class _Arrow:
     def column(self, name: str) -> Any:
         return self._reader.read_all().column(name)
 
-    def batches(self, name: str) -> Iterator[Any]:
-        index = self.schema.get_field_index(name)
+    def batches(self, name: str, rows: NDArray[np.int64]) -> Iterator[tuple[int, Any]]:
+        """As `_Parquet.batches`; what is not used is mapped and never read from the disk."""
+        index, first = self.schema.get_field_index(name), 0
         if self._indexed:
             whole = (self._reader.get_batch(number) for number in range(self._reader.num_record_batches))
         else:
             whole = iter(self._reader)
         for batch in whole:
             for start in range(0, batch.num_rows, _ROWS_AT_A_TIME):
-                yield batch.column(index).slice(start, _ROWS_AT_A_TIME)
+                part = batch.column(index).slice(start, _ROWS_AT_A_TIME)
+                if _any_between(rows, first + start, first + start + len(part)):
+                    yield first + start, part
+            first += batch.num_rows
+
+
+def _any_between(rows: NDArray[np.int64], start: int, end: int) -> bool:
+    first, last = np.searchsorted(rows, [start, end])
+    return bool(first < last)
 
 
 @contextmanager
@@ -215,7 +231,8 @@ class TableSplit:
         """
         if all(path.suffix != ".arrow" for path in self._files):
             return self._files
-        return [*self._files, *(content for _, content in self.images(rows) if isinstance(content, Path))]
+        named = (content for _, content in self._images(rows, only_named=True) if isinstance(content, Path))
+        return [*self._files, *named]
 
     def where(self, row: int) -> str:
         """``file, row 3``: the row is counted from 0 in that file."""
@@ -247,19 +264,32 @@ class TableSplit:
         Raises:
             InputError: a file that cannot be read.
         """
-        offset = 0
-        for path in self._files:
-            start_of_file = offset
+        return self._images(rows)
+
+    def _images(self, rows: NDArray[np.int64], *, only_named: bool = False) -> Iterator[Encoded]:
+        """``only_named``: leave out parts in which every image has its bytes, without reading these."""
+        for path, start_of_file, end_of_file in zip(self._files, self._starts, self._starts[1:], strict=False):
+            first, last = np.searchsorted(rows, [start_of_file, end_of_file])
+            wanted = rows[first:last] - start_of_file
+            if not len(wanted):
+                continue
             with _open(path) as file:
-                batches = file.batches(self.columns.image)
-                while (values := _next(path, batches)) is not None:
-                    count = len(values)
-                    first, last = np.searchsorted(rows, [offset, offset + count])
-                    here = rows[first:last] - offset
-                    values = values.take(pa.array(here))
-                    for row, content in zip(here + (offset - start_of_file), _encoded(path, values), strict=True):
+                batches = file.batches(self.columns.image, wanted)
+                while (part := _next(path, batches)) is not None:
+                    start, values = part
+                    if only_named and _all_have_bytes(values):
+                        continue
+                    first, last = np.searchsorted(wanted, [start, start + len(values)])
+                    here = wanted[first:last]
+                    contents = _encoded(path, values.take(pa.array(here - start)))
+                    for row, content in zip(here, contents, strict=True):
                         yield f"{path}, row {row}", content
-                    offset += count
+
+
+def _all_have_bytes(values: Any) -> bool:
+    if not pa.types.is_struct(values.type):
+        return True
+    return bool(values.null_count == 0 and pc.struct_field(values, "bytes").null_count == 0)
 
 
 def _encoded(path: Path, values: Any) -> list[bytes | Path | None]:

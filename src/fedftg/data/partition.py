@@ -182,6 +182,8 @@ def _dirichlet(labels: Indices, sizes: Indices, alpha: float, rng: np.random.Gen
 
     Serving clients in turn instead of one after the other keeps the last one from getting only leftovers.
     """
+    if len(sizes) == 1 and sizes[0] == len(labels):
+        return [np.arange(len(labels))]  # central training: any order of drawing gives this
     num_classes = int(labels.max()) + 1
     left = np.bincount(labels, minlength=num_classes)
     shuffled = rng.permutation(len(labels))

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ def write(
     class_names: Sequence[str],
     class_counts: Sequence[Sequence[int]],
     skew: Mapping[str, float],
+    about: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
     """Writes a division as one JSON object, as a whole or not at all; returns ``path``.
 
@@ -45,6 +47,7 @@ def write(
         class_names: one a class.
         class_counts: clients x classes.
         skew: what `partition.skew` measured.
+        about: what else is worth knowing of it, such as its settings; `read` does not ask for it.
 
     Raises:
         InputError: the file cannot be written.
@@ -57,6 +60,7 @@ def write(
         # A client a line: one number a line, as json's indent gives it, is not read by anyone.
         f'"class_counts": {_one_client_a_line(class_counts)}',
         f'"skew": {json.dumps(dict(skew), allow_nan=False)}',
+        *(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in about.items()),
         f'"indices": {_one_client_a_line([np.asarray(part).tolist() for part in parts])}',
     ]
     content = "{\n  " + ",\n  ".join(lines) + "\n}\n"
@@ -76,6 +80,15 @@ def write(
 
 def _one_client_a_line(rows: Sequence[Sequence[int]]) -> str:
     return "[\n    " + ",\n    ".join(json.dumps(list(row), separators=(",", ":")) for row in rows) + "\n  ]"
+
+
+def holds(path: Path, parts: Sequence[NDArray[np.integer]]) -> bool:
+    """Whether a file that `write` wrote holds these rows for each client, in the same order."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return bool(content["indices"] == [np.asarray(part).tolist() for part in parts])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def read(path: Path, labels: NDArray[np.integer]) -> list[Indices]:
@@ -116,6 +129,11 @@ def read(path: Path, labels: NDArray[np.integer]) -> list[Indices]:
     return [np.sort(part) for part in np.split(together, np.cumsum(sizes)[:-1])]
 
 
+def check_there(path: Path) -> None:
+    """Raises InputError where the file cannot be opened or holds no JSON; whether it fits the data, `read` tells."""
+    _content(path, f"partition.file {str(path)!r}")
+
+
 def _content(path: Path, name: str) -> Any:
     try:
         return json.loads(path.expanduser().read_text(encoding="utf-8"))
@@ -137,6 +155,11 @@ def _clients(content: Any, labels: NDArray[np.integer], name: str) -> list[Any]:
             raise InputError(
                 f"{name} was made for other data: the training labels differ; set data.* as it was then, or make a "
                 "new file with 'fedftg partition'"
+            )
+        if "indices" not in content and "digest" in content:
+            raise InputError(
+                f"{name} is the record of a run, which counts samples and names no rows; make a file with rows by "
+                "'fedftg partition' with the settings of that run"
             )
         if "indices" not in content:
             raise InputError(f"{name} has no 'indices'; {_ADVICE}")

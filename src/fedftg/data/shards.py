@@ -128,6 +128,16 @@ def _check_shards(files: list[Path]) -> None:
     """A download that stopped half-way must not pass as a smaller data set."""
     numbered = [match for path in files if (match := _SHARD.search(path.stem))]
     totals = {int(match[2]) for match in numbered}
+    owner: dict[int, Path] = {}
+    for path in files:
+        match = _SHARD.search(path.stem)
+        if match is None and numbered:
+            raise InputError(
+                f"{path} has no shard number though {numbered[0].string} beside it has one; remove the one that does "
+                "not belong, or its rows count twice"
+            )
+        if match is not None and len(totals) == 1 and owner.setdefault(int(match[1]), path) != path:
+            raise InputError(f"{owner[int(match[1])]} and {path.name} are the same shard; remove one of them")
     if len(numbered) == len(files) and len(totals) == 1:
         missing = sorted(set(range(totals.pop())) - {int(match[1]) for match in numbered})
         if missing:

@@ -201,6 +201,7 @@ def partition_table(
     class_names: Sequence[str],
     skew: Mapping[str, float],
     held_back: Sequence[int] | None = None,
+    groups: Sequence[str] | None = None,
 ) -> Table:
     """Per client: size, number of classes, biggest class; after the first 20 clients one line about the rest.
 
@@ -209,6 +210,7 @@ def partition_table(
         class_names: one name per class.
         skew: measures of the whole partition, shown below the table.
         held_back: how many of each client's samples are for its own test; None has no such column.
+        groups: the domain or natural client that each one is; None has no such column.
     """
     sizes = [sum(counts) for counts in class_counts]
     present = [sum(count > 0 for count in counts) for counts in class_counts]
@@ -217,15 +219,19 @@ def partition_table(
     table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, caption=Text("\n".join(lines)), caption_justify="left"
     )
-    columns = {"samples": sizes, **({"held back": held_back} if held_back is not None else {}), "classes": present}
+    held = {"of these held back": held_back} if held_back is not None else {}
+    columns = {"samples": sizes, **held, "classes": present}
     for header in ("client", *columns):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("biggest class", overflow="fold")
     table.add_column("its share", justify="right", no_wrap=True)
+    if groups is not None:
+        table.add_column("group", overflow="fold")
     for client, counts in enumerate(class_counts[:SHOWN_CLIENTS]):
         top = max(range(len(counts)), key=lambda index: counts[index])
         name, share = (class_names[top], f"{counts[top] / sizes[client]:.0%}") if sizes[client] else ("-", "-")
-        table.add_row(str(client), *(str(values[client]) for values in columns.values()), Text(name), share)
+        group = [Text(groups[client])] if groups is not None else []
+        table.add_row(str(client), *(str(values[client]) for values in columns.values()), Text(name), share, *group)
     if len(sizes) > SHOWN_CLIENTS:
         rest = slice(SHOWN_CLIENTS, None)
         table.add_section()

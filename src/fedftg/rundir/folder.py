@@ -54,15 +54,23 @@ class RunFolder:
         """Whether all rounds were done, so that there is a summary."""
         return self.summary_file.exists()
 
+    def check_free(self) -> None:
+        """Raises InputError where the folder holds something already."""
+        try:
+            taken = self.path.exists() and {item.name for item in self.path.iterdir()} - _FIRST_FILES
+        except OSError as error:
+            raise InputError(f"cannot write to {self.path}: {error.strerror}; choose another folder by --out") from None
+        if taken:
+            raise InputError(f"{self.path} exists already; go on with it by --resume, or give another --out")
+
     def create(self, config_toml: str, environment: Record, partition: Record) -> None:
         """Makes the folder and writes what is known before the first round.
 
         Raises:
             InputError: the folder holds something already, or cannot be made.
         """
+        self.check_free()
         try:
-            if self.path.exists() and {item.name for item in self.path.iterdir()} - _FIRST_FILES:
-                raise InputError(f"{self.path} exists already; go on with it by --resume, or give another --out")
             self.path.mkdir(parents=True, exist_ok=True)
             records.write_json(self.path / "environment.json", {"sessions": [environment]})
             records.write_json(self.path / "partition.json", partition)
