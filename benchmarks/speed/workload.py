@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,6 +82,30 @@ def bare_loop(module: nn.Module, batch: int, steps: int, device: torch.device | 
         optimiser.zero_grad()
     _wait(device)
     return time.perf_counter() - start
+
+
+def bare_loops(name: str, steps: int, processes: int) -> float:
+    """Seconds of the slowest of so many processes of one thread, each with a `bare_loop` of so many steps."""
+    code = (
+        "import sys, torch; torch.set_num_threads(1); from fedftg.engine.machine import keep_freed_memory; "
+        "keep_freed_memory(); from workload import BATCH, bare_loop, model; module = model(sys.argv[1]); "
+        "bare_loop(module, BATCH, 2); print('ready', flush=True); input(); "
+        "print(bare_loop(module, BATCH, int(sys.argv[2])))"
+    )
+    command = [sys.executable, "-c", code, name, str(steps)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    running = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        for _ in range(processes)
+    ]
+    for process in running:
+        assert process.stdout is not None
+        process.stdout.readline()  # all wait until the last one is ready
+    for process in running:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    return max(float(process.communicate()[0]) for process in running)
 
 
 class Refining:

@@ -31,7 +31,7 @@ from fedftg.engine import executors, sampling
 from fedftg.engine.choice import Work
 from fedftg.engine.evaluate import Measured, evaluate, evaluate_clients
 from fedftg.engine.executors import Executor
-from fedftg.engine.machine import cpu_threads, environment, peak_memory_mb, resolve_device
+from fedftg.engine.machine import cpu_threads, environment, keep_freed_memory, peak_memory_mb, resolve_device
 from fedftg.engine.memory import ClientStore, rejection
 from fedftg.engine.workers import Origin
 from fedftg.errors import InputError
@@ -262,6 +262,7 @@ def run(
         ClientError: a client's training failed; names round, client and stage. The run can be resumed.
     """
     progress = progress or Silent()
+    keep_freed_memory()
     run_folder = RunFolder(folder)
     # Before the data, which may take minutes to decode.
     if resume:

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from torch import nn
 
 from fedftg.algorithms.base import LocalTask
 from fedftg.algorithms.fedavg import PlainLocal
-from fedftg.engine.local_train import LocalConfig, clip, train
+from fedftg.engine.local_train import LocalConfig, Sgd, clip, train
 from fedftg.models.functional import FunctionalModel
 from fedftg.params import Params
 
@@ -105,3 +106,54 @@ def test_rate_decays_from_round_2() -> None:
     """0.1 * 0.5^(t - 1)."""
     settings = LocalConfig(lr=0.1, lr_decay=0.5)
     assert [settings.lr_at(round) for round in (1, 2, 3)] == [0.1, 0.05, 0.025]
+
+
+def stepped(make_step: Callable[[Params], Callable[[Params], None]], rounds: int = 3) -> Params:
+    torch.manual_seed(0)
+    params = {"a": torch.randn(5, 3), "kernel": torch.randn(4, 3, 3, 3), "c": torch.randn(2)}
+    step = make_step(params)
+    for _ in range(rounds):
+        grads = {name: torch.randn_like(value) for name, value in params.items()}
+        # As a convolution may return it, and as the gradient of a mean is: other strides than the parameter.
+        grads["kernel"] = grads["kernel"].contiguous(memory_format=torch.channels_last)
+        grads["c"] = torch.randn(()).expand(2)
+        before = {name: grad.clone() for name, grad in grads.items()}
+        step(grads)
+        assert all(torch.equal(grads[name], value) for name, value in before.items())
+    return params
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+def test_sgd_is_that_of_torch_whatever_the_strides(momentum: float, weight_decay: float) -> None:
+    def reference(params: Params) -> Callable[[Params], None]:
+        leaves = [nn.Parameter(value) for value in params.values()]
+        optimiser = torch.optim.SGD(leaves, lr=0.1, momentum=momentum, weight_decay=weight_decay, foreach=False)
+
+        def step(grads: Params) -> None:
+            for leaf, grad in zip(leaves, grads.values(), strict=True):
+                leaf.grad = grad.clone()
+            optimiser.step()
+
+        return step
+
+    settings = LocalConfig(momentum=momentum, weight_decay=weight_decay)
+    expected = stepped(reference)
+    found = stepped(lambda params: Sgd(params, 0.1, settings).step)
+    for name, value in expected.items():
+        if momentum:
+            torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6)
+        else:
+            assert torch.equal(found[name], value), name
+
+
+def test_clipping_into_scratch_gives_the_same_bits() -> None:
+    torch.manual_seed(1)
+    grads = {"a": torch.randn(50), "b": torch.randn(3, 4)}
+    scratch: Params = {}
+    for max_norm in (1.0, 2.5, 1e6):
+        plain, kept = clip(grads, max_norm), clip(grads, max_norm, scratch)
+        assert all(torch.equal(plain[name], kept[name]) for name in grads)
+    assert clip(grads, 1e6, scratch) is grads
+    bad = {"a": torch.tensor([math.nan]), "b": torch.ones(2)}
+    assert clip(bad, 1.0, {})["b"].isnan().all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import platform
 import resource
@@ -17,6 +18,9 @@ from typing import Any
 import torch
 
 from fedftg.errors import InputError
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""As in glibc's malloc.h."""
 
 
 def resolve_device(name: str) -> str:
@@ -40,6 +44,23 @@ def cpu_threads(wanted: int) -> Iterator[int]:
         yield torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep freed memory up to 32 MB a piece for the next step, instead of giving it back to the system.
+
+    A training step frees and asks for the same memory again and again; pages that the system must find and clear each
+    time took 13 to 18 % of a ResNet-18 step (one thread, AVX2). Numbers are the same. It holds for the whole process;
+    where ``MALLOC_MMAP_THRESHOLD_``, ``MALLOC_TRIM_THRESHOLD_``, ``GLIBC_TUNABLES`` or another allocator is set, and
+    where there is no glibc, nothing is changed.
+    """
+    chosen = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
+    if platform.libc_ver()[0] != "glibc" or any(os.environ.get(name) for name in chosen):
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def environment(threads: int, device: str) -> dict[str, Any]:

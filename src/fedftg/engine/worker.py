@@ -25,6 +25,7 @@ from fedftg.data.dataset import ImageDataset
 from fedftg.data.federated import FederatedData
 from fedftg.engine.executors import SequentialExecutor
 from fedftg.engine.local_train import LocalConfig
+from fedftg.engine.machine import keep_freed_memory
 from fedftg.engine.shared import Layout, Segment, mapped
 from fedftg.errors import InputError
 from fedftg.models import registry
@@ -41,6 +42,7 @@ def main() -> None:
     connection, lifeline = Connection(int(sys.argv[1])), int(sys.argv[2])
     threading.Thread(target=_die_with_parent, args=(lifeline,), daemon=True).start()
     torch.set_num_threads(1)
+    keep_freed_memory()
     try:
         worker = Worker(json.loads(connection.recv_bytes()))
     except EOFError:
