@@ -1,0 +1,133 @@
+"""Runs the cells of the accuracy tables, and writes the tables: one command, which goes on where it was stopped.
+
+    python benchmarks/accuracy/accuracy.py --data-root FOLDER [--tables A,B,C] [--seeds 0,1,2] [--jobs 2] [--minutes 90]
+
+Runs lie in ``runs/accuracy`` and are resumed after an interruption; of each finished one a small file is kept in
+``benchmarks/results/accuracy``, from which the tables are made. A cell whose file is there and was made with the same
+settings is not run again. One thread a run; ``--jobs`` runs are side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from cells import SEEDS, TABLES, Cell
+from tables import write_tables
+
+HERE = Path(__file__).parent
+PROTOCOL = HERE / "protocol.toml"
+RESULTS = HERE.parent / "results" / "accuracy"
+RUNS = Path("runs") / "accuracy"
+
+
+def main() -> None:
+    """Runs what is missing, then writes the tables of what is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-root", type=Path, help="CIFAR-10 as parquet; without it, it comes from the hub")
+    parser.add_argument("--tables", default="A,B,C")
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so many minutes")
+    parser.add_argument("--only", default="", help="only cells whose names contain this")
+    parser.add_argument("--rounds", type=int, help="for a trial: fewer rounds, and no result is kept")
+    arguments = parser.parse_args()
+    until = time.monotonic() + 60 * arguments.minutes
+    cells = {cell.name: cell for name in arguments.tables.split(",") for cell in TABLES[name].cells}
+    jobs = [
+        (cell, int(seed))
+        for seed in arguments.seeds.split(",")
+        for cell in cells.values()
+        if arguments.only in cell.name
+    ]
+    missing = [(cell, seed) for cell, seed in jobs if arguments.rounds or not is_there(cell, seed)]
+    print(f"{len(jobs)} runs, {len(missing)} of them to do", flush=True)
+
+    def work(job: tuple[Cell, int]) -> None:
+        if time.monotonic() < until:
+            run(*job, arguments.data_root, arguments.rounds)
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for _ in pool.map(work, missing):
+            pass
+    if not arguments.rounds:
+        write_tables(RESULTS)
+
+
+def result_file(cell: Cell, seed: int) -> Path:
+    """Where the result of a run is kept."""
+    return RESULTS / cell.name / f"seed{seed}.json"
+
+
+def fingerprint(cell: Cell) -> str:
+    """Of the protocol and the cell's settings; a result with another one is of another experiment."""
+    return hashlib.sha256(PROTOCOL.read_bytes() + "\n".join(cell.settings).encode()).hexdigest()[:16]
+
+
+def is_there(cell: Cell, seed: int) -> bool:
+    """Whether the result is there and of these settings."""
+    path = result_file(cell, seed)
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["fingerprint"] == fingerprint(cell)
+
+
+def run(cell: Cell, seed: int, data_root: Path | None, rounds: int | None) -> None:
+    """One run to its end, and its result kept; a run that fails is told and leaves the others alone."""
+    folder = RUNS / ("trial" if rounds else fingerprint(cell)) / cell.name / f"seed{seed}"
+    settings = [*cell.settings, f"seed={seed}", f"name={cell.name}"]
+    settings += [f"data.root={data_root}"] if data_root else []
+    settings += [f"rounds={rounds}"] if rounds else []
+    options = [part for setting in settings for part in ("--set", setting)]
+    resume = ["--resume"] if (folder / "config.toml").is_file() else []
+    command = [sys.executable, "-m", "fedftg.cli", "run", str(PROTOCOL), *options, "--out", str(folder), *resume]
+    start = time.monotonic()
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        print(f"FAILED {cell.name} seed {seed}: {done.stderr.strip().splitlines()[-1:]}", flush=True)
+        return
+    result = collect(folder, cell, seed)
+    accuracy = result["summary"]["accuracy"]
+    told = ", ".join(f"{kind} {values['mean_last_10']:.4f}" for kind, values in accuracy.items())
+    print(f"{cell.name} seed {seed}: {told}; {time.monotonic() - start:.0f} s", flush=True)
+    if not rounds:
+        path = result_file(cell, seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def collect(folder: Path, cell: Cell, seed: int) -> dict[str, Any]:
+    """What is kept of a run: its summary, the accuracies by round, and what it was run on."""
+    session = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["sessions"][-1]
+    rows = [json.loads(line) for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
+    evaluated = [row for row in rows if row["accuracy"]]
+    kinds = list(evaluated[-1]["accuracy"])
+    return {
+        "cell": cell.name,
+        "seed": seed,
+        "settings": list(cell.settings),
+        "fingerprint": fingerprint(cell),
+        "commit": _commit(),
+        "machine": {name: session[name] for name in ("processor", "cores", "threads", "packages")},
+        "summary": json.loads((folder / "summary.json").read_text(encoding="utf-8")),
+        "rounds": [row["round"] for row in evaluated],
+        "accuracy": {kind: [row["accuracy"][kind] for row in evaluated] for kind in kinds},
+        "rolled_back": [row["round"] for row in rows if "rolled_back" in row],
+    }
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+if __name__ == "__main__":
+    main()

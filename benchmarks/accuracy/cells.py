@@ -1,0 +1,117 @@
+"""The cells of each table: a name, and what it sets beside ``protocol.toml``.
+
+A cell that stands in several tables is run once. Names are those of result files, so a changed cell needs a new name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SEEDS = (0, 1, 2)
+ALGORITHMS = ("fedavg", "fedprox", "feddyn", "scaffold", "moon")
+PRESETS = ("paper", "official", "fedftg")
+
+# 32x32 images through a generator of width 64 would take ten times the time of local training of these small networks.
+_WIDTH = "refiner.generator_width=16"
+
+_SKEWS = {"b0.1": (), "b0.3": ("partition.alpha=0.3",), "iid": ("partition.law=iid",)}
+_MODELS = {"gn": (), "bn": ("model.name=lenet_bn",), "plain": ("model.name=lenet",)}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One experiment, run with every seed."""
+
+    name: str
+    settings: tuple[str, ...]
+    """What follows ``--set``."""
+    base: str | None = None
+    """The cell without a refiner that it is compared with, seed by seed."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A table: its title and its cells in order."""
+
+    title: str
+    cells: tuple[Cell, ...]
+
+
+def cell(
+    algorithm: str = "fedavg",
+    refiner: str = "base",
+    *,
+    skew: str = "b0.1",
+    model: str = "gn",
+    change: str = "",
+    settings: tuple[str, ...] = (),
+) -> Cell:
+    """A cell by what it is made of; ``change`` names what ``settings`` alter of the refiner."""
+    base = "-".join((algorithm, "base", skew, model))
+    shared = (f"algorithm.name={algorithm}", *_SKEWS[skew], *_MODELS[model])
+    if refiner == "base":
+        return Cell(base, shared)
+    name = "-".join((algorithm, refiner, skew, model, *([change] if change else [])))
+    return Cell(name, (*shared, "refiner.name=fedftg", f"refiner.preset={refiner}", _WIDTH, *settings), base)
+
+
+def _changed(refiner: str, changes: dict[str, tuple[str, ...]], model: str = "gn") -> tuple[Cell, ...]:
+    """The base, the preset as it is, and with each change."""
+    variants = tuple(
+        cell(refiner=refiner, model=model, change=name, settings=tuple(f"refiner.{key}" for key in settings))
+        for name, settings in changes.items()
+    )
+    return cell(model=model), cell(refiner=refiner, model=model), *variants
+
+
+_ABLATION: dict[str, tuple[str, ...]] = {
+    "no_cls": ("lambda_cls=0",),
+    "no_dis": ("lambda_dis=0",),
+    "no_md": ("lambda_md=0",),
+    "uniform_labels": ("label_sampling=uniform",),
+    "uniform_ensemble": ("ensemble=uniform",),
+    "I5": ("iterations=5",),
+    "I20": ("iterations=20",),
+    "Ig1": ("generator_steps=1",),
+    "Id1": ("student_steps=1",),
+    "Id10": ("student_steps=10",),
+    "student_lr0.003": ("student_lr=0.003",),
+    "student_lr0.03": ("student_lr=0.03",),
+    "generator_lr0.01": ("generator_lr=0.01",),
+    "generator_lr0.001": ("generator_lr=0.001",),
+}
+_STATISTICS: dict[str, tuple[str, ...]] = {
+    "eval": ("student_mode=eval",),
+    "restored": ("restore_buffers=true",),
+}
+_CANDIDATES: dict[str, tuple[str, ...]] = {
+    "unmasked": ("discrepancy_mask=none",),
+    "warmup20": ("generator_warmup=20",),
+    "reset_optimiser": ("generator_optimizer_state=reset",),
+    "ema": ("generator_ema=0.5",),
+    "fresh": ("fresh_batches=true",),
+    "temperature3": ("temperature=3",),
+    "train_mode": ("student_mode=train",),
+}
+
+TABLES: dict[str, Rows] = {
+    "A": Rows(
+        "The claim",
+        (
+            *(cell(name, kind) for name in ALGORITHMS for kind in ("base", *PRESETS)),
+            *(cell(refiner=kind, skew=skew) for skew in ("b0.3", "iid") for kind in ("base", *PRESETS)),
+            *(cell(refiner=kind, model=model) for model in ("bn", "plain") for kind in ("base", *PRESETS)),
+        ),
+    ),
+    "B": Rows("Ablation of the preset fedftg", _changed("fedftg", _ABLATION)),
+    "C": Rows(
+        "Accuracy right after fine-tuning, and what may mend it",
+        (
+            *_changed("paper", _STATISTICS, model="bn"),
+            *_changed("paper", {}),
+            *_changed("fedftg", _CANDIDATES),
+            *_changed("fedftg", _CANDIDATES, model="bn"),
+        ),
+    ),
+    "P": Rows("Pilots of the bases", tuple(cell(name) for name in ALGORITHMS)),
+}

@@ -1,0 +1,73 @@
+"""Markdown tables from kept results; nothing in them is typed by hand."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from cells import TABLES, Cell
+
+KINDS = ("selected", "all", "refined")
+
+
+def write_tables(results: Path) -> Path:
+    """Writes ``tables.md`` beside the results; tables without any result are left out."""
+    parts = ["# Accuracy tables", "", "Made by `benchmarks/accuracy/accuracy.py` from the files beside it.", ""]
+    for name, rows in TABLES.items():
+        lines = [line for cell in rows.cells if (line := _line(results, cell)) is not None]
+        if lines:
+            parts += [f"## {name}. {rows.title}", "", *_HEAD, *lines, ""]
+    path = results / "tables.md"
+    results.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(parts), encoding="utf-8")
+    return path
+
+
+_COLUMNS = (
+    "cell", "seeds", "selected", "all", "refined", "final", "best", "gain over base", "right after fine-tuning", "s",
+)  # fmt: skip
+_HEAD = ("| " + " | ".join(_COLUMNS) + " |", "|---|" + "---|" * (len(_COLUMNS) - 1))
+
+
+def load(results: Path, name: str) -> dict[int, dict[str, Any]]:
+    """The kept results of a cell by seed."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((results / name).glob("seed*.json"))]
+    return {result["seed"]: result for result in found}
+
+
+def spread(values: list[float], *, sign: bool = False) -> str:
+    """Mean and standard deviation over seeds in percent."""
+    mean = 100 * statistics.mean(values)
+    text = f"{mean:+.2f}" if sign else f"{mean:.2f}"
+    return f"{text} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else text
+
+
+def last(result: dict[str, Any], kind: str) -> float:
+    """The mean of the last ten evaluations."""
+    return float(result["summary"]["accuracy"][kind]["mean_last_10"])
+
+
+def _line(results: Path, cell: Cell) -> str | None:
+    runs = load(results, cell.name)
+    if not runs:
+        return None
+    means = [spread([last(run, kind) for run in runs.values()]) for kind in KINDS]
+    ends = [
+        spread([run["summary"]["accuracy"]["refined"][what] for run in runs.values()]) for what in ("final", "best")
+    ]
+    base = load(results, cell.base) if cell.base else {}
+    gains = [last(run, "refined") - last(base[seed], "refined") for seed, run in runs.items() if seed in base]
+    paired = "" if not gains else f"{spread(gains, sign=True)} ({', '.join(f'{100 * gain:+.1f}' for gain in gains)})"
+    after = [
+        statistics.mean(
+            right - before
+            for before, right in zip(run["accuracy"]["selected"], run["accuracy"]["refined"], strict=True)
+        )
+        for run in runs.values()
+    ]
+    change = spread(after, sign=True) if cell.base else ""
+    seconds = statistics.median(run["summary"]["seconds"]["total"] for run in runs.values())
+    columns = (cell.name, str(len(runs)), *means, *ends, paired, change, f"{seconds:.0f}")
+    return "| " + " | ".join(columns) + " |"
