@@ -1,0 +1,93 @@
+"""The cells of benchmarks/accuracy are experiments that start, and its tables say what the kept results hold."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedftg import config as configs
+
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "accuracy"
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The scripts, which keep runs and results in ``tmp_path``."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    for name in ("accuracy", "cells", "tables"):
+        sys.modules.pop(name, None)
+    import accuracy  # type: ignore[import-not-found]
+
+    monkeypatch.setattr(accuracy, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(accuracy, "RESULTS", tmp_path / "results")
+    return accuracy
+
+
+def test_every_cell_is_a_config_and_every_base_a_cell_without_refiner(bench: Any) -> None:
+    settings: dict[str, tuple[str, ...]] = {}
+    for rows in bench.TABLES.values():
+        for cell in rows.cells:
+            assert settings.setdefault(cell.name, cell.settings) == cell.settings, cell.name
+            configs.load(FOLDER / "protocol.toml", cell.settings)
+    for rows in bench.TABLES.values():
+        for cell in rows.cells:
+            if cell.base is not None:
+                base = configs.load(FOLDER / "protocol.toml", settings[cell.base])
+                own = configs.load(FOLDER / "protocol.toml", cell.settings)
+                assert base.refiner.name == "none"
+                assert base.model_copy(update={"refiner": own.refiner}) == own
+
+
+def test_a_cell_is_run_kept_and_not_run_again(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    small = (
+        "data.name=digits", "partition.num_clients=4", "cohort.size=2", "local.epochs=1", "rounds=3",
+    )  # fmt: skip
+    cell = bench.Cell("tiny", small)
+    assert not bench.is_there(cell, 1)
+    bench.run(cell, 1, None, None)
+    assert "tiny seed 1: selected 0." in capsys.readouterr().out
+    assert bench.is_there(cell, 1)
+    assert not bench.is_there(cell, 2)
+    assert not bench.is_there(bench.Cell("tiny", (*small, "local.lr=0.2")), 1)
+    kept = json.loads(bench.result_file(cell, 1).read_text())
+    assert kept["rounds"] == [2, 3]
+    assert kept["summary"]["seed"] == 1
+    assert kept["accuracy"]["selected"][-1] == kept["summary"]["accuracy"]["selected"]["final"]
+    bench.run(bench.Cell("wrong", ("local.lr=-1",)), 1, None, None)
+    assert "FAILED wrong seed 1: ['fedftg: " in capsys.readouterr().out
+
+
+def kept(selected: list[float], refined: list[float]) -> dict[str, Any]:
+    accuracy = {
+        kind: {"final": values[-1], "best": max(values), "mean_last_10": sum(values) / len(values)}
+        for kind, values in (("selected", selected), ("all", selected), ("refined", refined))
+    }
+    return {
+        "accuracy": {"selected": selected, "refined": refined},
+        "summary": {"accuracy": accuracy, "seconds": {"total": 61.0}},
+    }
+
+
+def test_tables_pair_seeds(bench: Any, tmp_path: Path) -> None:
+    """Base .40 and .50, refined .44 and .50: gains of 4 and 0 points; right after fine-tuning +2 and -1."""
+    written = {
+        ("fedavg-base-b0.1-gn", 0): kept([0.4, 0.4], [0.4, 0.4]),
+        ("fedavg-base-b0.1-gn", 1): kept([0.5, 0.5], [0.5, 0.5]),
+        ("fedavg-paper-b0.1-gn", 0): kept([0.42, 0.42], [0.43, 0.45]),
+        ("fedavg-paper-b0.1-gn", 1): kept([0.51, 0.51], [0.5, 0.5]),
+        ("fedavg-paper-b0.1-gn", 2): kept([0.5, 0.5], [0.5, 0.5]),  # its base is not there yet
+    }
+    for (name, seed), result in written.items():
+        path = tmp_path / "results" / name / f"seed{seed}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"seed": seed, **result}))
+    text = bench.write_tables(tmp_path / "results").read_text()
+    assert "## A. The claim" in text
+    (line,) = {line for line in text.splitlines() if line.startswith("| fedavg-paper-b0.1-gn |")}
+    cells = [part.strip() for part in line.strip("|").split("|")]
+    assert cells[1] == "3"
+    assert cells[7] == "+2.00 ± 2.83 (+4.0, +0.0)"
+    assert cells[8].startswith("+0.33 ± 1.5")
+    assert "fedprox" not in text
