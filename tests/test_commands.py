@@ -47,7 +47,7 @@ def test_domains_and_converted_images(asked: list[tuple[str, ...]], tmp_path: Pa
     assert [len(rows) for rows in content["indices"]] == [4, 4, 4]
     assert content["groups"] == ["ink", "oil", "oil"]
     assert content["partition"]["column"] == "style"
-    assert content["converted"] == {"CMYK": 1, "grey": 3} or content["converted"] == {"grey": 3, "CMYK": 1}
+    assert content["converted"] == {"CMYK": 1, "grey": 3}
     assert "domain by style, seed 0" in done.stdout.splitlines()[0]
 
 
@@ -70,6 +70,7 @@ def test_another_division_is_never_overwritten(
         overrides = ["partition.num_clients=3", *settings]
         return commands.partition("default", overrides, None if out is None else Path(out)).data
 
+    swapped = sources.load(None, columns=())
     first = made()
     content = first.read_bytes()
     assert made() == first  # the same division: the same folder
@@ -80,4 +81,10 @@ def test_another_division_is_never_overwritten(
     assert made(out="here").read_bytes() == content
     with pytest.raises(InputError, match="here holds another division already; give another folder by --out"):
         made("seed=1", out="here")
+    with pytest.raises(InputError, match="holds another division"):  # the same rows, but a share of them held back
+        made("partition.test_share=0.5", out="here")
+    monkeypatch.setattr(sources, "load", lambda *_, **__: swapped)
+    assert made("partition.law=iid").parent.name.endswith("-3")  # iid: the same rows whatever the labels
+    monkeypatch.setattr(sources, "load", lambda *_, **__: replace(swapped, train_labels=1 - swapped.train_labels))
+    assert made("partition.law=iid").parent.name.endswith("-4")
     assert (tmp_path / "here" / "partition.json").read_bytes() == content

@@ -10,9 +10,9 @@ settings is not run again. One thread a run; ``--jobs`` runs are side by side.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -20,11 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from cells import SEEDS, TABLES, Cell
-from tables import write_tables
+from cells import PROTOCOL, SEEDS, TABLES, Cell, fingerprint
+from tables import read, write_tables
 
 HERE = Path(__file__).parent
-PROTOCOL = HERE / "protocol.toml"
 RESULTS = HERE.parent / "results" / "accuracy"
 RUNS = Path("runs") / "accuracy"
 
@@ -51,15 +50,20 @@ def main() -> None:
     missing = [(cell, seed) for cell, seed in jobs if arguments.rounds or not is_there(cell, seed)]
     print(f"{len(jobs)} runs, {len(missing)} of them to do", flush=True)
 
-    def work(job: tuple[Cell, int]) -> None:
-        if time.monotonic() < until:
-            run(*job, arguments.data_root, arguments.rounds)
+    def work(job: tuple[Cell, int]) -> bool:
+        if time.monotonic() > until:
+            return True
+        try:
+            return run(*job, arguments.data_root, arguments.rounds)
+        except (OSError, ValueError, KeyError) as error:  # one run's files must not stop the others
+            print(f"FAILED {job[0].name} seed {job[1]}: {error!r}", flush=True)
+            return False
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for _ in pool.map(work, missing):
-            pass
+        went_well = list(pool.map(work, missing))
     if not arguments.rounds:
         write_tables(RESULTS)
+    sys.exit(0 if all(went_well) else 1)
 
 
 def result_file(cell: Cell, seed: int) -> Path:
@@ -67,20 +71,19 @@ def result_file(cell: Cell, seed: int) -> Path:
     return RESULTS / cell.name / f"seed{seed}.json"
 
 
-def fingerprint(cell: Cell) -> str:
-    """Of the protocol and the cell's settings; a result with another one is of another experiment."""
-    return hashlib.sha256(PROTOCOL.read_bytes() + "\n".join(cell.settings).encode()).hexdigest()[:16]
-
-
 def is_there(cell: Cell, seed: int) -> bool:
-    """Whether the result is there and of these settings."""
-    path = result_file(cell, seed)
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["fingerprint"] == fingerprint(cell)
+    """Whether the result is there, whole, and of these settings."""
+    result = read(result_file(cell, seed))
+    return result is not None and result["fingerprint"] == fingerprint(cell)
 
 
-def run(cell: Cell, seed: int, data_root: Path | None, rounds: int | None) -> None:
-    """One run to its end, and its result kept; a run that fails is told and leaves the others alone."""
-    folder = RUNS / ("trial" if rounds else fingerprint(cell)) / cell.name / f"seed{seed}"
+def run(cell: Cell, seed: int, data_root: Path | None, rounds: int | None) -> bool:
+    """One run to its end, and its result kept; whether that went well, else it is told."""
+    # Taken before the run: what is changed or committed meanwhile is not what was run.
+    made_of = {"fingerprint": fingerprint(cell), "commit": _commit()}
+    folder = RUNS / (f"trial-{rounds}" if rounds else "whole") / made_of["fingerprint"] / cell.name / f"seed{seed}"
+    if rounds:
+        shutil.rmtree(folder, ignore_errors=True)  # a trial is of the code as it is now
     settings = [*cell.settings, f"seed={seed}", f"name={cell.name}"]
     settings += [f"data.root={data_root}"] if data_root else []
     settings += [f"rounds={rounds}"] if rounds else []
@@ -93,15 +96,18 @@ def run(cell: Cell, seed: int, data_root: Path | None, rounds: int | None) -> No
     )
     if done.returncode:
         print(f"FAILED {cell.name} seed {seed}: {done.stderr.strip().splitlines()[-1:]}", flush=True)
-        return
-    result = collect(folder, cell, seed)
+        return False
+    result = collect(folder, cell, seed) | made_of
     accuracy = result["summary"]["accuracy"]
     told = ", ".join(f"{kind} {values['mean_last_10']:.4f}" for kind, values in accuracy.items())
     print(f"{cell.name} seed {seed}: {told}; {time.monotonic() - start:.0f} s", flush=True)
     if not rounds:
         path = result_file(cell, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        aside = path.with_suffix(".part")
+        aside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        aside.replace(path)
+    return True
 
 
 def collect(folder: Path, cell: Cell, seed: int) -> dict[str, Any]:
@@ -114,8 +120,6 @@ def collect(folder: Path, cell: Cell, seed: int) -> dict[str, Any]:
         "cell": cell.name,
         "seed": seed,
         "settings": list(cell.settings),
-        "fingerprint": fingerprint(cell),
-        "commit": _commit(),
         "machine": {name: session[name] for name in ("processor", "cores", "threads", "packages")},
         "summary": json.loads((folder / "summary.json").read_text(encoding="utf-8")),
         "rounds": [row["round"] for row in evaluated],
@@ -125,7 +129,7 @@ def collect(folder: Path, cell: Cell, seed: int) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    command = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 

@@ -5,8 +5,14 @@ A cell that stands in several tables is run once. Names are those of result file
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
+from fedftg import config as configs
+
+PROTOCOL = Path(__file__).parent / "protocol.toml"
 SEEDS = (0, 1, 2)
 ALGORITHMS = ("fedavg", "fedprox", "feddyn", "scaffold", "moon")
 PRESETS = ("paper", "official", "fedftg")
@@ -27,6 +33,12 @@ class Cell:
     """What follows ``--set``."""
     base: str | None = None
     """The cell without a refiner that it is compared with, seed by seed."""
+
+
+def fingerprint(cell: Cell) -> str:
+    """Of every setting of the cell's runs, defaults included; a result with another one is of another experiment."""
+    settings = configs.load(PROTOCOL, cell.settings).model_dump(mode="json", exclude={"name", "plugins", "checkpoint"})
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

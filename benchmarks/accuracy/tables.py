@@ -7,8 +7,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from cells import TABLES, Cell
+from cells import TABLES, Cell, fingerprint
 
+_CELLS = {cell.name: cell for rows in TABLES.values() for cell in rows.cells}
 KINDS = ("selected", "all", "refined")
 
 
@@ -27,14 +28,24 @@ def write_tables(results: Path) -> Path:
 
 _COLUMNS = (
     "cell", "seeds", "selected", "all", "refined", "final", "best", "gain over base", "right after fine-tuning", "s",
+    "commit",
 )  # fmt: skip
 _HEAD = ("| " + " | ".join(_COLUMNS) + " |", "|---|" + "---|" * (len(_COLUMNS) - 1))
 
 
-def load(results: Path, name: str) -> dict[int, dict[str, Any]]:
-    """The kept results of a cell by seed."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((results / name).glob("seed*.json"))]
-    return {result["seed"]: result for result in found}
+def read(path: Path) -> dict[str, Any] | None:
+    """A kept result; None where it is not there or not whole."""
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return result
+
+
+def load(results: Path, cell: Cell) -> dict[int, dict[str, Any]]:
+    """The kept results of a cell by seed; those of other settings under the same name are left out."""
+    found = [read(path) for path in sorted((results / cell.name).glob("seed*.json"))]
+    return {result["seed"]: result for result in found if result and result["fingerprint"] == fingerprint(cell)}
 
 
 def spread(values: list[float], *, sign: bool = False) -> str:
@@ -50,14 +61,14 @@ def last(result: dict[str, Any], kind: str) -> float:
 
 
 def _line(results: Path, cell: Cell) -> str | None:
-    runs = load(results, cell.name)
+    runs = load(results, cell)
     if not runs:
         return None
     means = [spread([last(run, kind) for run in runs.values()]) for kind in KINDS]
     ends = [
         spread([run["summary"]["accuracy"]["refined"][what] for run in runs.values()]) for what in ("final", "best")
     ]
-    base = load(results, cell.base) if cell.base else {}
+    base = load(results, _CELLS[cell.base]) if cell.base else {}
     gains = [last(run, "refined") - last(base[seed], "refined") for seed, run in runs.items() if seed in base]
     paired = "" if not gains else f"{spread(gains, sign=True)} ({', '.join(f'{100 * gain:+.1f}' for gain in gains)})"
     after = [
@@ -69,5 +80,6 @@ def _line(results: Path, cell: Cell) -> str | None:
     ]
     change = spread(after, sign=True) if cell.base else ""
     seconds = statistics.median(run["summary"]["seconds"]["total"] for run in runs.values())
-    columns = (cell.name, str(len(runs)), *means, *ends, paired, change, f"{seconds:.0f}")
+    commits = ", ".join(sorted({run["commit"] for run in runs.values()}))
+    columns = (cell.name, str(len(runs)), *means, *ends, paired, change, f"{seconds:.0f}", commits)
     return "| " + " | ".join(columns) + " |"

@@ -92,7 +92,10 @@ class Bench:
         module, clients = model(self.model).to(self.device), 2 * max(self.threads, 1)
         flops, peak = step_flops(model(self.model), BATCH), self._peak()
         count = clients * self.steps
-        config = self._config(rounds=2, local__epochs=1, refiner__name="none", cohort__size=clients)
+        held_by = max(10, clients)
+        config = self._config(
+            rounds=2, local__epochs=1, refiner__name="none", partition__num_clients=held_by, cohort__size=clients
+        )
         ways: dict[str, Callable[[], float]] = {
             f"bare loop, {self.threads} threads": lambda: bare_loop(module, BATCH, count, self.device)
         }
@@ -103,7 +106,7 @@ class Bench:
         for executor in dict.fromkeys((self.executor, "sequential")):
             chosen = config.model_copy(update={"executor": config.executor.model_copy(update={"name": executor})})
             ways[f"local training, {executor}"] = lambda chosen=chosen: self._last_round(
-                chosen, 10 * BATCH * self.steps
+                chosen, held_by * BATCH * self.steps
             )
         bare_loop(module, BATCH, 2, self.device)
         times: dict[str, list[float]] = {what: [] for what in ways}

@@ -73,7 +73,7 @@ def step_flops(module: nn.Module, batch: int) -> int:
 def bare_loop(module: nn.Module, batch: int, steps: int, device: torch.device | str = "cpu") -> float:
     """Seconds of the plainest training loop there is: forward, backward, SGD on one batch that is there already."""
     module.train()
-    optimiser = torch.optim.SGD(module.parameters(), lr=0.01, weight_decay=1e-3, foreach=True)
+    optimiser = torch.optim.SGD(module.parameters(), lr=0.01, weight_decay=1e-3, fused=True)
     inputs, labels = torch.randn(batch, *SHAPE, device=device), torch.arange(batch, device=device) % CLASSES
     start = time.perf_counter()
     for _ in range(steps):

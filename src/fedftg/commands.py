@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def run(
                 f"dataset must be an ImageDataset, got {type(dataset).__name__}; make one by "
                 "fedftg.ImageDataset.from_tensors(...)"
             )
-        if lost := [override for override in overrides if override.startswith("data.")]:
+        if lost := [item for item in overrides if item.partition("=")[0].strip().split(".")[0] == "data"]:
             raise InputError(
                 f"{lost[0]!r} has no effect beside dataset=...; leave it out, or change the dataset itself"
             )
@@ -166,7 +166,6 @@ def partition(
     parts = division.whole
     held_back = [len(test) for test in division.held_back] if config.partition.test_share > 0 else None
     counts = np.stack([np.bincount(labels[part], minlength=dataset.num_classes) for part in parts])
-    folder = _partition_folder(out, config.name, parts)
     names, table_of_counts, measures = list(dataset.class_names), counts.tolist(), skew(counts)
     groups = _groups(dataset, config.partition, parts)
     about: dict[str, Any] = {
@@ -177,6 +176,7 @@ def partition(
         **({"groups": groups} if groups is not None else {}),
         **({"converted": dict(dataset.converted)} if dataset.converted else {}),
     }
+    folder = _partition_folder(out, config.name, lambda path: saved_partition.holds(path, parts, labels, about))
     data = saved_partition.write(
         folder / "partition.json",
         parts,
@@ -195,10 +195,10 @@ def partition(
     )
 
 
-def _partition_folder(out: Path | None, name: str, parts: Sequence[NDArray[np.integer]]) -> Path:
+def _partition_folder(out: Path | None, name: str, is_this: Callable[[Path], bool]) -> Path:
     """Where a division is written: never over another one, which a run may be using."""
     folder, number = out or RUNS / "partitions" / name, 1
-    while (folder / "partition.json").exists() and not saved_partition.holds(folder / "partition.json", parts):
+    while (folder / "partition.json").exists() and not is_this(folder / "partition.json"):
         if out is not None:
             raise InputError(f"{folder} holds another division already; give another folder by --out")
         number += 1

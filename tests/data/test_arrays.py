@@ -78,6 +78,8 @@ def test_class_names_words_and_columns(tmp_path, hub):
     assert (named.train_labels.tolist(), named.test_labels.tolist()) == ([2, 0, 0, 2], [0, 2])
     np.savez(tmp_path / "e.npz", **words, class_names=np.array(["y", "z"]))
     assert "train_labels row 0: label 'x' is not among the class names" in error_of(tmp_path / "e.npz")
+    np.savez(tmp_path / "e2.npz", **(words | {"test_labels": np.array(["y", "q"])}), class_names=np.array(["x", "y"]))
+    assert "test_labels row 1: label 'q' is not among the class names" in error_of(tmp_path / "e2.npz")
     np.savez(tmp_path / "f.npz", **content(hub), class_names=np.array(["a", "b", "a"]))
     assert "f.npz: the class name 'a' occurs twice" in error_of(tmp_path / "f.npz")
 

@@ -176,6 +176,15 @@ def test_damaged_entry_is_made_again(tmp_path, root, decoded_count):
     meta.write_text(json.dumps({name: value for name, value in json.loads(meta.read_text()).items() if name != "std"}))
     assert torch.equal(read(root, tmp_path / "cache").train_images, before)
     assert decoded_count == [72]
+    header = content.replace(b"(6, 3, 8, 8)", b"(3, 6, 8, 8)")
+    for wrong in (header, content.replace(b"), }", b"(, }"), b"PK\x03\x04" + content[4:]):
+        (tmp_path / "cache" / entry / "train.npy").write_bytes(wrong)
+        assert torch.equal(read(root, tmp_path / "cache").train_images, before)
+    whole = json.loads(meta.read_text())
+    for change in ({"converted": []}, {"converted": 3}, {"mean": [0.5]}, {"shape": None}):
+        meta.write_text(json.dumps(whole | change))
+        data = read(root, tmp_path / "cache")
+        assert (torch.equal(data.train_images, before), len(data.mean), data.converted) == (True, 3, {})
 
 
 def test_a_set_that_changes_while_it_is_read_is_not_kept(tmp_path, root, hub, monkeypatch):
@@ -188,6 +197,31 @@ def test_a_set_that_changes_while_it_is_read_is_not_kept(tmp_path, root, hub, mo
     monkeypatch.setattr(assemble, "decoded", changing)
     with pytest.raises(InputError, match="the data changed while they were read"):
         read(root, tmp_path / "cache")
+    assert entries(tmp_path / "cache") == []
+
+
+def test_new_times_alone_are_no_change(tmp_path, root, hub, monkeypatch):
+    whole = assemble.decoded
+
+    def touching(*arguments):
+        yield from whole(*arguments)
+        for path in root.iterdir():
+            os.utime(path, (5, 5))
+
+    monkeypatch.setattr(assemble, "decoded", touching)
+    read(root, tmp_path / "cache")
+    assert len(entries(tmp_path / "cache")) == 1
+
+
+def test_an_entry_that_another_process_made_anew_is_not_discarded(tmp_path, root):
+    read(root, tmp_path / "cache")
+    (key,) = entries(tmp_path / "cache")
+    seen = cache.identity(tmp_path / "cache" / key)
+    shutil.rmtree(tmp_path / "cache" / key)
+    read(root, tmp_path / "cache")
+    assert cache.discard(tmp_path / "cache", key, seen)
+    assert entries(tmp_path / "cache") == [key]
+    assert cache.discard(tmp_path / "cache", key, cache.identity(tmp_path / "cache" / key))
     assert entries(tmp_path / "cache") == []
 
 
@@ -326,7 +360,7 @@ def test_memory_does_not_grow_with_the_set(tmp_path, hub):
     hub.write(root / "test.parquet", content[:2], {"label": [0] * 2})
     program = f"""
 from fedftg.data import DataConfig, assemble, load
-assemble.measured_normalisation = lambda images: ((0.5,), (0.5,))  # it maps the file, whose pages count as memory
+assemble.measured_normalisation = lambda images: ((0.5,) * 3, (0.5,) * 3)  # it maps the file, whose pages count as memory
 def peak():  # getrusage would tell the peak of the process that started this one, where that was higher
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 peaks = [peak()]

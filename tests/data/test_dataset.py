@@ -45,6 +45,7 @@ def test_a_tensor_is_not_copied():
         ({"class_names": ["a", "b", "a"]}, "class_names: the class name 'a' occurs twice"),
         ({"mean": (0.5,)}, r"mean must be 3 numbers from 0 to 1, one a channel, got \(0.5,\)"),
         ({"mean": (120.0, 120.0, 120.0)}, "mean must be 3 numbers from 0 to 1"),
+        ({"mean": 0.5}, "mean must be 3 numbers from 0 to 1, one a channel, got 0.5"),
         ({"std": (0.5, 0.0, 0.5)}, "std must be 3 numbers from 0.00391 to 1"),
         ({"augment": "rotate"}, "augment must be one of none, flip, crop, flip_crop, got 'rotate'"),
         ({"train_images": np.zeros((6, 8, 8, 3), np.uint8)}, "put the channels before height and width"),

@@ -11,7 +11,7 @@ from fedftg.errors import InputError
 
 def make_dataset(train=20, test=7, depth=1, augment="none"):
     """Image i is constantly i, so a batch tells which samples it holds."""
-    images = torch.arange(train, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, depth, 8, 8)
+    images = (torch.arange(train) % 256).to(torch.uint8).view(-1, 1, 1, 1).repeat(1, depth, 8, 8)
     return ImageDataset(
         train_images=images,
         train_labels=torch.arange(train) % 3,
@@ -216,6 +216,16 @@ def test_digest_tells_apart_whatever_training_would_see():
     ]
     assert digest() == digest(make_dataset())
     assert len({digest(), *others}) == 10
+
+
+def test_digest_reads_past_its_first_chunk():
+    dataset = make_dataset(train=2100)
+    images = dataset.train_images.clone()
+    images[2050] ^= 1
+    plain, changed = (
+        FederatedData(data, [np.arange(5)]).digest for data in (dataset, replace(dataset, train_images=images))
+    )
+    assert plain != changed
 
 
 def test_digest_of_large_sets_reads_evenly_spaced_images(monkeypatch):

@@ -40,13 +40,15 @@ def test_every_cell_is_a_config_and_every_base_a_cell_without_refiner(bench: Any
                 assert base.model_copy(update={"refiner": own.refiner}) == own
 
 
-def test_a_cell_is_run_kept_and_not_run_again(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cell_is_run_kept_and_not_run_again(
+    bench: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     small = (
         "data.name=digits", "partition.num_clients=4", "cohort.size=2", "local.epochs=1", "rounds=3",
     )  # fmt: skip
     cell = bench.Cell("tiny", small)
     assert not bench.is_there(cell, 1)
-    bench.run(cell, 1, None, None)
+    assert bench.run(cell, 1, None, None)
     assert "tiny seed 1: selected 0." in capsys.readouterr().out
     assert bench.is_there(cell, 1)
     assert not bench.is_there(cell, 2)
@@ -55,7 +57,10 @@ def test_a_cell_is_run_kept_and_not_run_again(bench: Any, capsys: pytest.Capture
     assert kept["rounds"] == [2, 3]
     assert kept["summary"]["seed"] == 1
     assert kept["accuracy"]["selected"][-1] == kept["summary"]["accuracy"]["selected"]["final"]
-    bench.run(bench.Cell("wrong", ("local.lr=-1",)), 1, None, None)
+    bench.result_file(cell, 1).write_text('{"cell"')
+    assert not bench.is_there(cell, 1)
+    monkeypatch.setattr(bench, "fingerprint", lambda cell: "0")
+    assert not bench.run(bench.Cell("wrong", ("local.lr=-1",)), 1, None, None)
     assert "FAILED wrong seed 1: ['fedftg: " in capsys.readouterr().out
 
 
@@ -72,6 +77,8 @@ def kept(selected: list[float], refined: list[float]) -> dict[str, Any]:
 
 def test_tables_pair_seeds(bench: Any, tmp_path: Path) -> None:
     """Base .40 and .50, refined .44 and .50: gains of 4 and 0 points; right after fine-tuning +2 and -1."""
+    import tables  # type: ignore[import-not-found]
+
     written = {
         ("fedavg-base-b0.1-gn", 0): kept([0.4, 0.4], [0.4, 0.4]),
         ("fedavg-base-b0.1-gn", 1): kept([0.5, 0.5], [0.5, 0.5]),
@@ -82,7 +89,11 @@ def test_tables_pair_seeds(bench: Any, tmp_path: Path) -> None:
     for (name, seed), result in written.items():
         path = tmp_path / "results" / name / f"seed{seed}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"seed": seed, **result}))
+        of_now = {"seed": seed, "commit": f"c{seed}", "fingerprint": bench.fingerprint(tables._CELLS[name])}
+        path.write_text(json.dumps({**of_now, **result}))
+    old = tmp_path / "results" / "fedavg-base-b0.1-gn" / "seed2.json"
+    old.write_text(json.dumps({"seed": 2, "commit": "old", "fingerprint": "of other settings", **kept([0.1], [0.1])}))
+    (tmp_path / "results" / "fedavg-paper-b0.1-gn" / "seed3.json").write_text('{"cell"')  # killed while writing
     text = bench.write_tables(tmp_path / "results").read_text()
     assert "## A. The claim" in text
     (line,) = {line for line in text.splitlines() if line.startswith("| fedavg-paper-b0.1-gn |")}
@@ -90,4 +101,6 @@ def test_tables_pair_seeds(bench: Any, tmp_path: Path) -> None:
     assert cells[1] == "3"
     assert cells[7] == "+2.00 ± 2.83 (+4.0, +0.0)"
     assert cells[8].startswith("+0.33 ± 1.5")
+    assert cells[-1] == "c0, c1, c2"
     assert "fedprox" not in text
+    assert "old" not in text

@@ -116,7 +116,7 @@ def stepped(make_step: Callable[[Params], Callable[[Params], None]], rounds: int
         grads = {name: torch.randn_like(value) for name, value in params.items()}
         # As a convolution may return it, and as the gradient of a mean is: other strides than the parameter.
         grads["kernel"] = grads["kernel"].contiguous(memory_format=torch.channels_last)
-        grads["c"] = torch.randn(()).expand(2)
+        grads["c"] = torch.randn((), dtype=torch.float64).expand(2)  # a rule may count in another type
         before = {name: grad.clone() for name, grad in grads.items()}
         step(grads)
         assert all(torch.equal(grads[name], value) for name, value in before.items())
@@ -132,7 +132,7 @@ def test_sgd_is_that_of_torch_whatever_the_strides(momentum: float, weight_decay
 
         def step(grads: Params) -> None:
             for leaf, grad in zip(leaves, grads.values(), strict=True):
-                leaf.grad = grad.clone()
+                leaf.grad = grad.to(leaf.dtype).clone()
             optimiser.step()
 
         return step
@@ -157,3 +157,9 @@ def test_clipping_into_scratch_gives_the_same_bits() -> None:
     assert clip(grads, 1e6, scratch) is grads
     bad = {"a": torch.tensor([math.nan]), "b": torch.ones(2)}
     assert clip(bad, 1.0, {})["b"].isnan().all()
+
+
+def test_parameters_that_are_parts_of_others_leave_the_rest_alone() -> None:
+    whole = torch.ones(3, 4)
+    Sgd({"half": whole[:, ::2]}, 0.1, LocalConfig(weight_decay=0.0)).step({"half": torch.ones(3, 2)})
+    assert whole.tolist() == [[pytest.approx(0.9), 1.0, pytest.approx(0.9), 1.0]] * 3

@@ -250,29 +250,34 @@ def _images(request: Request, wanted: Sequence[tuple[Split, Labels]], sizing: Si
         shape = list(made.train.shape[1:])
         return {"bytes": sizes, "shape": shape, "mean": mean, "std": std, "converted": made.converted}
 
+    counts = [len(rows) for _, rows in wanted]
     for attempt in range(2):
-        entry = cache.open_or_make(root, key, make, still=lambda: cache.states_of(files) == states)
+        entry = cache.open_or_make(root, key, make, still=lambda: cache.unchanged(files, states, root, key, settings))
+        seen = cache.identity(entry)
         try:
-            return _opened(entry)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if attempt or not cache.discard(root, key):
+            return _opened(entry, counts)
+        except Exception as error:  # NumPy's header reader raises many kinds, for damage is not what it expects
+            if attempt or not cache.discard(root, key, seen):
                 raise InputError(
                     f"{entry} is damaged ({one_line(error)}) and cannot be made anew; remove it"
                 ) from error
     raise AssertionError("unreachable")
 
 
-def _opened(entry: Path) -> _Images:
+def _opened(entry: Path, counts: Sequence[int]) -> _Images:
     """What an entry of the cache holds; raises where it is not what was written."""
     meta = cache.meta_of(entry)
     if meta is None:
         raise ValueError("it was removed while it was read")
-    return _Images(
-        train=mapped(entry / "train.npy"),
-        test=mapped(entry / "test.npy"),
-        normalisation=(tuple(map(float, meta["mean"])), tuple(map(float, meta["std"]))),
-        converted={str(mode): int(count) for mode, count in meta["converted"].items()},
-    )
+    train, test = (mapped(entry / f"{name}.npy") for name in ("train", "test"))
+    mean, std = (tuple(map(float, meta[name])) for name in ("mean", "std"))
+    shape = tuple(meta["shape"])
+    if [part.shape for part in (train, test)] != [(count, *shape) for count in counts]:
+        raise ValueError(f"its arrays have shapes {train.shape} and {test.shape}")
+    if len(mean) != shape[0] or len(std) != shape[0]:
+        raise ValueError(f"it has {len(mean)} means and {len(std)} deviations for {shape[0]} channels")
+    converted = {str(mode): int(count) for mode, count in dict(meta["converted"]).items()}
+    return _Images(train, test, (mean, std), converted)
 
 
 def _named(wanted: Sequence[tuple[Split, Labels]]) -> Iterator[tuple[str, tuple[Split, Labels]]]:

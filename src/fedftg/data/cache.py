@@ -79,6 +79,11 @@ def key_of(root: Path, files: Sequence[Sequence[Path]], settings: object) -> tup
     return digest(text.encode()), states
 
 
+def unchanged(files: Sequence[Sequence[Path]], states: list[State], root: Path, key: str, settings: object) -> bool:
+    """Whether the files are those that the key was made of; new times alone (a chmod, a link) are no change."""
+    return states_of(files) == states or key_of(root, files, settings)[0] == key
+
+
 def states_of(files: Sequence[Sequence[Path]]) -> list[State]:
     """Path, size, and times of the last change of content and of the file, in ns, of every file.
 
@@ -176,11 +181,21 @@ def open_or_make(
     return entry
 
 
-def discard(root: Path, key: str) -> bool:
-    """Remove an entry; whether it is gone."""
+def identity(entry: Path) -> tuple[int, int] | None:
+    """Tells an entry from one that was made later under the same key; None where there is none."""
+    try:
+        status = (entry / "meta.json").stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def discard(root: Path, key: str, seen: tuple[int, int] | None) -> bool:
+    """Remove an entry, unless another process made it anew since it was ``seen``; whether that one is gone."""
     with _told(root), _locked(root / f"{key}.lock"):
-        shutil.rmtree(root / key, ignore_errors=True)
-    return not (root / key).exists()
+        if identity(root / key) == seen:
+            shutil.rmtree(root / key, ignore_errors=True)
+        return seen is None or identity(root / key) != seen
 
 
 def meta_of(entry: Path) -> dict[str, Any] | None:

@@ -63,7 +63,8 @@ def resolve(
         renumber: number labels without names from 0 in ascending order, whatever gaps they have.
 
     Raises:
-        InputError: a label outside the classes, a gap, or a test label that no training row has; says where it stands.
+        InputError: a label outside the classes, a gap, or, without names, a test label that no training row has; says
+            where it stands.
     """
     if train.values.dtype.kind != "i" or (test is not None and test.values.dtype.kind != "i"):
         return _by_words(train, test, names)
@@ -101,13 +102,14 @@ def _by_words(
                 f"{split.where(0)}: the labels of one split are words, those of the other are numbers; store both alike"
             )
     if known is not None:
-        unknown = np.flatnonzero(~np.isin(train.values, known))
-        if len(unknown):
-            row = int(unknown[0])
-            raise InputError(
-                f"{train.where(row)}: label {str(train.values[row])!r} is not among the class names; correct it, or "
-                "leave the class names out"
-            )
+        for split in filter(None, (train, test)):
+            wrong = np.flatnonzero(~np.isin(split.values, known))
+            if len(wrong):
+                row = int(wrong[0])
+                raise InputError(
+                    f"{split.where(row)}: label {str(split.values[row])!r} is not among the class names; correct it, "
+                    "or leave the class names out"
+                )
     names = list(known) if known is not None else in_order(map(str, train.values))
     order = np.argsort(np.array(names))
     train_labels, test_labels = _places(train, test, np.array(names)[order])

@@ -193,9 +193,10 @@ def _check_no_gap(labels: Tensor, num_classes: int) -> None:
 def _check_channels(name: str, values: Sequence[float] | None, channels: int, least: float) -> None:
     if values is None:
         return
-    if len(values) != channels or not all(math.isfinite(value) and least <= value <= 1 for value in values):
+    one_each = np.ndim(values) == 1 and len(values) == channels
+    if not one_each or not all(math.isfinite(value) and least <= value <= 1 for value in values):
         raise InputError(
-            f"{name} must be {channels} numbers from {least:.3g} to 1, one a channel, got {tuple(values)}; it is of "
+            f"{name} must be {channels} numbers from {least:.3g} to 1, one a channel, got {values}; it is of "
             "images scaled to 0..1, and None measures it"
         )
 

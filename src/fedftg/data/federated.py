@@ -19,7 +19,7 @@ from fedftg.data.partition import Indices, hold_back, needed_columns, noise_leve
 from fedftg.errors import InputError
 from fedftg.seeds import SERVER, numpy_rng, torch_rng
 
-_DIGESTED_BYTES = 64 << 20
+_DIGESTED_BYTES = 256 << 20
 
 
 class FederatedData:
@@ -72,14 +72,14 @@ class FederatedData:
     def digest(self) -> str:
         """SHA-256 of what training sees: labels, who holds which rows, pixels, normalisation, augmentation and noise.
 
-        Of large sets only evenly spaced images are read, about 64 MB of each split.
+        Of large sets only evenly spaced images are read, about 256 MB of each split.
         """
         data, total = self.dataset, hashlib.sha256()
         for part in [data.train_labels, data.test_labels, *self._parts, *self._held_back]:
             total.update(f"{len(part)};".encode())
             total.update(part.numpy().astype("<i8").tobytes())
         for images in (data.train_images, data.test_images):
-            step = -(-images.nbytes // _DIGESTED_BYTES)
+            step = max(1, -(-images.nbytes // _DIGESTED_BYTES))
             total.update(f"{tuple(images.shape)};".encode())
             for start in range(0, len(images), step * 1024):
                 total.update(images[start : start + step * 1024 : step].contiguous().numpy().data)

@@ -82,11 +82,17 @@ def _one_client_a_line(rows: Sequence[Sequence[int]]) -> str:
     return "[\n    " + ",\n    ".join(json.dumps(list(row), separators=(",", ":")) for row in rows) + "\n  ]"
 
 
-def holds(path: Path, parts: Sequence[NDArray[np.integer]]) -> bool:
-    """Whether a file that `write` wrote holds these rows for each client, in the same order."""
+def holds(
+    path: Path, parts: Sequence[NDArray[np.integer]], labels: NDArray[np.integer], about: Mapping[str, Any]
+) -> bool:
+    """Whether a file that `write` wrote is of these data, with the same rows for each client and the same ``about``."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return bool(content["indices"] == [np.asarray(part).tolist() for part in parts])
+        return bool(
+            content["indices"] == [np.asarray(part).tolist() for part in parts]
+            and content["labels_sha256"] == labels_digest(labels)
+            and all(content[name] == value for name, value in json.loads(json.dumps(dict(about))).items())
+        )
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 

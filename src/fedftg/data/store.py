@@ -126,7 +126,7 @@ class FileStore:
 
 def mapped(path: Path) -> Array:
     """The array in a ``.npy`` file, read from the disk where it is used; what is changed in it stays in memory."""
-    array: Array = np.load(path, mmap_mode="c", allow_pickle=False)
+    array: Array = np.lib.format.open_memmap(path, mode="c")
     if array.dtype != np.uint8 or array.ndim != 4:
         raise ValueError(f"{path} holds {array.dtype} of shape {array.shape}")
     return array

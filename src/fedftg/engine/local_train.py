@@ -81,7 +81,10 @@ class Sgd:
         on_cpu = all(param.device.type == "cpu" for param in self._params)
         self.scratch: Params | None = {} if on_cpu else None
         """What `clip` may write over in each step."""
-        self._fused = on_cpu and all(param.dtype in (torch.float32, torch.float64) for param in self._params)
+        self._fused = on_cpu and all(
+            param.dtype in (torch.float32, torch.float64) and torch.empty_like(param).stride() == param.stride()
+            for param in self._params
+        )
 
     @torch.no_grad()
     def step(self, grads: Params) -> None:
@@ -104,7 +107,9 @@ class Sgd:
     def _fused_step(self, steps: list[Tensor]) -> None:
         # The kernel walks through memory, so a gradient must lie in it as its parameter does; a convolution's may not.
         steps = [
-            step if step.stride() == param.stride() else torch.empty_like(param).copy_(step)
+            step
+            if step.stride() == param.stride() and step.dtype == param.dtype
+            else torch.empty_like(param).copy_(step)
             for step, param in zip(steps, self._params, strict=True)
         ]
         velocity: list[Tensor | None] = [None] * len(steps) if self._velocity is None else [*self._velocity]

@@ -50,9 +50,9 @@ def keep_freed_memory() -> None:
     """Has glibc keep freed memory up to 32 MB a piece for the next step, instead of giving it back to the system.
 
     A training step frees and asks for the same memory again and again; pages that the system must find and clear each
-    time took 13 to 18 % of a ResNet-18 step (one thread, AVX2). Numbers are the same. It holds for the whole process;
-    where ``MALLOC_MMAP_THRESHOLD_``, ``MALLOC_TRIM_THRESHOLD_``, ``GLIBC_TUNABLES`` or another allocator is set, and
-    where there is no glibc, nothing is changed.
+    time took about a seventh of a ResNet-18 step (one thread, AVX2). Numbers are the same. It holds for the whole
+    process; where ``MALLOC_MMAP_THRESHOLD_``, ``MALLOC_TRIM_THRESHOLD_``, ``GLIBC_TUNABLES`` or another allocator is
+    set, and where there is no glibc, nothing is changed.
     """
     chosen = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
     if platform.libc_ver()[0] != "glibc" or any(os.environ.get(name) for name in chosen):
