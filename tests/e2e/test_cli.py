@@ -179,6 +179,8 @@ def test_saved_partition_is_used_again(fedftg: Any, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     first, again = (json.loads((tmp_path / name / "partition.json").read_text()) for name in ("first", "again"))
     assert (first.pop("law"), again.pop("law")) == ("quantity", "file")
+    settings_of = [(content.pop("partition")["law"], content.pop("seed")) for content in (first, again)]
+    assert settings_of == [("quantity", 0), ("file", 5)]
     assert first == again
     fails(fedftg("partition", "default", *file, "--out", "other"), tmp_path, "made for other data", "1438")
     assert not (tmp_path / "other").exists()
