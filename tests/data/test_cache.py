@@ -360,7 +360,7 @@ def test_memory_does_not_grow_with_the_set(tmp_path, hub):
     hub.write(root / "test.parquet", content[:2], {"label": [0] * 2})
     program = f"""
 from fedftg.data import DataConfig, assemble, load
-assemble.measured_normalisation = lambda images: ((0.5,) * 3, (0.5,) * 3)  # it maps the file, whose pages count as memory
+assemble.measured_normalisation = lambda images: ((0.5,) * 3, (0.5,) * 3)  # it maps the file: pages count
 def peak():  # getrusage would tell the peak of the process that started this one, where that was higher
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 peaks = [peak()]
