@@ -102,14 +102,9 @@ def _by_words(
                 f"{split.where(0)}: the labels of one split are words, those of the other are numbers; store both alike"
             )
     if known is not None:
+        advice = "is not among the class names; correct it, or leave the class names out"
         for split in filter(None, (train, test)):
-            wrong = np.flatnonzero(~np.isin(split.values, known))
-            if len(wrong):
-                row = int(wrong[0])
-                raise InputError(
-                    f"{split.where(row)}: label {str(split.values[row])!r} is not among the class names; correct it, "
-                    "or leave the class names out"
-                )
+            _check_among(split, np.array(known), advice)
     names = list(known) if known is not None else in_order(map(str, train.values))
     order = np.argsort(np.array(names))
     train_labels, test_labels = _places(train, test, np.array(names)[order])
@@ -121,14 +116,15 @@ def _places(train: RawLabels, test: RawLabels | None, found: NDArray[Any]) -> tu
     train_labels = np.searchsorted(found, train.values.astype(found.dtype)).astype(np.int64)
     if test is None:
         return train_labels, None
-    unseen = np.flatnonzero(~np.isin(test.values, found))
-    if len(unseen):
-        row = int(unseen[0])
-        raise InputError(
-            f"{test.where(row)}: label {str(test.values[row])!r} occurs in no training row; correct it, or add such "
-            "rows to the training split"
-        )
+    _check_among(test, found, "occurs in no training row; correct it, or add such rows to the training split")
     return train_labels, np.searchsorted(found, test.values.astype(found.dtype)).astype(np.int64)
+
+
+def _check_among(labels: RawLabels, known: NDArray[Any], advice: str) -> None:
+    wrong = np.flatnonzero(~np.isin(labels.values, known))
+    if len(wrong):
+        row = int(wrong[0])
+        raise InputError(f"{labels.where(row)}: label {str(labels.values[row])!r} {advice}")
 
 
 def _check_range(labels: RawLabels | None, limit: int | None) -> None:
