@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 
 from fedftg.algorithms.base import AlgorithmConfig, RefinerConfig
 from fedftg.algorithms.fedavg import FedAvgConfig
-from fedftg.algorithms.fedftg import FedFTGConfig
+from fedftg.algorithms.fedftg import FedFTGConfig, of_preset
 from fedftg.algorithms.registry import ALGORITHMS, REFINERS
 from fedftg.data.config import DataConfig, PartitionConfig
 from fedftg.distill.config import PRESETS
@@ -201,8 +201,8 @@ def _lay_over(given: Mapping[str, Any], pairs: Sequence[tuple[str, Any]]) -> dic
 
 def _without_preset(refiner: dict[str, Any]) -> dict[str, Any]:
     """The settings that differ from the preset that they came with: those that another preset leaves in place."""
-    preset = PRESETS.get(str(refiner.get("preset", "fedftg")))
-    values = preset.model_dump() if preset is not None else {}
+    name = str(refiner.get("preset", "fedftg"))
+    values = of_preset(name) if name in PRESETS else {}
     return {key: value for key, value in refiner.items() if key not in values or values[key] != value}
 
 

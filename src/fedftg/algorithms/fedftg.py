@@ -8,18 +8,23 @@ Learning", CVPR 2022, https://arxiv.org/abs/2203.09249.
 
 The clients' models of this round are the teachers, the aggregate is the student, and the generator's weights persist
 over rounds. The work is done by `fedftg.distill.distiller.Distiller`; the differences from paper and public code are
-the fields of `fedftg.distill.config.DistillConfig`.
+the fields of `fedftg.distill.config.DistillConfig`, and ours of a federation, ``absent_weight``:
+
+Clients that sit a round out take what they know with them: the aggregate forgets the classes of the absent. The model
+that the round before ended with still knows them, so it is one more teacher, with class counts ``absent_weight`` times
+the sum of those that clients gave when they last took part. ``a_k(y)`` and ``p_t(y)`` then follow as always.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from fedftg.algorithms.base import ClientResult, Memory, Metrics, Refiner, RefinerConfig, RefinerContext, ServerState
 from fedftg.distill.config import DistillConfig, preset
@@ -27,8 +32,13 @@ from fedftg.distill.distiller import Distiller
 from fedftg.distill.generator import Generator
 from fedftg.distill.teachers import ClassifierFunction, stack_or_list
 from fedftg.models.functional import FunctionalModel, values
-from fedftg.params import Params
+from fedftg.params import Params, prefixed, unprefixed
 from fedftg.seeds import forked
+
+_MODEL, _CLIENTS, _COUNTS = "past.model.", "past.clients", "past.counts"
+
+ABSENT_WEIGHTS = {"fedftg": 0.3}
+"""Of the presets; 0 for those that are not named."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,8 @@ class FedFTG:
 
     config: DistillConfig
     context: RefinerContext
+    absent_weight: float = 0.0
+    """See `FedFTGConfig`."""
 
     @property
     def needs_client_models(self) -> bool:
@@ -56,13 +68,21 @@ class FedFTG:
         model = self.context.model
         student = model.module(state.params, state.buffers)
         ordered = sorted((r for r in results if r.num_samples > 0), key=lambda result: result.client)
+        past = Past.of(state.refiner) if self.absent_weight else Past()
+        taught = [(r.params, r.buffers, r.class_counts.to(torch.float64)) for r in ordered]
+        absent = past.class_counts([r.client for r in ordered])
+        if absent is not None:
+            taught.append((past.part(state.params), past.part(state.buffers), self.absent_weight * absent))
         function = _compiled(model) if self.config.compile_teachers else partial(model, train=False)
-        teachers = stack_or_list(function, [r.params for r in ordered], [r.buffers for r in ordered])
-        counts = torch.stack([result.class_counts for result in ordered])
+        teachers = stack_or_list(function, [params for params, _, _ in taught], [buffers for _, buffers, _ in taught])
+        counts = torch.stack([counts for _, _, counts in taught])
         scale = self.config.lr_decay**state.round
         metrics = distiller.refine(student, teachers, counts, rng=rng, lr_scale=scale)
         params, buffers = values(student)
-        return replace(state, params=params, buffers=buffers, refiner=distiller.memory()), metrics.means()
+        memory = distiller.memory()
+        if self.absent_weight:
+            memory |= past.after(ordered, {**params, **buffers}).memory()
+        return replace(state, params=params, buffers=buffers, refiner=memory), metrics.means()
 
     def _distiller(self, seed: int) -> Distiller:
         with forked(seed, torch.device("cpu")):
@@ -70,6 +90,44 @@ class FedFTG:
                 self.config.noise_dim, self.context.num_classes, self.context.image_shape, self.config.generator_width
             )
         return Distiller(self.config, generator.to(self.context.device))
+
+
+@dataclass(frozen=True)
+class Past:
+    """What the server remembers of rounds before this one."""
+
+    model: Params = field(default_factory=dict)
+    """The last round's fine-tuned parameters and buffers; empty before it."""
+    counts: dict[int, Tensor] = field(default_factory=dict)
+    """``(C,)`` int64 of each client, as it gave them when it last took part."""
+
+    @staticmethod
+    def of(memory: Memory) -> Past:
+        """From what `memory` gave."""
+        if _CLIENTS not in memory:
+            return Past()
+        counts = dict(zip(memory[_CLIENTS].tolist(), memory[_COUNTS].cpu(), strict=True))
+        return Past(unprefixed(memory, _MODEL), counts)
+
+    def memory(self) -> Memory:
+        """As named tensors, which a checkpoint can hold."""
+        known = {_CLIENTS: torch.tensor(list(self.counts)), _COUNTS: torch.stack(list(self.counts.values()))}
+        return known | prefixed(self.model, _MODEL)
+
+    def class_counts(self, present: Collection[int]) -> Tensor | None:
+        """``(C,)`` float64: those of all known clients that are not present; None where these hold nothing."""
+        absent = [counts for client, counts in self.counts.items() if client not in present]
+        total = torch.stack(absent).sum(dim=0, dtype=torch.float64) if absent else None
+        return total if total is not None and bool(total.any()) else None
+
+    def part(self, like: Params) -> Params:
+        """The remembered values of these names."""
+        return {name: self.model[name] for name in like}
+
+    def after(self, results: Sequence[ClientResult], model: Params) -> Past:
+        """With this round's clients and its fine-tuned model; clients in ascending order."""
+        counts = self.counts | {result.client: result.class_counts.cpu().to(torch.int64) for result in results}
+        return Past(model, dict(sorted(counts.items())))
 
 
 @lru_cache(maxsize=1)
@@ -83,20 +141,35 @@ def _compiled(model: FunctionalModel) -> ClassifierFunction:
     return compiled
 
 
+def of_preset(name: str) -> dict[str, Any]:
+    """Every setting of a preset in a federation.
+
+    Raises:
+        InputError: no such preset.
+    """
+    return {**preset(name).model_dump(), "absent_weight": ABSENT_WEIGHTS.get(name, 0.0)}
+
+
 class FedFTGConfig(RefinerConfig, DistillConfig):
     """``refiner.name = "fedftg"``: a preset, and any field of `DistillConfig` that should differ from it."""
 
     name: Literal["fedftg"] = "fedftg"
     preset: str = Field(default="fedftg", description="paper, official (the public code, exactly) or fedftg (ours)")
+    absent_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="last round's model is one more teacher, with this times the class counts that absent clients gave "
+        "when they last took part; 0 is off, 1 counts the absent like the present",
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        chosen = preset(str(given.get("preset", "fedftg")))
-        return {**chosen.model_dump(), **given}
+        return {**of_preset(str(given.get("preset", "fedftg"))), **given}
 
     def build(self, context: RefinerContext) -> Refiner:
         """The refiner for one experiment."""
-        return FedFTG(DistillConfig(**self.model_dump(include=set(DistillConfig.model_fields))), context)
+        config = DistillConfig(**self.model_dump(include=set(DistillConfig.model_fields)))
+        return FedFTG(config, context, self.absent_weight)

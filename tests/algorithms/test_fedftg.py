@@ -1,0 +1,138 @@
+"""The refiner: which models teach, with which class counts, and what it remembers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedftg.algorithms.base import ClientResult, RefinerContext, ServerState
+from fedftg.algorithms.fedftg import FedFTG, FedFTGConfig, Past
+from fedftg.distill.distiller import Distiller
+from fedftg.distill.teachers import stack_or_list
+from fedftg.models.functional import FunctionalModel, values
+from fedftg.params import Params, clone
+
+SMALL: dict[str, Any] = {"iterations": 2, "generator_steps": 1, "student_steps": 2, "batch_size": 6, "noise_dim": 4}
+
+
+@pytest.fixture(scope="module")
+def model() -> FunctionalModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return FunctionalModel(
+            nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
+        )
+
+
+def make(model: FunctionalModel, **settings: Any) -> FedFTG:
+    config = FedFTGConfig(**{**SMALL, "generator_width": 4, **settings})
+    built = config.build(RefinerContext(model, 3, (1, 8, 8), torch.device("cpu")))
+    assert isinstance(built, FedFTG)
+    return built
+
+
+def start(model: FunctionalModel, refiner: FedFTG) -> ServerState:
+    params, buffers = model.init()
+    return ServerState(0, params, buffers, {}, refiner.init(params, torch.Generator().manual_seed(1)))
+
+
+def upload(model: FunctionalModel, client: int, counts: list[int], round: int = 1) -> ClientResult:
+    params, buffers = model.init()
+    rng = torch.Generator().manual_seed(10 * round + client)
+    moved = {name: tensor + 0.3 * torch.randn(tensor.shape, generator=rng) for name, tensor in params.items()}
+    return ClientResult(client, sum(counts), torch.tensor(counts), moved, buffers, {}, {}, 0.0)
+
+
+def rng(number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(number)
+
+
+def same(left: Params, right: Params) -> bool:
+    return set(left) == set(right) and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_the_absent_are_taught_by_the_model_before(model: FunctionalModel) -> None:
+    """Round 1 has clients 0 (classes 0, 1) and 1 (class 2), round 2 clients 1 and 3: client 0 is absent, so its
+    counts (5, 1, 0), halved, go with the model that round 1 ended with."""
+    refiner = make(model, absent_weight=0.5)
+    state = start(model, refiner)
+    first = [upload(model, 0, [5, 1, 0]), upload(model, 1, [0, 0, 4])]
+    after, _ = refiner.refine(state, first, rng(5))
+    aggregate = replace(state, params=upload(model, 7, [1, 1, 1], round=3).params, refiner=after.refiner, round=1)
+    second = [upload(model, 3, [0, 2, 2], round=2), upload(model, 1, [0, 0, 4], round=2)]
+    ours, _ = refiner.refine(aggregate, second, rng(6))
+
+    distiller = Distiller(refiner.config, refiner._distiller(0).generator)
+    distiller.load_memory(after.refiner)
+    student = model.module(aggregate.params, aggregate.buffers)
+    taught = [second[1], second[0]]
+    teachers = stack_or_list(
+        partial(model, train=False),
+        [*(result.params for result in taught), after.params],
+        [*(result.buffers for result in taught), after.buffers],
+    )
+    counts = torch.tensor([[0, 0, 4], [0, 2, 2], [2.5, 0.5, 0]])
+    distiller.refine(student, teachers, counts, rng=rng(6), lr_scale=refiner.config.lr_decay)
+    assert same(ours.params, values(student)[0])
+
+    without, _ = replace(refiner, absent_weight=0.0).refine(aggregate, second, rng(6))
+    assert not same(ours.params, without.params)
+
+
+def test_where_all_take_part_nobody_is_absent(model: FunctionalModel) -> None:
+    """The numbers are those without the extra teacher, bit for bit."""
+    ends = []
+    for weight in (0.0, 1.0):
+        refiner = make(model, absent_weight=weight)
+        state = start(model, refiner)
+        for number in (1, 2, 3):
+            results = [upload(model, client, [2, 1, client], number) for client in (0, 1)]
+            state, _ = refiner.refine(state, results, rng(number))
+        ends.append(state.params)
+    assert same(*ends)
+
+
+def test_memory_is_all_that_the_next_round_needs(model: FunctionalModel) -> None:
+    refiner = make(model, absent_weight=0.3)
+    state, _ = refiner.refine(start(model, refiner), [upload(model, 0, [3, 3, 0]), upload(model, 2, [0, 1, 3])], rng(1))
+    next_results = [upload(model, 2, [0, 1, 3], 2)]
+    whole, _ = refiner.refine(state, next_results, rng(2))
+    kept = replace(state, refiner=clone(state.refiner))
+    again, _ = make(model, absent_weight=0.3).refine(kept, next_results, rng(2))
+    assert same(whole.params, again.params)
+    assert same(whole.refiner, again.refiner)
+    assert not any(name.startswith("past.") for name in make(model, preset="paper").init(state.params, rng(0)))
+
+
+def test_past_keeps_the_last_counts_of_every_client(model: FunctionalModel) -> None:
+    """Client 4 first gives (1, 0, 0), then (0, 7, 0): with 2 present, the absent hold (0, 7, 0) + (0, 0, 5)."""
+    past = Past()
+    assert past.class_counts([]) is None
+    past = past.after([upload(model, 9, [0, 0, 5]), upload(model, 4, [1, 0, 0])], {"w": torch.ones(1)})
+    past = past.after([upload(model, 4, [0, 7, 0]), upload(model, 2, [1, 1, 1])], {"w": torch.zeros(1)})
+    assert list(past.counts) == [2, 4, 9]
+    absent = past.class_counts([2])
+    assert isinstance(absent, Tensor)
+    assert absent.tolist() == [0, 7, 5]
+    assert past.class_counts([2, 4, 9]) is None
+    again = Past.of(past.memory())
+    assert {client: counts.tolist() for client, counts in again.counts.items()} == {
+        2: [1, 1, 1], 4: [0, 7, 0], 9: [0, 0, 5]
+    }  # fmt: skip
+    assert again.model["w"].item() == 0
+
+
+def test_clients_that_hold_nothing_are_no_reason_for_a_teacher(model: FunctionalModel) -> None:
+    assert Past().after([upload(model, 0, [0, 0, 0])], {}).class_counts([1]) is None
+
+
+def test_presets_say_whether_the_absent_count() -> None:
+    assert FedFTGConfig(preset="paper").absent_weight == 0
+    assert FedFTGConfig(preset="official").absent_weight == 0
+    assert FedFTGConfig().absent_weight > 0
+    assert FedFTGConfig(absent_weight=0).absent_weight == 0
