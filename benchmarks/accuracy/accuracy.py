@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from cells import PROTOCOL, SEEDS, TABLES, Cell, fingerprint
+from cells import PROTOCOL, SEEDS, TABLES, Cell, fingerprint, fits, settings
 from tables import read, write_tables
 
 HERE = Path(__file__).parent
@@ -74,20 +74,20 @@ def result_file(cell: Cell, seed: int) -> Path:
 def is_there(cell: Cell, seed: int) -> bool:
     """Whether the result is there, whole, and of these settings."""
     result = read(result_file(cell, seed))
-    return result is not None and result["fingerprint"] == fingerprint(cell)
+    return result is not None and fits(result["made_with"], cell)
 
 
 def run(cell: Cell, seed: int, data_root: Path | None, rounds: int | None) -> bool:
     """One run to its end, and its result kept; whether that went well, else it is told."""
     # Taken before the run: what is changed or committed meanwhile is not what was run.
-    made_of = {"fingerprint": fingerprint(cell), "commit": _commit()}
-    folder = RUNS / (f"trial-{rounds}" if rounds else "whole") / made_of["fingerprint"] / cell.name / f"seed{seed}"
+    made_of = {"made_with": settings(cell), "commit": _commit()}
+    folder = RUNS / (f"trial-{rounds}" if rounds else "whole") / fingerprint(cell) / cell.name / f"seed{seed}"
     if rounds:
         shutil.rmtree(folder, ignore_errors=True)  # a trial is of the code as it is now
-    settings = [*cell.settings, f"seed={seed}", f"name={cell.name}"]
-    settings += [f"data.root={data_root}"] if data_root else []
-    settings += [f"rounds={rounds}"] if rounds else []
-    options = [part for setting in settings for part in ("--set", setting)]
+    given = [*cell.settings, f"seed={seed}", f"name={cell.name}"]
+    given += [f"data.root={data_root}"] if data_root else []
+    given += [f"rounds={rounds}"] if rounds else []
+    options = [part for setting in given for part in ("--set", setting)]
     resume = ["--resume"] if (folder / "config.toml").is_file() else []
     command = [sys.executable, "-m", "fedftg.cli", "run", str(PROTOCOL), *options, "--out", str(folder), *resume]
     start = time.monotonic()

@@ -9,13 +9,17 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedftg import config as configs
+from fedftg.algorithms.fedftg import of_preset
 
 PROTOCOL = Path(__file__).parent / "protocol.toml"
 SEEDS = (0, 1, 2)
 ALGORITHMS = ("fedavg", "fedprox", "feddyn", "scaffold", "moon")
 PRESETS = ("paper", "official", "fedftg")
+
+_UNKNOWN = object()
 
 # A generator of width 64 would take twenty times the time of local training of these small networks.
 _WIDTH = "refiner.generator_width=8"
@@ -35,10 +39,34 @@ class Cell:
     """The cell without a refiner that it is compared with, seed by seed."""
 
 
+def settings(cell: Cell) -> dict[str, Any]:
+    """Every setting of the cell's runs, defaults included, as ``{"local.lr": 0.1, ...}``."""
+    config = configs.load(PROTOCOL, cell.settings)
+    return _flat(config.model_dump(mode="json", exclude={"name", "plugins", "checkpoint"}))
+
+
+def fits(made_with: dict[str, Any], cell: Cell) -> bool:
+    """Whether a result made with these settings is one of the cell.
+
+    A setting that was added since must be one that changes nothing: off, as in the preset ``paper``.
+    """
+    now = settings(cell)
+    off = _flat({"refiner": of_preset("paper")})
+    return not made_with.keys() - now.keys() and all(
+        made_with.get(key, off.get(key, _UNKNOWN)) == value for key, value in now.items()
+    )
+
+
 def fingerprint(cell: Cell) -> str:
-    """Of every setting of the cell's runs, defaults included; a result with another one is of another experiment."""
-    settings = configs.load(PROTOCOL, cell.settings).model_dump(mode="json", exclude={"name", "plugins", "checkpoint"})
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    """Of `settings`, for the name of a folder."""
+    return hashlib.sha256(json.dumps(settings(cell), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 @dataclass(frozen=True)

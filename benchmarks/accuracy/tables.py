@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from cells import TABLES, Cell, fingerprint
+from cells import TABLES, Cell, fits
 
 _CELLS = {cell.name: cell for rows in TABLES.values() for cell in rows.cells}
 KINDS = ("selected", "all", "refined")
@@ -45,7 +45,7 @@ def read(path: Path) -> dict[str, Any] | None:
 def load(results: Path, cell: Cell) -> dict[int, dict[str, Any]]:
     """The kept results of a cell by seed; those of other settings under the same name are left out."""
     found = [read(path) for path in sorted((results / cell.name).glob("seed*.json"))]
-    return {result["seed"]: result for result in found if result and result["fingerprint"] == fingerprint(cell)}
+    return {result["seed"]: result for result in found if result and fits(result["made_with"], cell)}
 
 
 def spread(values: list[float], *, sign: bool = False) -> str:

@@ -59,9 +59,21 @@ def test_a_cell_is_run_kept_and_not_run_again(
     assert kept["accuracy"]["selected"][-1] == kept["summary"]["accuracy"]["selected"]["final"]
     bench.result_file(cell, 1).write_text('{"cell"')
     assert not bench.is_there(cell, 1)
+    monkeypatch.setattr(bench, "settings", lambda cell: {})
     monkeypatch.setattr(bench, "fingerprint", lambda cell: "0")
     assert not bench.run(bench.Cell("wrong", ("local.lr=-1",)), 1, None, None)
     assert "FAILED wrong seed 1: ['fedftg: " in capsys.readouterr().out
+
+
+def test_a_result_from_before_a_setting_was_there_fits_where_it_is_off(bench: Any) -> None:
+    paper, ours = (bench.Cell("c", ("refiner.name=fedftg", f"refiner.preset={name}")) for name in ("paper", "fedftg"))
+    base = bench.Cell("c", ("refiner.name=none",))
+    for cell, fits in ((paper, True), (ours, False), (base, True)):
+        before = {key: value for key, value in bench.settings(cell).items() if key != "refiner.absent_weight"}
+        assert bench.fits(before, cell) is fits
+        assert bench.fits(bench.settings(cell), cell)
+        assert not bench.fits({**before, "local.of_then": 1}, cell)
+        assert not bench.fits({key: value for key, value in before.items() if key != "local.lr"}, cell)
 
 
 def kept(selected: list[float], refined: list[float]) -> dict[str, Any]:
@@ -89,10 +101,11 @@ def test_tables_pair_seeds(bench: Any, tmp_path: Path) -> None:
     for (name, seed), result in written.items():
         path = tmp_path / "results" / name / f"seed{seed}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        of_now = {"seed": seed, "commit": f"c{seed}", "fingerprint": bench.fingerprint(tables._CELLS[name])}
+        of_now = {"seed": seed, "commit": f"c{seed}", "made_with": bench.settings(tables._CELLS[name])}
         path.write_text(json.dumps({**of_now, **result}))
     old = tmp_path / "results" / "fedavg-base-b0.1-gn" / "seed2.json"
-    old.write_text(json.dumps({"seed": 2, "commit": "old", "fingerprint": "of other settings", **kept([0.1], [0.1])}))
+    before = {**bench.settings(tables._CELLS["fedavg-base-b0.1-gn"]), "local.lr": 1.0}
+    old.write_text(json.dumps({"seed": 2, "commit": "old", "made_with": before, **kept([0.1], [0.1])}))
     (tmp_path / "results" / "fedavg-paper-b0.1-gn" / "seed3.json").write_text('{"cell"')  # killed while writing
     text = bench.write_tables(tmp_path / "results").read_text()
     assert "## A. The claim" in text
