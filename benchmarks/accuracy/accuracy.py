@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cells import PROTOCOL, SEEDS, TABLES, Cell, fingerprint, fits, settings
+from figures import write_figures
 from tables import read, write_tables
 
 HERE = Path(__file__).parent
@@ -63,6 +64,7 @@ def main() -> None:
         went_well = list(pool.map(work, missing))
     if not arguments.rounds:
         write_tables(RESULTS)
+        write_figures(RESULTS)
     sys.exit(0 if all(went_well) else 1)
 
 

@@ -36,7 +36,9 @@ class Cell:
     settings: tuple[str, ...]
     """What follows ``--set``."""
     base: str | None = None
-    """The cell without a refiner that it is compared with, seed by seed."""
+    """The cell without a refiner that it is compared with, seed by seed, over the rounds that both have."""
+    unchanged: str | None = None
+    """The cell whose refiner this one changes in one thing, compared in the same way."""
 
 
 def settings(cell: Cell) -> dict[str, Any]:
@@ -91,14 +93,26 @@ def cell(
     shared = (f"algorithm.name={algorithm}", *_SKEWS[skew], *_MODELS[model])
     if refiner == "base":
         return Cell(base, shared)
-    name = "-".join((algorithm, refiner, skew, model, *([change] if change else [])))
-    return Cell(name, (*shared, "refiner.name=fedftg", f"refiner.preset={refiner}", _WIDTH, *settings), base)
+    unchanged = "-".join((algorithm, refiner, skew, model))
+    refined = (*shared, "refiner.name=fedftg", f"refiner.preset={refiner}", _WIDTH)
+    if not change:
+        return Cell(unchanged, refined, base)
+    return Cell(f"{unchanged}-{change}", (*refined, *settings), base, unchanged)
+
+
+_SHORT = "rounds=30"
+"""Of cells that change one thing of a preset. No schedule knows the end of a run, so these are a longer run's rounds."""
 
 
 def _changed(refiner: str, changes: dict[str, tuple[str, ...]], model: str = "gn") -> tuple[Cell, ...]:
     """The base, the preset as it is, and with each change."""
     variants = tuple(
-        cell(refiner=refiner, model=model, change=name, settings=tuple(f"refiner.{key}" for key in settings))
+        cell(
+            refiner=refiner,
+            model=model,
+            change=name,
+            settings=(_SHORT, *(f"refiner.{key}" for key in settings)),
+        )
         for name, settings in changes.items()
     )
     return cell(model=model), cell(refiner=refiner, model=model), *variants

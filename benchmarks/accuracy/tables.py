@@ -27,8 +27,8 @@ def write_tables(results: Path) -> Path:
 
 
 _COLUMNS = (
-    "cell", "seeds", "selected", "all", "refined", "final", "best", "gain over base", "right after fine-tuning", "s",
-    "commit",
+    "cell", "seeds", "rounds", "selected", "all", "refined", "final", "best", "gain over base", "over the preset",
+    "right after fine-tuning", "s", "commit",
 )  # fmt: skip
 _HEAD = ("| " + " | ".join(_COLUMNS) + " |", "|---|" + "---|" * (len(_COLUMNS) - 1))
 
@@ -55,9 +55,31 @@ def spread(values: list[float], *, sign: bool = False) -> str:
     return f"{text} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else text
 
 
-def last(result: dict[str, Any], kind: str) -> float:
-    """The mean of the last ten evaluations."""
-    return float(result["summary"]["accuracy"][kind]["mean_last_10"])
+EVALUATIONS = 10
+"""Whose mean is a run's accuracy in the tables."""
+
+
+def last(result: dict[str, Any], kind: str, until: int | None = None) -> float:
+    """The mean of the last ten evaluations, or of those up to the round ``until``."""
+    pairs = zip(result["rounds"], result["accuracy"][kind], strict=True)
+    return statistics.mean([value for round, value in pairs if until is None or round <= until][-EVALUATIONS:])
+
+
+def differences(results: Path, cell: Cell, other: str | None) -> dict[int, float]:
+    """By seed: the deployed model's accuracy minus that of the other cell, over the rounds that both have."""
+    if other is None:
+        return {}
+    theirs = load(results, _CELLS[other])
+    found = {}
+    for seed, run in load(results, cell).items():
+        if seed in theirs:
+            until = min(run["rounds"][-1], theirs[seed]["rounds"][-1])
+            found[seed] = last(run, "refined", until) - last(theirs[seed], "refined", until)
+    return found
+
+
+def _paired(gains: list[float]) -> str:
+    return f"{spread(gains, sign=True)} ({', '.join(f'{100 * gain:+.1f}' for gain in gains)})" if gains else ""
 
 
 def _line(results: Path, cell: Cell) -> str | None:
@@ -65,12 +87,10 @@ def _line(results: Path, cell: Cell) -> str | None:
     if not runs:
         return None
     means = [spread([last(run, kind) for run in runs.values()]) for kind in KINDS]
-    ends = [
-        spread([run["summary"]["accuracy"]["refined"][what] for run in runs.values()]) for what in ("final", "best")
-    ]
-    base = load(results, _CELLS[cell.base]) if cell.base else {}
-    gains = [last(run, "refined") - last(base[seed], "refined") for seed, run in runs.items() if seed in base]
-    paired = "" if not gains else f"{spread(gains, sign=True)} ({', '.join(f'{100 * gain:+.1f}' for gain in gains)})"
+    refined = [run["accuracy"]["refined"] for run in runs.values()]
+    ends = [spread([values[-1] for values in refined]), spread([max(values) for values in refined])]
+    paired = [_paired(list(differences(results, cell, other).values())) for other in (cell.base, cell.unchanged)]
+    rounds = str(next(iter(runs.values()))["rounds"][-1])
     after = [
         statistics.mean(
             right - before
@@ -81,5 +101,5 @@ def _line(results: Path, cell: Cell) -> str | None:
     change = spread(after, sign=True) if cell.base else ""
     seconds = statistics.median(run["summary"]["seconds"]["total"] for run in runs.values())
     commits = ", ".join(sorted({run["commit"] for run in runs.values()}))
-    columns = (cell.name, str(len(runs)), *means, *ends, paired, change, f"{seconds:.0f}", commits)
+    columns = (cell.name, str(len(runs)), rounds, *means, *ends, *paired, change, f"{seconds:.0f}", commits)
     return "| " + " | ".join(columns) + " |"

@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks" / "accuracy"
 def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """The scripts, which keep runs and results in ``tmp_path``."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    for name in ("accuracy", "cells", "tables"):
+    for name in ("accuracy", "cells", "tables", "figures"):
         sys.modules.pop(name, None)
     import accuracy  # type: ignore[import-not-found]
 
@@ -37,7 +37,12 @@ def test_every_cell_is_a_config_and_every_base_a_cell_without_refiner(bench: Any
                 base = configs.load(FOLDER / "protocol.toml", settings[cell.base])
                 own = configs.load(FOLDER / "protocol.toml", cell.settings)
                 assert base.refiner.name == "none"
-                assert base.model_copy(update={"refiner": own.refiner}) == own
+                assert base.model_copy(update={"refiner": own.refiner, "rounds": own.rounds}) == own
+            if cell.unchanged is not None:
+                whole = configs.load(FOLDER / "protocol.toml", settings[cell.unchanged])
+                assert whole.rounds >= own.rounds
+                assert whole.refiner.preset == own.refiner.preset
+                assert whole.refiner != own.refiner
 
 
 def test_a_cell_is_run_kept_and_not_run_again(
@@ -77,13 +82,10 @@ def test_a_result_from_before_a_setting_was_there_fits_where_it_is_off(bench: An
 
 
 def kept(selected: list[float], refined: list[float]) -> dict[str, Any]:
-    accuracy = {
-        kind: {"final": values[-1], "best": max(values), "mean_last_10": sum(values) / len(values)}
-        for kind, values in (("selected", selected), ("all", selected), ("refined", refined))
-    }
     return {
-        "accuracy": {"selected": selected, "refined": refined},
-        "summary": {"accuracy": accuracy, "seconds": {"total": 61.0}},
+        "rounds": [2 * number + 2 for number in range(len(selected))],
+        "accuracy": {"selected": selected, "all": selected, "refined": refined},
+        "summary": {"seconds": {"total": 61.0}},
     }
 
 
@@ -112,8 +114,33 @@ def test_tables_pair_seeds(bench: Any, tmp_path: Path) -> None:
     (line,) = {line for line in text.splitlines() if line.startswith("| fedavg-paper-b0.1-gn |")}
     cells = [part.strip() for part in line.strip("|").split("|")]
     assert cells[1] == "3"
-    assert cells[7] == "+2.00 ± 2.83 (+4.0, +0.0)"
-    assert cells[8].startswith("+0.33 ± 1.5")
+    assert cells[8] == "+2.00 ± 2.83 (+4.0, +0.0)"
+    assert cells[10].startswith("+0.33 ± 1.5")
     assert cells[-1] == "c0, c1, c2"
     assert "fedprox" not in text
     assert "old" not in text
+
+
+def test_a_shorter_run_is_compared_over_the_rounds_that_both_have(bench: Any, tmp_path: Path) -> None:
+    """The cell ends after round 4: refined (.3 + .5) / 2 = .4 there, beside .2 of the base up to round 4 and .35 of the
+    unchanged preset: +20 and +5 points. A base that only has later rounds would give .9."""
+    import figures  # type: ignore[import-not-found]
+
+    short = "fedavg-fedftg-b0.1-gn-I5"
+    written = {
+        short: kept([0.1, 0.2], [0.3, 0.5]),
+        "fedavg-base-b0.1-gn": kept([0.1, 0.3, 0.9], [0.1, 0.3, 0.9]),
+        "fedavg-fedftg-b0.1-gn": kept([0.1, 0.3, 0.9], [0.3, 0.4, 0.9]),
+    }
+    for name, result in written.items():
+        path = tmp_path / "results" / name / "seed0.json"
+        path.parent.mkdir(parents=True)
+        of_now = {"seed": 0, "commit": "c", "made_with": bench.settings(figures._BY_NAME[name])}
+        path.write_text(json.dumps({**of_now, **result}))
+    text = bench.write_tables(tmp_path / "results").read_text()
+    (line,) = {line for line in text.splitlines() if line.startswith(f"| {short} |")}
+    cells = [part.strip() for part in line.strip("|").split("|")]
+    assert (cells[2], cells[8], cells[9]) == ("4", "+20.00 (+20.0)", "+5.00 (+5.0)")
+    drawn = figures.write_figures(tmp_path / "results", tmp_path)
+    assert [path.name for path in drawn] == ["accuracy_gains.png", "accuracy_rounds.png", "accuracy_after.png"]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in drawn)

@@ -1,0 +1,128 @@
+"""Figures from kept results: what docs/results.md shows."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cells import PRESETS, TABLES, Cell
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from tables import differences, load
+
+FOLDER = Path(__file__).resolve().parents[2] / "docs" / "figures"
+# Okabe and Ito's colours: told apart with any colour vision.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+_OF_PRESET = dict(zip(PRESETS, _COLOURS, strict=False))
+_BY_NAME = {cell.name: cell for rows in TABLES.values() for cell in rows.cells}
+
+Results = dict[int, dict[str, Any]]
+
+
+def write_figures(results: Path, folder: Path = FOLDER) -> list[Path]:
+    """Draws what there are results for; returns the files."""
+    drawn = (
+        _gains(results, folder / "accuracy_gains.png"),
+        _curves(results, folder / "accuracy_rounds.png"),
+        _after(results, folder / "accuracy_after.png"),
+    )
+    return [path for path in drawn if path is not None]
+
+
+def _gains(results: Path, path: Path) -> Path | None:
+    """Gain of the deployed model over the base for each cell of table A: a dot a seed, a bar for their mean."""
+    rows: dict[str, list[tuple[str, list[float]]]] = {}
+    for cell in TABLES["A"].cells:
+        gains = [100 * gain for gain in differences(results, cell, cell.base).values()]
+        if gains and cell.base is not None:
+            preset = next(name for name in PRESETS if f"-{name}-" in cell.name)
+            rows.setdefault(_label(cell.base), []).append((preset, gains))
+    if not rows:
+        return None
+    figure = Figure(figsize=(9, 1.6 + 0.52 * len(rows)), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    axes.axvline(0, color="black", linewidth=0.8)
+    for place, presets in enumerate(rows.values()):
+        for preset, gains in presets:
+            height = place + 0.25 * (PRESETS.index(preset) - 1)
+            axes.plot(gains, [height] * len(gains), "o", color=_OF_PRESET[preset], markersize=4, alpha=0.7)
+            mean = statistics.mean(gains)
+            axes.plot([mean] * 2, [height - 0.11, height + 0.11], color=_OF_PRESET[preset], linewidth=3)
+    for preset in PRESETS:
+        axes.plot([], [], "o", color=_OF_PRESET[preset], label=preset)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.invert_yaxis()
+    axes.set_xlabel("accuracy of the deployed model minus that of the base, same seed, in points")
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=len(PRESETS), frameon=False)
+    return _save(figure, path)
+
+
+def _curves(results: Path, path: Path) -> Path | None:
+    """Accuracy over rounds of FedAvg at beta 0.1, base and each preset, mean over the seeds that both have."""
+    runs = {kind: load(results, _BY_NAME[f"fedavg-{kind}-b0.1-gn"]) for kind in ("base", *PRESETS)}
+    if not runs["base"]:
+        return None
+    figure = Figure(figsize=(9, 5), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    _line(axes, runs["base"], "selected", "black", "base: aggregate, deployed", "-")
+    _line(axes, runs["base"], "all", "black", "base: average of all clients' last uploads", ":")
+    for preset in PRESETS:
+        _line(axes, runs[preset], "refined", _OF_PRESET[preset], f"{preset}: refined, deployed", "-")
+        _line(axes, runs[preset], "selected", _OF_PRESET[preset], f"{preset}: aggregate", "--")
+    axes.set(xlabel="round", ylabel="test accuracy in %")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return _save(figure, path)
+
+
+def _after(results: Path, path: Path) -> Path | None:
+    """Accuracy right after fine-tuning minus that before, by round, one panel for each network of table C."""
+    panels: dict[str, list[Cell]] = {}
+    for cell in TABLES["C"].cells:
+        if cell.base is not None and load(results, cell):
+            panels.setdefault(cell.base.rsplit("-", 1)[1], []).append(cell)
+    if not panels:
+        return None
+    figure = Figure(figsize=(11, 4.6), dpi=100, layout="constrained")
+    for number, (model, found) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(1, len(panels), number)
+        axes.axhline(0, color="black", linewidth=0.8)
+        for place, cell in enumerate(found):
+            runs = load(results, cell)
+            changes = [[100 * (right - left) for left, right in zip(*_both(run), strict=True)] for run in runs.values()]
+            rounds = next(iter(runs.values()))["rounds"]
+            mean = [statistics.mean(values) for values in zip(*changes, strict=True)]
+            style = "-" if place < len(_COLOURS) else "--"
+            name = cell.name.removeprefix("fedavg-").replace(f"-b0.1-{model}", "")
+            axes.plot(rounds, mean, style, color=_COLOURS[place % len(_COLOURS)], label=name)
+        axes.set(title=model, xlabel="round", ylabel="refined minus aggregate, points" if number == 1 else "")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7, ncols=2)
+    return _save(figure, path)
+
+
+def _both(run: dict[str, Any]) -> tuple[list[float], list[float]]:
+    return run["accuracy"]["selected"], run["accuracy"]["refined"]
+
+
+def _line(axes: Axes, runs: Results, kind: str, colour: str, label: str, style: str) -> None:
+    if not runs:
+        return
+    by_seed: Sequence[Sequence[float]] = [run["accuracy"][kind] for run in runs.values()]
+    rounds = next(iter(runs.values()))["rounds"]
+    mean = [100 * statistics.mean(values) for values in zip(*by_seed, strict=True)]
+    axes.plot(rounds, mean, style, color=colour, label=f"{label} ({len(runs)} seeds)", linewidth=1.6)
+
+
+def _label(base: str) -> str:
+    algorithm, _, skew, model = base.split("-")
+    return f"{algorithm}, {skew.replace('b0', 'beta 0')}, {model}"
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+    return path
