@@ -101,7 +101,7 @@ def cell(
 
 
 _SHORT = "rounds=30"
-"""Of cells that change one thing of a preset. No schedule knows the end of a run, so these are a longer run's rounds."""
+"""Of cells that change one thing of a preset: a longer run's first rounds, for no schedule knows the end."""
 
 
 def _changed(refiner: str, changes: dict[str, tuple[str, ...]], model: str = "gn") -> tuple[Cell, ...]:
