@@ -93,9 +93,9 @@ def run(cell: Cell, seed: int, data_root: Path | None, rounds: int | None) -> bo
     resume = ["--resume"] if (folder / "config.toml").is_file() else []
     command = [sys.executable, "-m", "fedftg.cli", "run", str(PROTOCOL), *options, "--out", str(folder), *resume]
     start = time.monotonic()
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-    )
+    paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]  # where a cell's plugins are
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         print(f"FAILED {cell.name} seed {seed}: {done.stderr.strip().splitlines()[-1:]}", flush=True)
         return False

@@ -100,8 +100,15 @@ def cell(
     return Cell(f"{unchanged}-{change}", (*refined, *settings), base, unchanged)
 
 
-_SHORT = "rounds=30"
+_SHORT = "rounds=24"
 """Of cells that change one thing of a preset: a longer run's first rounds, for no schedule knows the end."""
+
+
+def _interpolation(model: str) -> Cell:
+    """Halfway between the aggregate and the model before: what smoothing over rounds gives without distillation."""
+    base = cell(model=model)
+    settings = (*base.settings, 'plugins=["controls"]', "refiner.name=interpolation", _SHORT)
+    return Cell(f"fedavg-interpolation-b0.1-{model}", settings, base.name)
 
 
 def _changed(refiner: str, changes: dict[str, tuple[str, ...]], model: str = "gn") -> tuple[Cell, ...]:
@@ -122,15 +129,21 @@ _ABLATION: dict[str, tuple[str, ...]] = {
     "no_cls": ("lambda_cls=0",),
     "no_dis": ("lambda_dis=0",),
     "no_md": ("lambda_md=0",),
-    "uniform_labels": ("label_sampling=uniform",),
+    "md3": ("lambda_md=3",),
+    "cls0.3": ("lambda_cls=0.3",),
+    "dis10": ("lambda_dis=10",),
+    "iid_labels": ("label_sampling=iid",),
     "uniform_ensemble": ("ensemble=uniform",),
+    "no_absent": ("absent_weight=0",),
+    "absent0.3": ("absent_weight=0.3",),
     "I5": ("iterations=5",),
     "I20": ("iterations=20",),
     "Ig1": ("generator_steps=1",),
+    "Ig5": ("generator_steps=5",),
     "Id1": ("student_steps=1",),
     "Id10": ("student_steps=10",),
-    "student_lr0.003": ("student_lr=0.003",),
-    "student_lr0.03": ("student_lr=0.03",),
+    "student_lr0.01": ("student_lr=0.01",),
+    "student_lr0.1": ("student_lr=0.1",),
     "generator_lr0.01": ("generator_lr=0.01",),
     "generator_lr0.001": ("generator_lr=0.001",),
 }
@@ -145,7 +158,11 @@ _CANDIDATES: dict[str, tuple[str, ...]] = {
     "ema": ("generator_ema=0.5",),
     "fresh": ("fresh_batches=true",),
     "temperature3": ("temperature=3",),
+}
+_CANDIDATES_BN: dict[str, tuple[str, ...]] = {
     "train_mode": ("student_mode=train",),
+    "restored": ("student_mode=train", "restore_buffers=true"),
+    "no_absent": ("absent_weight=0",),
 }
 
 _EXECUTION = (
@@ -165,7 +182,8 @@ TABLES: dict[str, Rows] = {
         (
             *(cell(name, kind) for name in ALGORITHMS for kind in ("base", *PRESETS)),
             *(cell(refiner=kind, skew=skew) for skew in ("b0.3", "iid") for kind in ("base", *PRESETS)),
-            *(cell(refiner=kind, model=model) for model in ("bn", "plain") for kind in ("base", *PRESETS)),
+            *(cell(refiner=kind, model="bn") for kind in ("base", *PRESETS)),
+            *(cell(refiner=kind, model="plain") for kind in ("base", "fedftg")),
         ),
     ),
     "B": Rows("Ablation of the preset fedftg", _changed("fedftg", _ABLATION)),
@@ -175,7 +193,9 @@ TABLES: dict[str, Rows] = {
             *_changed("paper", _STATISTICS, model="bn"),
             *_changed("paper", {}),
             *_changed("fedftg", _CANDIDATES),
-            *_changed("fedftg", _CANDIDATES, model="bn"),
+            *_changed("fedftg", _CANDIDATES_BN, model="bn"),
+            _interpolation("gn"),
+            _interpolation("bn"),
         ),
     ),
     "D": Rows(

@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks" / "accuracy"
 def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """The scripts, which keep runs and results in ``tmp_path``."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    for name in ("accuracy", "cells", "tables", "figures"):
+    for name in ("accuracy", "cells", "tables", "figures", "controls"):
         sys.modules.pop(name, None)
     import accuracy  # type: ignore[import-not-found]
 
@@ -34,10 +34,14 @@ def test_every_cell_is_a_config_and_every_base_a_cell_without_refiner(bench: Any
     for rows in bench.TABLES.values():
         for cell in rows.cells:
             if cell.base is not None:
+                assert settings[cell.base] == cell.settings[: len(settings[cell.base])]
                 base = configs.load(FOLDER / "protocol.toml", settings[cell.base])
                 own = configs.load(FOLDER / "protocol.toml", cell.settings)
                 assert base.refiner.name == "none"
-                assert base.model_copy(update={"refiner": own.refiner, "rounds": own.rounds}) == own
+                assert (
+                    base.model_copy(update={"refiner": own.refiner, "rounds": own.rounds, "plugins": own.plugins})
+                    == own
+                )
             if cell.unchanged is not None:
                 whole = configs.load(FOLDER / "protocol.toml", settings[cell.unchanged])
                 assert whole.rounds >= own.rounds

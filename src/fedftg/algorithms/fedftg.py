@@ -37,7 +37,7 @@ from fedftg.seeds import forked
 
 _MODEL, _CLIENTS, _COUNTS = "past.model.", "past.clients", "past.counts"
 
-ABSENT_WEIGHTS = {"fedftg": 0.3}
+ABSENT_WEIGHTS = {"fedftg": 1.0}
 """Of the presets; 0 for those that are not named."""
 
 
