@@ -22,7 +22,7 @@ from typing import Any
 
 from cells import PROTOCOL, SEEDS, TABLES, Cell, fingerprint, fits, settings
 from figures import write_figures
-from tables import read, write_tables
+from tables import PAGE, fill_page, read, write_tables
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "accuracy"
@@ -65,6 +65,7 @@ def main() -> None:
     if not arguments.rounds:
         write_tables(RESULTS)
         write_figures(RESULTS)
+        PAGE.write_text(fill_page(PAGE.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
     sys.exit(0 if all(went_well) else 1)
 
 

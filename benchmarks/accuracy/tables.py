@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,37 @@ def write_tables(results: Path) -> Path:
     return path
 
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "results.md"
+_BLOCK = re.compile(r"(<!-- table (\w): [^>]*-->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+
+
+def fill_page(text: str, results: Path) -> str:
+    """The page's text with its tables, each between two comments, made anew from the results."""
+
+    def filled(block: re.Match[str]) -> str:
+        lines = [line for cell in TABLES[block[2]].cells if (line := _short_line(results, cell)) is not None]
+        return block[1] + "\n".join([*_SHORT_HEAD, *lines]) + "\n" + block[4]
+
+    return _BLOCK.sub(filled, text)
+
+
 _COLUMNS = (
     "cell", "seeds", "rounds", "selected", "all", "refined", "final", "best", "gain over base", "over the preset",
     "right after fine-tuning", "s", "commit",
 )  # fmt: skip
 _HEAD = ("| " + " | ".join(_COLUMNS) + " |", "|---|" + "---|" * (len(_COLUMNS) - 1))
+
+
+_SHORT_COLUMNS = (
+    "cell",
+    "seeds",
+    "`selected`",
+    "`all`",
+    "`refined`",
+    "over its base, by seed",
+    "over the preset, by seed",
+)
+_SHORT_HEAD = ("| " + " | ".join(_SHORT_COLUMNS) + " |", "|---|" + "---|" * (len(_SHORT_COLUMNS) - 1))
 
 
 def read(path: Path) -> dict[str, Any] | None:
@@ -82,14 +109,27 @@ def _paired(gains: list[float]) -> str:
     return f"{spread(gains, sign=True)} ({', '.join(f'{100 * gain:+.1f}' for gain in gains)})" if gains else ""
 
 
+def _short_line(results: Path, cell: Cell) -> str | None:
+    runs = load(results, cell)
+    if not runs:
+        return None
+    return "| " + " | ".join((cell.name, str(len(runs)), *_means(runs), *_differences(results, cell))) + " |"
+
+
+def _means(runs: dict[int, dict[str, Any]]) -> list[str]:
+    return [spread([last(run, kind) for run in runs.values()]) for kind in KINDS]
+
+
+def _differences(results: Path, cell: Cell) -> list[str]:
+    return [_paired(list(differences(results, cell, other).values())) for other in (cell.base, cell.unchanged)]
+
+
 def _line(results: Path, cell: Cell) -> str | None:
     runs = load(results, cell)
     if not runs:
         return None
-    means = [spread([last(run, kind) for run in runs.values()]) for kind in KINDS]
     refined = [run["accuracy"]["refined"] for run in runs.values()]
     ends = [spread([values[-1] for values in refined]), spread([max(values) for values in refined])]
-    paired = [_paired(list(differences(results, cell, other).values())) for other in (cell.base, cell.unchanged)]
     rounds = str(next(iter(runs.values()))["rounds"][-1])
     after = [
         statistics.mean(
@@ -101,5 +141,15 @@ def _line(results: Path, cell: Cell) -> str | None:
     change = spread(after, sign=True) if cell.base else ""
     seconds = statistics.median(run["summary"]["seconds"]["total"] for run in runs.values())
     commits = ", ".join(sorted({run["commit"] for run in runs.values()}))
-    columns = (cell.name, str(len(runs)), rounds, *means, *ends, *paired, change, f"{seconds:.0f}", commits)
+    columns = (
+        cell.name,
+        str(len(runs)),
+        rounds,
+        *_means(runs),
+        *ends,
+        *_differences(results, cell),
+        change,
+        f"{seconds:.0f}",
+        commits,
+    )
     return "| " + " | ".join(columns) + " |"
