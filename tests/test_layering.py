@@ -21,6 +21,7 @@ LAYERS = {
     "progress": 5,
     "experiment": 6,
     "report": 6,
+    "flower": 7,
     "commands": 7,
     "cli": 8,
     "__init__": 8,

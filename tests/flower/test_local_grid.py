@@ -1,0 +1,74 @@
+"""The in-process grid behaves as Flower's do."""
+
+import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid, ServerApp
+
+from fedftg.flower.local_grid import LocalGrid
+
+
+def counting_app() -> ClientApp:
+    app = ClientApp()
+
+    @app.query()
+    def query(message: Message, context: Context) -> Message:
+        if context.node_config["partition-id"] == 1:
+            raise ValueError("by hand")
+        before = int(context.state["seen"]["count"]) if "seen" in context.state else 0
+        context.state["seen"] = ConfigRecord({"count": before + 1})
+        answer = {"partition": context.node_config["partition-id"], "seen": before + 1, "lr": context.run_config["lr"]}
+        return Message(RecordDict({"config": ConfigRecord(answer)}), reply_to=message)
+
+    return app
+
+
+def asked(grid: Grid, nodes: list[int]) -> list[Message]:
+    return list(grid.send_and_receive([grid.create_message(RecordDict(), "query", node, "1") for node in nodes]))
+
+
+def test_replies_are_sorted_states_persist_and_errors_are_replies() -> None:
+    grid = LocalGrid.of(counting_app(), 3, {"lr": 0.5})
+    asked(grid, [3])
+    replies = asked(grid, [3, 1, 2])
+    assert [reply.metadata.src_node_id for reply in replies] == [1, 2, 3]
+    assert replies[0].content["config"] == {"partition": 0, "seen": 1, "lr": 0.5}
+    assert replies[1].error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+    assert "by hand" in str(replies[1].error.reason)
+    assert replies[2].content["config"]["seen"] == 2
+
+
+def test_a_node_that_leaves_loses_its_state_and_one_that_is_not_there_is_named() -> None:
+    grid = LocalGrid.of(counting_app(), 1, {"lr": 0.5})
+    asked(grid, [1])
+    grid.leave(1)
+    assert grid.get_node_ids() == []
+    assert asked(grid, [1])[0].error.code == ErrorCode.NODE_UNAVAILABLE
+    grid.join(7, {"partition-id": 0})
+    assert asked(grid, [7])[0].content["config"]["seen"] == 1
+
+
+def test_faults_change_or_swallow_replies() -> None:
+    grid = LocalGrid.of(counting_app(), 3, {"lr": 0.5})
+    grid.faults[1] = lambda reply: None
+    grid.faults[3] = lambda reply: Message(RecordDict(), reply_to=reply)
+    assert [len(reply.content) for reply in asked(grid, [1, 3])] == [0]
+
+
+def test_a_server_app_runs_on_it() -> None:
+    seen: list[int] = []
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        seen.extend(grid.get_node_ids())
+        assert context.run_config["lr"] == 0.5
+        names = list(grid.push_messages([grid.create_message(RecordDict(), "query", 1, "")]))
+        assert len(list(grid.pull_messages(names))) == 1
+        assert list(grid.pull_messages(names)) == []
+
+    LocalGrid.of(counting_app(), 2, {"lr": 0.5}).run_server(server)
+    assert seen == [1, 2]
+    with pytest.raises(NotImplementedError):
+        _ = LocalGrid.of(counting_app(), 1).run
