@@ -19,6 +19,7 @@ LAYERS = {
     "rundir": 3,
     "config": 4,
     "progress": 5,
+    "rounds": 6,
     "experiment": 6,
     "report": 6,
     "flower": 7,
@@ -71,6 +72,24 @@ def test_files_and_functions_stay_short(path: Path) -> None:
 
 def test_no_drawers_for_things_that_belong_nowhere() -> None:
     assert not {path.stem for path in FILES} & {"utils", "common", "helpers", "util", "misc"}
+
+
+def test_only_the_flower_folder_imports_flower() -> None:
+    for path in FILES:
+        if part_of(path) == "flower":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+                assert "flwr" not in {name.split(".")[0] for name in names}, path
+
+
+def test_the_core_does_not_import_the_flower_folder_at_its_top() -> None:
+    for path in FILES:
+        if part_of(path) not in ("flower", "cli"):
+            assert "flower" not in imported_parts(path), path
+    top = ast.parse((SOURCE / "cli.py").read_text()).body
+    assert not any("flower" in ast.dump(node) for node in top if isinstance(node, ast.Import | ast.ImportFrom))
 
 
 def test_no_pickle() -> None:

@@ -231,10 +231,10 @@ def test_interrupt_is_130_and_resumes_to_the_same(
     (tmp_path / "stopper.py").write_text(
         "import os, signal\n"
         "from pathlib import Path\n"
-        "from fedftg import experiment\n"
+        "from fedftg import rounds\n"
         # A shell that starts tests in the background has them ignore the signal.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "evaluate = experiment.evaluate\n"
+        "evaluate = rounds.evaluate\n"
         "calls = []\n"
         "def watched(*arguments):\n"
         "    calls.append(1)\n"
@@ -242,7 +242,7 @@ def test_interrupt_is_130_and_resumes_to_the_same(
         "        Path('mark').touch()\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"
         "    return evaluate(*arguments)\n"
-        "experiment.evaluate = watched\n"
+        "rounds.evaluate = watched\n"
     )
     settings = [*tiny, "--set", "checkpoint.every=50", "--set", f"algorithm.name={algorithm}"]
     stopped = fedftg("run", *settings, "--set", 'plugins=["stopper"]', "--out", "r", path=tmp_path)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fedftg
-from fedftg import experiment
+from fedftg import experiment, rounds
 from fedftg.algorithms.base import ClientResult, ServerState
 from fedftg.engine import executors
 from fedftg.errors import ClientError
@@ -44,7 +44,7 @@ def test_non_finite_update_is_left_out(tmp_path: Path, monkeypatch: pytest.Monke
     by_hand = experiment.build(config)
     by_hand.run_round(Silent())
     memory = by_hand.clients.memory(2)
-    monkeypatch.setattr(experiment.sampling, "cohort", lambda *_: [0, 1, 3])
+    monkeypatch.setattr(rounds.sampling, "cohort", lambda *_: [0, 1, 3])
     by_hand.run_round(Silent())
     monkeypatch.undo()
 

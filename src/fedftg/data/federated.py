@@ -110,6 +110,11 @@ class FederatedData:
         return len(self._held_back[client])
 
     @property
+    def has_test_data(self) -> bool:
+        """Whether there are test images; every data set has some."""
+        return len(self._test_labels) > 0
+
+    @property
     def holds_back(self) -> bool:
         """Whether any client keeps samples for testing."""
         return any(len(part) for part in self._held_back)

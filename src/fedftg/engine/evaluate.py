@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 
-from fedftg.data.federated import FederatedData
+from fedftg.data.federation import Federation
 from fedftg.models.functional import FunctionalModel
 from fedftg.params import Params
 
@@ -41,7 +41,7 @@ class Measured:
 
 @torch.no_grad()
 def evaluate(
-    model: FunctionalModel, params: Params, buffers: Params, data: FederatedData, batch_size: int
+    model: FunctionalModel, params: Params, buffers: Params, data: Federation, batch_size: int
 ) -> tuple[float, float]:
     """Accuracy in [0, 1] and mean cross-entropy over the whole test set, in evaluation mode."""
     correct, loss, total = [], [], 0
@@ -55,7 +55,7 @@ def evaluate(
 
 @torch.no_grad()
 def evaluate_clients(
-    model: FunctionalModel, params: Params, buffers: Params, data: FederatedData, batch_size: int
+    model: FunctionalModel, params: Params, buffers: Params, data: Federation, batch_size: int
 ) -> dict[str, float]:
     """Accuracy on what each client holds back, over the clients that do: ``mean``, ``worst_10`` and ``std``.
 

@@ -42,6 +42,14 @@ INTERCHANGEABLE = ("auto", "sequential", "workers")
 """Executors that give the same numbers on the CPU, bit for bit, given one thread."""
 
 
+@dataclass(frozen=True)
+class Rejected:
+    """A client that gave no update, where the round goes on without it."""
+
+    client: int
+    reason: str
+
+
 class Executor(Protocol):
     """Runs clients and yields their results in the order of the tasks."""
 
@@ -50,7 +58,7 @@ class Executor(Protocol):
         """What runs the clients, and why where that was chosen."""
         ...
 
-    def run(self, rule: LocalRule, tasks: Iterable[LocalTask]) -> Iterator[ClientResult]:
+    def run(self, rule: LocalRule, tasks: Iterable[LocalTask]) -> Iterator[ClientResult | Rejected]:
         """One result per task, as soon as it is there."""
         ...
 

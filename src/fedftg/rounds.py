@@ -1,0 +1,185 @@
+"""One round: local training, aggregation, refining, evaluation."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from fedftg.algorithms.base import Algorithm, ClientResult, LocalTask, Metrics, Refiner, ServerState
+from fedftg.config import RunConfig
+from fedftg.data.federation import Federation
+from fedftg.engine import sampling
+from fedftg.engine.evaluate import Measured, evaluate, evaluate_clients
+from fedftg.engine.executors import Executor, Rejected
+from fedftg.engine.memory import ClientStore, rejection
+from fedftg.models.functional import FunctionalModel
+from fedftg.params import Params, first_non_finite, to_device
+from fedftg.progress import Progress
+from fedftg.rundir import records
+from fedftg.rundir.records import Record
+from fedftg.seeds import SERVER, seed_for, torch_rng
+
+
+@dataclass
+class Experiment:
+    """The objects that a config names, and the state after the last round that is done."""
+
+    config: RunConfig
+    data: Federation
+    model: FunctionalModel
+    algorithm: Algorithm
+    refiner: Refiner
+    executor: Executor
+    state: ServerState
+    clients: ClientStore
+    partition_record: Record = field(repr=False)
+    min_results: int = 1
+    """With fewer usable updates a round leaves the global model as it was."""
+
+    def run_round(self, progress: Progress) -> Record:
+        """One round: local training, aggregation, refining, evaluation. The state moves on only when all is done."""
+        number = self.state.round + 1
+        clock = _Clock()
+        cohort = sampling.cohort(self.config.cohort, self._candidates, self.config.seed, number)
+        with clock.phase("local"):
+            results, rejected = self._train(number, cohort, progress)
+        with clock.phase("aggregate"):
+            progress.phase(number, "aggregate", 0, 1)
+            selected, server_metrics, undone = self._aggregate(results)
+        # A round that was undone is undone for its clients too: their memories belong to the server's.
+        results = [] if undone else results
+        with clock.phase("refine"):
+            refined, refine_metrics, rolled_back = self._refine(number, selected, results, progress)
+        with clock.phase("aggregate"):
+            clients = self.clients.updated(results)
+        with clock.phase("evaluate"):
+            due = number % self.config.evaluation.every == 0 or number == self.config.rounds
+            measured = self._evaluate(number, selected, refined, clients, progress) if due else Measured()
+        with clock.phase("checkpoint"):
+            clients.settle(self.clients)
+        self.state, self.clients = replace(refined, round=number), clients
+        record: Record = {"round": number, "clients": cohort}
+        if rejected:
+            record["rejected"] = rejected
+        record |= {"seconds": clock.seconds, "accuracy": measured.accuracy, "loss": measured.loss}
+        if measured.clients:
+            record["client_accuracy"] = measured.clients
+        record |= {"server": server_metrics, "refine": refine_metrics}
+        reasons = [reason for reason in (undone, rolled_back) if reason]
+        return record | ({"rolled_back": "; ".join(reasons)} if reasons else {})
+
+    @property
+    def _candidates(self) -> list[int]:
+        return [client for client in range(self.data.num_clients) if self.data.num_samples(client) > 0]
+
+    def _tasks(self, number: int, cohort: list[int]) -> Iterator[LocalTask]:
+        message = self.algorithm.server.message(self.state)
+        for client in cohort:
+            yield LocalTask(
+                round=number,
+                client=client,
+                params=self.state.params,
+                buffers=self.state.buffers,
+                memory=to_device(self.clients.memory(client), self.data.device),
+                message=message,
+                num_samples=self.data.num_samples(client),
+                relative_size=self.data.relative_size(client),
+                lr=self.config.local.lr_at(number),
+                seed=seed_for(self.config.seed, number, client, "local"),
+            )
+
+    def _train(self, number: int, cohort: list[int], progress: Progress) -> tuple[list[ClientResult], list[Record]]:
+        kept: list[ClientResult] = []
+        rejected: list[Record] = []
+        progress.phase(number, "local", 0, len(cohort))
+        tasks = self._tasks(number, cohort)
+        for done, result in enumerate(self.executor.run(self.algorithm.local, tasks), start=1):
+            reason = result.reason if isinstance(result, Rejected) else rejection(result)
+            if isinstance(result, ClientResult) and reason is None:
+                kept.append(result)
+            else:
+                rejected.append({"client": result.client, "reason": reason})
+            progress.phase(number, "local", done, len(cohort))
+        return kept, rejected
+
+    def _aggregate(self, results: list[ClientResult]) -> tuple[ServerState, Metrics, str | None]:
+        if len(results) < self.min_results:
+            got = (
+                f"only {len(results)} of at least {self.min_results} client updates were"
+                if results
+                else "no client update was"
+            )
+            return self.state, {}, f"{got} usable; the global model stays as it was"
+        state, metrics = self.algorithm.server.step(self.state, results)
+        bad = _non_finite(state)
+        if bad is not None:
+            return self.state, {}, f"the aggregate was not finite ({bad}); the global model stays as it was"
+        losses = [(result.loss, result.num_samples) for result in results if math.isfinite(result.loss)]
+        total = sum(size for _, size in losses)
+        if total:
+            metrics = {"local_loss": sum(loss * size for loss, size in losses) / total, **metrics}
+        return state, metrics, None
+
+    def _refine(
+        self, number: int, state: ServerState, results: list[ClientResult], progress: Progress
+    ) -> tuple[ServerState, Metrics, str | None]:
+        if not results:
+            return state, {}, None
+        progress.phase(number, "refine", 0, 1)
+        rng = torch_rng(self.config.seed, number, SERVER, "refine")
+        refined, metrics = self.refiner.refine(state, results, rng)
+        bad = _non_finite(refined)
+        if bad is not None:
+            return state, metrics, f"fine-tuning was not finite ({bad}); rolled back to the aggregate"
+        return refined, metrics, None
+
+    def _evaluate(
+        self, number: int, selected: ServerState, refined: ServerState, clients: ClientStore, progress: Progress
+    ) -> Measured:
+        candidates: dict[str, tuple[Params, Params]] = {"selected": (selected.params, selected.buffers)}
+        if clients.tracks_uploads:
+            average = to_device(clients.average(), self.data.device)
+            candidates["all"] = (
+                {name: average[name] for name in selected.params},
+                {name: average[name] for name in selected.buffers},
+            )
+        if refined is not selected:
+            candidates["refined"] = (refined.params, refined.buffers)
+        measured = Measured()
+        if not self.data.has_test_data:
+            return measured
+        size = self.config.evaluation.batch_size
+        for done, (kind, values) in enumerate(candidates.items()):
+            progress.phase(number, "evaluate", done, len(candidates))
+            measured.accuracy[kind], measured.loss[kind] = evaluate(self.model, *values, self.data, size)
+            if self.data.holds_back:
+                measured.clients[kind] = evaluate_clients(self.model, *values, self.data, size)
+        measured.accuracy.setdefault("refined", measured.accuracy["selected"])
+        measured.loss.setdefault("refined", measured.loss["selected"])
+        if measured.clients:
+            measured.clients.setdefault("refined", measured.clients["selected"])
+        return measured
+
+
+def _non_finite(state: ServerState) -> str | None:
+    for part in (state.params, state.buffers, state.server, state.refiner):
+        name = first_non_finite(part)
+        if name is not None:
+            return name
+    return None
+
+
+class _Clock:
+    """Adds up seconds per phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = dict.fromkeys(records.PHASES, 0.0)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(self.seconds[name] + time.perf_counter() - start, 6)
