@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import click
 from rich.console import Console
@@ -94,6 +96,23 @@ def export(folder: Path, to: Path) -> None:
     _say(_console(), f"model after round {number}: {to}")
 
 
+@cli.group()
+def flower() -> None:
+    """FedFTG on real machines, by Flower."""
+
+
+@flower.command(name="new")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--recipe", help="A file or a name. Default: FedAvg + FedFTG on built-in data.")
+@_set
+def flower_new(folder: Path, recipe: str | None, overrides: Sequence[str]) -> None:
+    """Write a Flower app for a recipe into a new folder."""
+    console = _console()
+    for path in _flower_project().new(folder, recipe, overrides):
+        _say(console, f"wrote {path}")
+    _say(console, f"next: cd {folder}, and see its README.md")
+
+
 def main() -> None:
     """The entry point; every foreseeable error is one line on standard error."""
     try:
@@ -110,6 +129,16 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         resumes = ", with --resume once its folder is there" if "run" in sys.argv[1:2] else ""
         _fail(f"interrupted; go on by the same command{resumes}", 130)
+
+
+def _flower_project() -> ModuleType:
+    """Flower is an extra, and takes seconds to import: only its own commands do."""
+    try:
+        return importlib.import_module("fedftg.flower.project")
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "flwr":
+            raise
+        raise InputError("Flower is not installed; pip install 'fedftg[flower]'") from None
 
 
 def _console() -> Console:

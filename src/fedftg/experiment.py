@@ -57,13 +57,12 @@ class Parts:
     state: ServerState
 
 
-def parts(config: RunConfig, data: Federation) -> Parts:
-    """Model, algorithm, refiner and initial state for a federation.
+def parts(config: RunConfig, data: Federation, with_data: int) -> Parts:
+    """Model, algorithm, refiner and initial state for a federation of which ``with_data`` clients may take part.
 
     Raises:
         InputError: the model, the cohort or the algorithm is impossible for it.
     """
-    with_data = sum(data.num_samples(client) > 0 for client in range(data.num_clients))
     if config.cohort.size is not None and config.cohort.size > with_data:
         raise InputError(
             f"cohort.size must be at most the number of clients with data, {with_data}, got {config.cohort.size}; "
@@ -94,9 +93,10 @@ def build(config: RunConfig, dataset: ImageDataset | None = None, progress: Prog
     device = torch.device(resolve_device(config.device))
     loading = progress.loading if progress is not None else None
     data = federated.load(config.data, config.partition, config.seed, device, dataset=dataset, progress=loading)
-    made = parts(config, data)
-    algorithm, params, buffers = made.algorithm, made.state.params, made.state.buffers
     sizes = [data.num_samples(client) for client in range(data.num_clients)]
+    with_data = sum(size > 0 for size in sizes)
+    made = parts(config, data, with_data)
+    algorithm, params, buffers = made.algorithm, made.state.params, made.state.buffers
     clients = ClientStore(
         lambda: algorithm.local.init_memory(params, buffers),
         {**params, **buffers},
@@ -106,7 +106,7 @@ def build(config: RunConfig, dataset: ImageDataset | None = None, progress: Prog
     )
     origin = Origin(config.plugins, config.model, seed_for(config.seed, 0, SERVER, "model"), config.algorithm)
     share = config.cohort.probability or 1.0
-    work = Work(config.rounds, config.cohort.size or round(share * sum(size > 0 for size in sizes)), config.threads)
+    work = Work(config.rounds, config.cohort.size or round(share * with_data), config.threads)
     executor = executors.build(config.executor, made.model, data, config.local, origin, work)
     record: Record = {"class_names": list(data.dataset.class_names), "class_counts": data.class_counts.tolist()}
     record["digest"] = data.digest

@@ -100,6 +100,23 @@ class ClientStore:
             store.change_sum = tree.add_changes(self.change_sum, changes)
         return store
 
+    def reweighed(self, num_samples: Sequence[int]) -> ClientStore:
+        """A store for clients of other sizes than was thought; this one stays as it is.
+
+        The sum behind `average` is made anew from the records, which reads those of every client that took part.
+        """
+        store = copy.copy(self)
+        store._held, store._places = dict(self._held), dict(self._places)
+        total = sum(num_samples)
+        store._weights = [count / total for count in num_samples]
+        store.change_sum = {name: torch.zeros_like(tensor) for name, tensor in self.change_sum.items()}
+        for client in sorted({*self._held, *self._places}) if self.tracks_uploads else ():
+            record = self._record(client)
+            if record is not None:
+                change = (store._weights[client], record.upload, self._initial)
+                store.change_sum = tree.add_changes(store.change_sum, [change])
+        return store
+
     def average(self) -> Params:
         """The average of every client's last upload, parameters and buffers together, weighted by size."""
         mean: Params = {}

@@ -1,0 +1,149 @@
+"""``fedftg flower new``: a Flower app for a recipe, ready for ``flwr run``."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedftg import __version__, recipes
+from fedftg import config as configs
+from fedftg.config import RunConfig
+from fedftg.data.sources import TENSORS
+from fedftg.errors import InputError
+from fedftg.flower.settings import AppSettings
+
+PACKAGE = "fedftg_app"
+"""The Python package inside an app."""
+
+
+def new(folder: Path, recipe: str | None, overrides: Sequence[str]) -> list[Path]:
+    """Writes an app into a new folder; returns its files.
+
+    Args:
+        folder: must not be there yet, or be empty.
+        recipe: path or name of a recipe; None: the default one.
+        overrides: ``"key=value"`` strings; the app's recipe holds the result.
+
+    Raises:
+        InputError: the folder is taken or cannot be written, or the recipe is wrong; nothing was written.
+    """
+    config = configs.load(recipes.find(recipe or recipes.DEFAULT), overrides)
+    if config.data.name == TENSORS:
+        raise InputError("data set 'tensors' is given in Python and cannot be sent to nodes; take data.name = 'arrays'")
+    name = _project_name(folder)
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{folder} exists already and is not empty; give a folder that is not there yet")
+        (folder / PACKAGE).mkdir(parents=True, exist_ok=True)
+        files = _files(name, config)
+        for path, text in files.items():
+            with (folder / path).open("x", encoding="utf-8") as file:
+                file.write(text)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}; give another folder") from None
+    return [folder / path for path in files]
+
+
+def _project_name(folder: Path) -> str:
+    name = re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-")
+    if not name:
+        raise InputError(f"the name of folder {folder} needs a letter or a digit; it becomes the app's name")
+    return name
+
+
+def _files(name: str, config: RunConfig) -> dict[str, str]:
+    return {
+        "pyproject.toml": _pyproject(name, config),
+        "README.md": _readme(name, config),
+        f"{PACKAGE}/__init__.py": f'"""The Flower app {name}."""\n',
+        f"{PACKAGE}/server_app.py": _app("server"),
+        f"{PACKAGE}/client_app.py": _app("client"),
+        f"{PACKAGE}/recipe.toml": config.to_toml(),
+    }
+
+
+def _app(side: str) -> str:
+    where = "the SuperLink" if side == "server" else "every SuperNode"
+    return f'''"""What {where} runs."""
+
+from pathlib import Path
+
+from fedftg.flower.{side}_app import {side}_app
+
+app = {side}_app(Path(__file__).with_name("recipe.toml"))
+'''
+
+
+def _pyproject(name: str, config: RunConfig) -> str:
+    lines = []
+    for field in AppSettings.model_fields.values():
+        value = field.default
+        shown = str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else value
+        lines += [f"# {line}" for line in _wrapped(str(field.description))]
+        lines.append(f"{field.alias} = {shown}")
+    settings = "\n".join(lines)
+    return f"""[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[project]
+name = "{name}"
+version = "1.0.0"
+description = "{config.algorithm.name} with refiner {config.refiner.name} on {config.data.name}"
+license = "Apache-2.0"
+requires-python = ">=3.11"
+dependencies = ["fedftg[flower]=={__version__}"]
+
+[tool.hatch.build.targets.wheel]
+packages = ["{PACKAGE}"]
+
+[tool.flwr.app]
+publisher = "local"
+
+[tool.flwr.app.components]
+serverapp = "{PACKAGE}.server_app:app"
+clientapp = "{PACKAGE}.client_app:app"
+
+# `flwr run . -c 'KEY=VALUE KEY=VALUE'` overrides these keys. Those of the recipe go into `set`.
+[tool.flwr.app.config]
+{settings}
+"""
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 100)
+
+
+def _readme(name: str, config: RunConfig) -> str:
+    count = config.partition.num_clients
+    return f"""# {name}
+
+A Flower app: `{PACKAGE}/recipe.toml` ({config.algorithm.name}, refiner {config.refiner.name}, data set {config.data.name}) on {count} clients.
+
+Install `fedftg[flower]` {__version__} on the server and on every node, and `flwr[simulation]` where you simulate. Switch off what
+asks the internet where there is none:
+
+    export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
+
+In Flower's simulation, in this folder, all {count} clients on one machine:
+
+    flwr run . --stream --federation-config 'num-supernodes={count} client-resources-num-cpus=1' -c "out=\\"$PWD/runs/first\\""
+
+On machines: a SuperLink, and one SuperNode for each client with its number from 0 to {count - 1}:
+
+    flower-superlink --insecure --host 0.0.0.0 --port 8000
+    flower-supernode --insecure --superlink SERVER:8000 --port 8001 --node-config 'partition-id=0'
+    flwr run . NAME --stream -c 'out="/folder/on/the/server"'
+
+`NAME` stands for the SuperLink in Flower's own `config.toml`:
+
+    [superlink.NAME]
+    address = "SERVER:8000"
+    insecure = true
+
+A run that was stopped goes on by the same `flwr run` with `resume=true` in `-c`. The run folder is one of `fedftg`:
+`fedftg report`, `fedftg compare` and `fedftg export` read it. TLS, authentication of nodes, GPUs and every message are in
+`docs/flower.md` of fedftg.
+"""
