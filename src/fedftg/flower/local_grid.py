@@ -102,6 +102,8 @@ class LocalGrid(Grid):
             if fault is not None and reply is not None:
                 reply = fault(reply)
             if reply is not None:
+                # A fault may have made it as a reply to the reply.
+                reply.metadata.__dict__["_reply_to_message_id"] = message.metadata.message_id
                 self._replies[message.metadata.message_id] = reply
         return names
 

@@ -120,16 +120,18 @@ def _readme(name: str, config: RunConfig) -> str:
     count = config.partition.num_clients
     return f"""# {name}
 
-A Flower app: `{PACKAGE}/recipe.toml` ({config.algorithm.name}, refiner {config.refiner.name}, data set {config.data.name}) on {count} clients.
+A Flower app for {count} clients: {config.algorithm.name} with refiner {config.refiner.name} on data set
+{config.data.name}. Every setting is in `{PACKAGE}/recipe.toml`.
 
-Install `fedftg[flower]` {__version__} on the server and on every node, and `flwr[simulation]` where you simulate. Switch off what
-asks the internet where there is none:
+Install `fedftg[flower]` {__version__} on the server and on every node, and `flwr[simulation]` where you simulate.
+Switch off what asks the internet where there is none:
 
     export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
 
 In Flower's simulation, in this folder, all {count} clients on one machine:
 
-    flwr run . --stream --federation-config 'num-supernodes={count} client-resources-num-cpus=1' -c "out=\\"$PWD/runs/first\\""
+    flwr run . --stream -c "out=\\"$PWD/runs/first\\"" \\
+        --federation-config 'num-supernodes={count} client-resources-num-cpus=1'
 
 On machines: a SuperLink, and one SuperNode for each client with its number from 0 to {count - 1}:
 
@@ -144,6 +146,6 @@ On machines: a SuperLink, and one SuperNode for each client with its number from
     insecure = true
 
 A run that was stopped goes on by the same `flwr run` with `resume=true` in `-c`. The run folder is one of `fedftg`:
-`fedftg report`, `fedftg compare` and `fedftg export` read it. TLS, authentication of nodes, GPUs and every message are in
-`docs/flower.md` of fedftg.
+`fedftg report`, `fedftg compare` and `fedftg export` read it. TLS, authentication of nodes, GPUs and what every message
+holds are in `docs/flower.md` of fedftg.
 """

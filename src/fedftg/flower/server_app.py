@@ -107,7 +107,8 @@ class RemoteExperiment(Experiment):
         if not self.roster.wait(lambda: self.roster.present(cohort) >= enough, self.wait_seconds):
             raise InputError(
                 f"round {number}: {self.roster.present(cohort)} of the {len(cohort)} clients drawn are there after "
-                f"{self.wait_seconds:g} s, min-clients is {self.min_results}; start their SuperNodes, and run again with resume=true"
+                f"{self.wait_seconds:g} s, min-clients is {self.min_results}; start their SuperNodes, and run again "
+                "with resume=true"
             )
         self._take_in_newcomers()
         return super().run_round(progress)

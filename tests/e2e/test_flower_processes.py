@@ -1,0 +1,246 @@
+"""Real processes on this machine: a SuperLink, three SuperNodes and `flwr run`, in plain text and with TLS and keys."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import ipaddress
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from fedftg import config as configs
+from fedftg.rundir import records
+
+BOUND = 420.0
+"""Seconds for anything to happen; only a machine that hangs takes so long."""
+CLIENTS = 3
+SETTINGS = [
+    f"partition.num_clients={CLIENTS}", "model.name=lenet_gn", "rounds=3", "threads=1", "local.epochs=2",
+    "local.batch_size=20", "local.lr=0.05", "refiner.iterations=2", "refiner.batch_size=8",
+    "refiner.generator_width=4", "algorithm.name=fedavg", "refiner.name=fedftg",
+]  # fmt: skip
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+class Loopback:
+    """Processes in groups of their own, so that nothing of them is left."""
+
+    def __init__(self, folder: Path, tls: bool) -> None:
+        self.folder, self.tls = folder, tls
+        self.link, *self.ports = free_ports(CLIENTS + 2)
+        self._running: list[subprocess.Popen[bytes]] = []
+        self._environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "FLWR_HOME": str(folder / "flwr"),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "OMP_NUM_THREADS": "1",
+            "NO_COLOR": "1",
+        }
+        (folder / "flwr").mkdir()
+        trust = f'root-certificates = "{folder / "ca.crt"}"' if tls else "insecure = true"
+        (folder / "flwr" / "config.toml").write_text(
+            f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{self.link}"\n{trust}\n'
+        )
+
+    def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
+        with (self.folder / f"{name}.log").open("wb") as log:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self._environment,
+                cwd=self.folder,
+                start_new_session=True,
+            )
+        self._running.append(process)
+        return process
+
+    def certificates(self) -> list[str]:
+        if not self.tls:
+            return ["--insecure"]
+        return [
+            f"--ssl-certfile={self.folder / 'server.pem'}", f"--ssl-keyfile={self.folder / 'server.key'}",
+            f"--ssl-ca-certfile={self.folder / 'ca.crt'}",
+        ]  # fmt: skip
+
+    def superlink(self) -> None:
+        keys = ["--enable-supernode-auth"] if self.tls else []
+        address = ["--host", "127.0.0.1", "--port", str(self.link)]
+        self.start("superlink", "flower-superlink", *address, *self.certificates(), *keys)
+        self.wait_until(lambda: reachable(self.link), "superlink")
+
+    def supernode(self, client: int, name: str, key: Path | None = None) -> subprocess.Popen[bytes]:
+        trust = ["--insecure"]
+        if self.tls:
+            trust = [f"--root-certificates={self.folder / 'ca.crt'}", *self.certificates()]
+            trust += [f"--auth-supernode-private-key={key}"] if key is not None else []
+        state = self.folder / f"state-{client}"
+        return self.start(
+            name, "flower-supernode", "--superlink", f"127.0.0.1:{self.link}", "--host", "127.0.0.1",
+            "--port", str(self.ports.pop()), *trust, "--node-config", f'partition-id={client} state-dir="{state}"',
+        )  # fmt: skip
+
+    def flwr(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            ["flwr", *arguments], env=self._environment, cwd=self.folder, capture_output=True, text=True, timeout=BOUND
+        )
+        assert done.returncode == 0 or not check, done.stdout + done.stderr
+        return done
+
+    def wait_until(self, done: Any, what: str) -> None:
+        end = time.monotonic() + BOUND
+        while not done():
+            assert time.monotonic() < end, f"{what}: {self.log(what)}"
+            time.sleep(0.3)
+
+    def log(self, name: str) -> str:
+        path = self.folder / f"{name}.log"
+        return path.read_text(errors="replace")[-4000:] if path.exists() else ""
+
+    def stop(self) -> None:
+        for process in reversed(self._running):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        for process in self._running:
+            process.wait(BOUND)
+
+
+def reachable(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
+
+
+def written_app(folder: Path, port_free_home: Loopback) -> Path:
+    settings = [item for setting in SETTINGS for item in ("--set", setting)]
+    command = [sys.executable, "-m", "fedftg.cli", "flower", "new", str(folder / "app"), *settings]
+    subprocess.run(command, check=True, capture_output=True, timeout=BOUND, env=port_free_home._environment)
+    return folder / "app"
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "tls"])
+def loopback(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Loopback]:
+    machines = Loopback(tmp_path, request.param)
+    try:
+        yield machines
+    finally:
+        machines.stop()
+
+
+def test_three_nodes_train_as_in_the_simulator(loopback: Loopback, tmp_path: Path) -> None:
+    keys: list[Path | None] = [None] * CLIENTS
+    if loopback.tls:
+        certify(tmp_path)
+        keys = [key_pair(tmp_path, f"node{client}") for client in range(CLIENTS)]
+    app = written_app(tmp_path, loopback)
+    loopback.superlink()
+    stranger = None
+    if loopback.tls:
+        for key in keys:
+            loopback.flwr("supernode", "register", f"{key}.pub", "here")
+        stranger = loopback.supernode(0, "stranger", key_pair(tmp_path, "stranger"))
+    for client, key in enumerate(keys):
+        loopback.supernode(client, f"node{client}", key)
+    out = tmp_path / "served"
+    loopback.flwr("run", str(app), "here", "--stream", "-c", f'out="{out}" wait-seconds={BOUND}')
+    assert (out / "summary.json").exists(), loopback.log("superlink")
+    rows = [{key: row[key] for key in row if key != "seconds"} for row in records.read(out / "rounds.jsonl")]
+    assert rows == simulated(app / "fedftg_app" / "recipe.toml", tmp_path / "simulated")
+    assert all(row["clients"] == [0, 1, 2] and "rejected" not in row for row in rows)
+    if stranger is not None:
+        # Refused, it ends by itself; the three that are registered were not disturbed.
+        assert stranger.wait(BOUND) != 0, loopback.log("stranger")
+        listed = json.loads(loopback.flwr("supernode", "list", "here", "--format", "json").stdout)
+        assert len(listed["nodes"]) == CLIENTS
+
+
+def simulated(recipe: Path, out: Path) -> list[dict[str, Any]]:
+    import fedftg
+
+    fedftg.run(configs.load(recipe), out=out)
+    return [{key: row[key] for key in row if key != "seconds"} for row in records.read(out / "rounds.jsonl")]
+
+
+def key_pair(folder: Path, name: str) -> Path:
+    """An ECDSA key as ``ssh-keygen -t ecdsa -b 384`` makes it; the public half lies beside it."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    openssh = serialization.PrivateFormat.OpenSSH
+    private = key.private_bytes(serialization.Encoding.PEM, openssh, serialization.NoEncryption())
+    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    path = folder / name
+    path.write_bytes(private)
+    path.chmod(0o600)
+    path.with_name(f"{name}.pub").write_bytes(public)
+    return path
+
+
+def certify(folder: Path) -> None:
+    """A certificate authority, and a certificate for 127.0.0.1 that it signed."""
+    authority, server = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
+    issuer, subject = (x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]) for name in ("test CA", "localhost"))
+    start = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
+    end = start + datetime.timedelta(days=30)
+
+    def builder(name: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+        return (
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(issuer)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(start)
+            .not_valid_after(end)
+        )
+
+    basic = x509.BasicConstraints(ca=True, path_length=None)
+    usage = x509.KeyUsage(
+        digital_signature=True, content_commitment=False, key_encipherment=False, data_encipherment=False,
+        key_agreement=False, key_cert_sign=True, crl_sign=True, encipher_only=False, decipher_only=False,
+    )  # fmt: skip
+    identifier = x509.SubjectKeyIdentifier.from_public_key(authority.public_key())
+    root = (
+        builder(issuer, authority)
+        .add_extension(basic, critical=True)
+        .add_extension(usage, critical=True)
+        .add_extension(identifier, critical=False)
+        .sign(authority, hashes.SHA256())
+    )
+    names = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    leaf = (
+        builder(subject, server)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(names, critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()), critical=False)
+        .sign(authority, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    (folder / "ca.crt").write_bytes(root.public_bytes(pem))
+    (folder / "server.pem").write_bytes(leaf.public_bytes(pem))
+    plain = serialization.PrivateFormat.PKCS8
+    (folder / "server.key").write_bytes(server.private_bytes(pem, plain, serialization.NoEncryption()))
+    (folder / "server.key").chmod(0o600)

@@ -1,0 +1,288 @@
+"""Whatever goes wrong on nodes ends in a finished run, and in its record."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDict
+
+import fedftg
+from fedftg.flower import records
+
+SCAFFOLD = ("algorithm.name=scaffold", "refiner.name=none")
+ALL = ("cohort.probability=1",)
+
+
+def changed(change: Callable[[RecordDict], None]) -> Callable[[Message], Message]:
+    """What arrives is the reply with its content changed; answers to queries stay as they are."""
+
+    def fault(reply: Message) -> Message:
+        if records.ARRAYS in reply.content:
+            change(reply.content)
+        return reply
+
+    return fault
+
+
+def only_in_training(act: Callable[[Message], Message | None]) -> Callable[[Message], Message | None]:
+    return lambda reply: act(reply) if reply.has_error() or records.ARRAYS in reply.content else reply
+
+
+def with_nan(content: RecordDict) -> None:
+    model = content.array_records[records.ARRAYS].to_torch_state_dict()
+    name = next(iter(model))
+    model[name].view(-1)[0] = float("nan")
+    content[records.ARRAYS] = records.encode(dict(model))
+
+
+def with_wrong_shape(content: RecordDict) -> None:
+    arrays = content.array_records[records.ARRAYS]
+    name = next(iter(arrays))
+    arrays[name] = Array(torch.zeros(2, 2))
+
+
+def without_a_tensor(content: RecordDict) -> None:
+    arrays = content.array_records[records.ARRAYS]
+    del arrays[next(iter(arrays))]
+
+
+def with_garbage(content: RecordDict) -> None:
+    arrays = content.array_records[records.ARRAYS]
+    name = next(iter(arrays))
+    old = arrays[name]
+    arrays[name] = Array(old.dtype, old.shape, old.stype, bytes(len(old.data)))
+
+
+def with_other_counts(content: RecordDict) -> None:
+    metrics = content.metric_records[records.METRICS]
+    metrics[records.CLASS_COUNTS] = [1] * 10
+
+
+def for_another_client(content: RecordDict) -> None:
+    content.metric_records[records.METRICS][records.PARTITION_ID] = 2
+
+
+def without_metrics(content: RecordDict) -> None:
+    del content[records.METRICS]
+    content["more"] = MetricRecord({"a": 1})
+
+
+def without_upload(content: RecordDict) -> None:
+    content.pop(records.EXTRA, None)
+    content["more"] = ArrayRecord()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (with_nan, "non-finite parameter"),
+        (with_wrong_shape, "must be float32"),
+        (without_a_tensor, "lacks"),
+        (with_garbage, "damaged"),
+        (with_other_counts, "class counts"),
+        (for_another_client, "another task"),
+        (without_metrics, "lacks what it must hold"),
+        (without_upload, "lacks what it must hold"),
+    ],
+)
+def test_a_reply_that_does_not_fit_is_recorded_and_left_out(
+    federation: Callable[..., Any], change: Callable[[RecordDict], None], reason: str
+) -> None:
+    fed = federation(*SCAFFOLD, *ALL, "rounds=2")
+    grid = fed.grid()
+    grid.faults[2] = changed(change)
+    run = fed.serve(grid)
+    rows = fed.rows("served")
+    for row in rows:
+        assert [item["client"] for item in row["rejected"]] == [1]
+        assert reason in row["rejected"][0]["reason"]
+    assert run.summary["rejected_updates"] == 2
+    assert all(torch.isfinite(tensor).all() for tensor in run.state.params.values())
+
+
+def test_a_client_that_raises_and_one_that_never_answers(federation: Callable[..., Any]) -> None:
+    fed = federation("refiner.name=none", *ALL, "rounds=2")
+    grid = fed.grid()
+    grid.faults[1] = only_in_training(lambda reply: None)
+    grid.faults[3] = only_in_training(lambda reply: Message(Error(2, "by hand\nin two lines"), reply_to=reply))
+    fed.serve(grid)
+    for row in fed.rows("served"):
+        assert row["rejected"] == [
+            {"client": 0, "reason": "no reply within 0.3 s"},
+            {"client": 2, "reason": "error 2 of its node: by hand in two lines"},
+        ]
+
+
+def test_the_text_of_an_exception_on_a_node_is_in_the_record(
+    federation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedftg.engine import executors
+
+    train = executors.train
+
+    def failing(model: Any, rule: Any, task: Any, *rest: Any) -> Any:
+        if task.client == 1:
+            raise ZeroDivisionError("by hand")
+        return train(model, rule, task, *rest)
+
+    monkeypatch.setattr(executors, "train", failing)
+    fed = federation("refiner.name=none", *ALL, "rounds=1")
+    fed.serve(fed.grid())
+    assert "ZeroDivisionError" in fed.rows("served")[0]["rejected"][0]["reason"]
+
+
+def test_a_node_that_leaves_in_mid_round_and_comes_back(federation: Callable[..., Any]) -> None:
+    """Its SCAFFOLD memory is on its disk, so from then on it goes on where it was."""
+    fed = federation(*SCAFFOLD, *ALL, "rounds=4")
+    grid = fed.grid()
+    trained: list[list[Message]] = []
+
+    def watch(messages: list[Message]) -> None:
+        if records.ARRAYS not in messages[0].content:
+            return
+        trained.append(messages)
+        if len(trained) == 2:
+            grid.leave(2)
+        if len(trained) == 3:
+            grid.join(9, fed.node(1))
+
+    grid.before_push = watch
+    fed.serve(grid)
+    rows = fed.rows("served")
+    assert "the node is not there" in rows[1]["rejected"][0]["reason"]
+    assert rows[2]["rejected"] == [{"client": 1, "reason": "no node with partition-id=1 is there"}]
+    assert "rejected" not in rows[0]
+    assert "rejected" not in rows[3]
+    last = {m.metadata.dst_node_id: m.content.config_records[records.CONFIG] for m in trained[3]}
+    assert last[9]["memory-round"] == 1
+    assert last[1]["memory-round"] == 3
+
+
+@pytest.mark.parametrize(("policy", "rejected"), [("refuse", True), ("reset", False)])
+def test_a_restarted_node_without_its_state_is_refused_or_reset(
+    federation: Callable[..., Any], policy: str, rejected: bool
+) -> None:
+    fed = federation(*SCAFFOLD, *ALL, "rounds=3")
+    grid = fed.grid(**{"lost-memory": policy})
+    rounds = []
+
+    def watch(messages: list[Message]) -> None:
+        if records.ARRAYS in messages[0].content:
+            rounds.append(1)
+            if len(rounds) == 2:
+                grid.leave(1)
+                grid.join(1, fed.node(0) | {"state-dir": str(fed.folder / "empty")})
+
+    grid.before_push = watch
+    fed.serve(grid, **{"lost-memory": policy})
+    rows = fed.rows("served")
+    assert ("rejected" in rows[1]) is rejected
+    if rejected:
+        assert "no memory of round 1" in rows[1]["rejected"][0]["reason"]
+
+
+def test_a_late_node_joins_at_the_next_round(federation: Callable[..., Any]) -> None:
+    fed = federation(*SCAFFOLD, *ALL, "rounds=3")
+    grid = fed.grid((0, 1, 3))
+
+    def watch(messages: list[Message]) -> None:
+        if records.ARRAYS in messages[0].content and 3 not in grid.get_node_ids():
+            grid.join(3, fed.node(2))
+
+    grid.before_push = watch
+    run = fed.serve(grid)
+    rows = fed.rows("served")
+    assert rows[0]["clients"] == [0, 1, 2, 3]
+    assert rows[0]["rejected"] == [{"client": 2, "reason": "no node with partition-id=2 is there"}]
+    assert "rejected" not in rows[1]
+    partition = json.loads((run.folder / "partition.json").read_text())
+    assert all(sum(counts) > 0 for counts in partition["class_counts"])
+    assert None not in partition["digests"]
+    # The average of all uploads stands on the sizes of all four, as if it had been there from the start.
+    size = [sum(counts) for counts in partition["class_counts"]]
+    assert partition["joined_late"] is True
+    assert len(set(size)) == 1
+    again = fed.serve(fed.grid(), resume=True)
+    assert again.summary == run.summary
+
+
+def test_too_few_nodes_is_one_line_and_the_run_goes_on_by_resume(federation: Callable[..., Any]) -> None:
+    fed = federation("refiner.name=none", *ALL)
+    with pytest.raises(fedftg.InputError, match=r"2 of 4 clients are there after 0\.2 s, min-clients is 3"):
+        fed.serve(fed.grid((0, 1)), **{"min-clients": 3})
+    assert not (fed.folder / "served").exists()
+    grid = fed.grid()
+
+    def watch(messages: list[Message]) -> None:
+        if messages[0].metadata.group_id == "2" and len(grid.get_node_ids()) == 4:
+            for node in (1, 2, 3):
+                grid.leave(node)
+
+    grid.before_push = watch
+    with pytest.raises(fedftg.InputError, match=r"round 3: 1 of the 4 clients drawn .* run again with resume=true"):
+        fed.serve(grid, **{"min-clients": 2})
+    assert "only 1 of at least 2 client updates were usable" in fed.rows("served")[1]["rolled_back"]
+    run = fed.serve(fed.grid(), resume=True, **{"min-clients": 2})
+    assert run.summary["rounds"] == 3
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_server_that_is_stopped_goes_on_with_the_same_numbers(federation: Callable[..., Any], every: int) -> None:
+    """Stopped when the clients of a round are done but the server is not: their newer memories do not count."""
+    fed = federation("algorithm.name=scaffold", f"checkpoint.every={every}", "rounds=5", "refiner.name=none")
+    whole = fed.simulate()
+    grid = fed.grid()
+    stopped = RuntimeError("stopped by hand")
+
+    def stop(reply: Message) -> Message:
+        if reply.metadata.group_id == "4":
+            raise stopped
+        return reply
+
+    for node in grid.get_node_ids():
+        grid.faults[node] = stop
+    with pytest.raises(RuntimeError, match="by hand"):
+        fed.serve(grid)
+    run = fed.serve(fed.grid(), resume=True)
+    assert fed.rows("served") == fed.rows("simulated")
+    assert all(torch.equal(run.state.params[name], whole.state.params[name]) for name in whole.state.params)
+
+
+def test_two_nodes_for_one_client_and_other_recipes_are_refused(federation: Callable[..., Any], tmp_path: Path) -> None:
+    fed = federation("refiner.name=none", *ALL, "rounds=1")
+    grid = fed.grid()
+    grid.join(9, fed.node(2))
+    with pytest.raises(fedftg.InputError, match="nodes 3 and 9 both say partition-id=2"):
+        fed.serve(grid)
+    grid = fed.grid((0, 1, 2), set="local.lr=0.3")
+    with pytest.raises(fedftg.InputError, match="its recipe's settings differ from the server's"):
+        fed.serve(grid)
+    grid = fed.grid(())
+    grid.join(1, {})
+    with pytest.raises(fedftg.InputError, match="this node has no partition-id"):
+        fed.serve(grid)
+    grid = fed.grid(())
+    grid.join(1, fed.node(4))
+    with pytest.raises(fedftg.InputError, match="partition-id must be below 4"):
+        fed.serve(grid)
+
+
+def test_resume_refuses_other_data_and_other_runs(federation: Callable[..., Any]) -> None:
+    fed = federation("refiner.name=none", *ALL, "rounds=1")
+    fed.serve(fed.grid())
+    with pytest.raises(fedftg.InputError, match="resume cannot change"):
+        fed.serve(fed.grid(set="local.lr=0.3"), resume=True, set="local.lr=0.3")
+    partition = fed.folder / "served" / "partition.json"
+    record = json.loads(partition.read_text())
+    record["digests"][1] = "0" * 64
+    partition.write_text(json.dumps(record))
+    grid = fed.grid()
+    grid.leave(1), grid.leave(3), grid.leave(4)
+    with pytest.raises(fedftg.InputError, match="its data is not what client 1 had before"):
+        fed.serve(grid, resume=True)
+    fed.simulate("simulated")
+    with pytest.raises(fedftg.InputError, match="was not made by a Flower server"):
+        fed.serve(fed.grid(), "simulated", resume=True)

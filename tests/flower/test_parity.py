@@ -1,0 +1,72 @@
+"""A run on nodes equals the simulator's, byte for byte: records but for seconds, and the final state."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+SCAFFOLD = "algorithm.name=scaffold"
+
+
+def assert_same(federation: Any, one: Any, other: Any, names: tuple[str, str] = ("served", "simulated")) -> None:
+    assert federation.rows(names[0]) == federation.rows(names[1])
+    for part in ("params", "buffers", "server", "refiner"):
+        left, right = getattr(one.state, part), getattr(other.state, part)
+        assert list(left) == list(right)
+        assert all(torch.equal(left[name], right[name]) for name in left), part
+
+
+@pytest.mark.parametrize("refiner", ["none", "fedftg"])
+@pytest.mark.parametrize("algorithm", ["fedavg", "fedprox", "feddyn", "scaffold", "moon"])
+def test_three_rounds_are_those_of_the_simulator(federation: Callable[..., Any], algorithm: str, refiner: str) -> None:
+    fed = federation(f"algorithm.name={algorithm}", f"refiner.name={refiner}")
+    run = fed.serve(fed.grid())
+    assert_same(fed, run, fed.simulate())
+    assert len(fed.rows("served")) == 3
+    moved = [row["server"]["update_norm"] for row in fed.rows("served")]
+    assert all(norm > 0 for norm in moved)
+    assert "rejected" not in str(fed.rows("served"))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("partition.feature_noise=0.3", "partition.law=quantity"),
+        ("cohort.probability=0.5", "checkpoint.every=2", "checkpoint.client_memory_mb=0"),
+        ("evaluation.track_all=false", "local.momentum=0.9"),
+    ],
+)
+def test_other_settings_too(federation: Callable[..., Any], overrides: tuple[str, ...]) -> None:
+    fed = federation("algorithm.name=feddyn", "refiner.name=none", *overrides)
+    assert_same(fed, fed.serve(fed.grid()), fed.simulate())
+
+
+def test_clients_may_keep_their_memory_in_flowers_context(federation: Callable[..., Any]) -> None:
+    fed = federation(SCAFFOLD, "refiner.name=none")
+    run = fed.serve(fed.grid(**{"client-state": "context"}))
+    assert_same(fed, run, fed.simulate())
+    assert not (fed.folder / "node-0").exists()
+
+
+def test_nodes_with_data_of_their_own(federation: Callable[..., Any], tmp_path: Any) -> None:
+    """Each node's folder holds only its own images; accuracy is not measured, since the server has no data."""
+    import numpy as np
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    images = (images.reshape(-1, 8, 8) * 15).astype(np.uint8)
+    for client in range(2):
+        mine = slice(client * 100, client * 100 + 60 + 10 * client)
+        np.savez(tmp_path / f"own{client}.npz", train_images=images[mine], train_labels=labels[mine],
+                 test_images=images[:10], test_labels=labels[:10])  # fmt: skip
+    fed = federation("data.name=arrays", "partition.num_clients=2", "cohort.size=2")
+    grid = fed.grid(())
+    for client in range(2):
+        grid.join(client + 1, fed.node(client, **{"data-root": str(tmp_path / f"own{client}.npz"), "own-data": True}))
+    run = fed.serve(grid, **{"server-data": "none"})
+    row = fed.rows("served")[-1]
+    assert row["accuracy"] == {}
+    assert row["clients"] == [0, 1]
+    assert "rejected" not in row
+    assert run.summary["rounds"] == 3
