@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -132,13 +133,10 @@ def main() -> None:
 
 
 def _flower_project() -> ModuleType:
-    """Flower is an extra, and takes seconds to import: only its own commands do."""
-    try:
-        return importlib.import_module("fedftg.flower.project")
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != "flwr":
-            raise
-        raise InputError("Flower is not installed; pip install 'fedftg[flower]'") from None
+    """An app is of use only where Flower is, which is an extra; no other command needs it."""
+    if importlib.util.find_spec("flwr") is None:
+        raise InputError("Flower is not installed; pip install 'fedftg[flower]'")
+    return importlib.import_module("fedftg.flower.project")
 
 
 def _console() -> Console:

@@ -29,8 +29,8 @@ BOUND = 420.0
 """Seconds for anything to happen; only a machine that hangs takes so long."""
 CLIENTS = 3
 SETTINGS = [
-    f"partition.num_clients={CLIENTS}", "model.name=lenet_gn", "rounds=3", "threads=1", "local.epochs=2",
-    "local.batch_size=20", "local.lr=0.05", "refiner.iterations=2", "refiner.batch_size=8",
+    f"partition.num_clients={CLIENTS}", f"cohort.size={CLIENTS}", "model.name=lenet_gn", "rounds=3", "threads=1",
+    "local.epochs=2", "local.batch_size=20", "local.lr=0.05", "refiner.iterations=2", "refiner.batch_size=8",
     "refiner.generator_width=4", "algorithm.name=fedavg", "refiner.name=fedftg",
 ]  # fmt: skip
 
@@ -167,8 +167,8 @@ def test_three_nodes_train_as_in_the_simulator(loopback: Loopback, tmp_path: Pat
     for client, key in enumerate(keys):
         loopback.supernode(client, f"node{client}", key)
     out = tmp_path / "served"
-    loopback.flwr("run", str(app), "here", "--stream", "-c", f'out="{out}" wait-seconds={BOUND}')
-    assert (out / "summary.json").exists(), loopback.log("superlink")
+    told = loopback.flwr("run", str(app), "here", "--stream", "-c", f'out="{out}" wait-seconds={BOUND}')
+    assert (out / "summary.json").exists(), told.stdout + told.stderr
     rows = [{key: row[key] for key in row if key != "seconds"} for row in records.read(out / "rounds.jsonl")]
     assert rows == simulated(app / "fedftg_app" / "recipe.toml", tmp_path / "simulated")
     assert all(row["clients"] == [0, 1, 2] and "rejected" not in row for row in rows)

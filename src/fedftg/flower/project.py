@@ -32,6 +32,12 @@ def new(folder: Path, recipe: str | None, overrides: Sequence[str]) -> list[Path
     config = configs.load(recipes.find(recipe or recipes.DEFAULT), overrides)
     if config.data.name == TENSORS:
         raise InputError("data set 'tensors' is given in Python and cannot be sent to nodes; take data.name = 'arrays'")
+    counted = config.partition.law not in ("natural", "file")
+    if counted and config.cohort.size is not None and config.cohort.size > config.partition.num_clients:
+        raise InputError(
+            f"cohort.size must be at most partition.num_clients, {config.partition.num_clients}, got "
+            f"{config.cohort.size}; set both"
+        )
     name = _project_name(folder)
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

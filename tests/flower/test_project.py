@@ -1,0 +1,74 @@
+"""`fedftg flower new` writes an app that Flower takes, and nothing where it should not."""
+
+import importlib.util
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+import fedftg
+from fedftg import config as configs
+from fedftg.flower import project
+from fedftg.flower.settings import AppSettings, app_settings
+
+
+def loaded(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_an_app_has_everything(tmp_path: Path) -> None:
+    overrides = ["rounds=7", "partition.num_clients=6", "algorithm.name=scaffold"]
+    written = project.new(tmp_path / "My App", None, overrides)
+    assert all(path.is_file() for path in written)
+    given = tomllib.loads((tmp_path / "My App" / "pyproject.toml").read_text())
+    assert given["project"]["name"] == "my-app"
+    app = given["tool"]["flwr"]["app"]
+    assert app_settings(app["config"]) == AppSettings()
+    assert set(app["config"]) == {field.alias for field in AppSettings.model_fields.values()}
+    package = tmp_path / "My App" / project.PACKAGE
+    recipe = configs.load(package / "recipe.toml")
+    assert (recipe.rounds, recipe.partition.num_clients, recipe.algorithm.name) == (7, 6, "scaffold")
+    for side, kind in (("server", ServerApp), ("client", ClientApp)):
+        assert app["components"][f"{side}app"] == f"{project.PACKAGE}.{side}_app:app"
+        assert isinstance(loaded(package / f"{side}_app.py").app, kind)
+    assert "num-supernodes=6" in (tmp_path / "My App" / "README.md").read_text()
+
+
+def test_nothing_is_overwritten_and_nothing_half_done(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine.txt").write_text("mine")
+    with pytest.raises(fedftg.InputError, match="not empty"):
+        project.new(tmp_path / "taken", None, [])
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(fedftg.InputError, match="exists already"):
+        project.new(tmp_path / "file", None, [])
+    for overrides in (["local.lrr=1"], ["data.name=tensors"], ["cohort.size=9", "partition.num_clients=3"]):
+        with pytest.raises(fedftg.InputError):
+            project.new(tmp_path / "fresh", None, overrides)
+    with pytest.raises(fedftg.InputError, match="needs a letter"):
+        project.new(tmp_path / "___", None, [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]
+    (tmp_path / "empty").mkdir()
+    assert project.new(tmp_path / "empty", "default_base", [])
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    """Without Flower it is one line that names the extra."""
+    script = (
+        "import sys; sys.modules['flwr'] = None; from fedftg.cli import main; "
+        "sys.argv = ['fedftg', 'flower', 'new', 'app']; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr == "fedftg: Flower is not installed; pip install 'fedftg[flower]'\n"
+    assert not (tmp_path / "app").exists()
