@@ -1,6 +1,8 @@
 """Whatever goes wrong on nodes ends in a finished run, and in its record."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -286,3 +288,36 @@ def test_resume_refuses_other_data_and_other_runs(federation: Callable[..., Any]
     fed.simulate("simulated")
     with pytest.raises(fedftg.InputError, match="was not made by a Flower server"):
         fed.serve(fed.grid(), "simulated", resume=True)
+
+
+def test_a_server_killed_in_mid_round_goes_on_with_the_same_numbers(federation: Callable[..., Any]) -> None:
+    """The process dies by SIGKILL when two of three clients of round 3 are done."""
+    fed = federation(*SCAFFOLD, "rounds=4")
+    script = (
+        "import os, sys, warnings\n"
+        "from pathlib import Path\n"
+        "from fedftg.flower.client_app import client_app\n"
+        "from fedftg.flower.local_grid import LocalGrid\n"
+        "from fedftg.flower.server_app import serve\n"
+        "from fedftg.progress import Silent\n"
+        "folder = Path(sys.argv[1])\n"
+        "recipe = folder / 'recipe.toml'\n"
+        "settings = {'out': str(folder / 'served')}\n"
+        "nodes = {i + 1: {'partition-id': i, 'state-dir': str(folder / f'node-{i}')} for i in range(4)}\n"
+        "grid = LocalGrid(client_app(recipe), nodes, settings)\n"
+        "done = []\n"
+        "def die(reply):\n"
+        "    done.append(reply.metadata.group_id)\n"
+        "    if done.count('3') == 2:\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "    return reply\n"
+        "grid.faults = {node: die for node in nodes}\n"
+        "serve(grid, recipe, settings, Silent())\n"
+    )
+    killed = subprocess.run([sys.executable, "-W", "ignore", "-c", script, str(fed.folder)], timeout=400, check=False)
+    assert killed.returncode == -9
+    assert len(fed.rows("served")) == 2
+    run = fed.serve(fed.grid(), resume=True)
+    whole = fed.simulate()
+    assert fed.rows("served") == fed.rows("simulated")
+    assert all(torch.equal(run.state.params[name], whole.state.params[name]) for name in whole.state.params)
