@@ -198,3 +198,16 @@ def test_a_part_of_a_stack_does_not_keep_the_stack() -> None:
     stack = torch.randn(10, 1)
     sent = ClientResult(0, 1, torch.ones(2), {"w": stack[3]}, {"n": torch.tensor(2)}, {}, {"m": stack[4]}, 0.0)
     assert store().updated([sent]).memory(0)["m"].untyped_storage().nbytes() == 4
+
+
+def test_other_sizes_make_the_average_anew() -> None:
+    """Uploads 1 and 4 of clients 0 and 1 and none of client 2: with sizes 1, 1, 2 the mean is (1 + 4 + 0) / 4."""
+    initial = {"w": torch.zeros(2)}
+    store = ClientStore(dict, initial, [1, 0, 1], True)
+    for client, value in ((0, 1.0), (1, 4.0)):
+        upload = {"w": torch.full((2,), value)}
+        store = store.updated([ClientResult(client, 1, torch.ones(1), upload, {}, {}, {}, 0.0)])
+    assert torch.equal(store.average()["w"], torch.full((2,), 0.5))
+    again = store.reweighed([1, 1, 2])
+    assert torch.equal(again.average()["w"], torch.full((2,), 1.25))
+    assert torch.equal(store.average()["w"], torch.full((2,), 0.5))

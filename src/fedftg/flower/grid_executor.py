@@ -85,7 +85,8 @@ class GridExecutor:
         arrays = records.encode({**given[0].params, **given[0].buffers})
         message = records.encode(given[0].message) if given[0].message else None
         contents = {nodes[task.client]: self._content(task, arrays, message) for task in given if task.client in nodes}
-        replies = mail.exchange(self._grid, "train", contents, str(given[0].round), self._seconds)
+        # Who comes while the others train is asked at once, and takes part from the next round.
+        replies = mail.exchange(self._grid, "train", contents, str(given[0].round), self._seconds, self._roster.refresh)
         for task in given:
             if task.client not in nodes:
                 yield Rejected(task.client, self._roster.why_missing(task.client))

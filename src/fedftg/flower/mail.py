@@ -10,6 +10,7 @@ from flwr.serverapp import Grid
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 """Seconds between two looks: short at first, for small models; longer the longer it takes."""
+_MEANWHILE_SECONDS = 5.0
 
 
 def until(done: Callable[[], bool], seconds: float) -> bool:
@@ -44,15 +45,29 @@ def collect(grid: Grid, sent: dict[str, int]) -> dict[int, Message]:
 
 
 def exchange(
-    grid: Grid, kind: str, contents: Mapping[int, RecordDict], group: str, seconds: float
+    grid: Grid,
+    kind: str,
+    contents: Mapping[int, RecordDict],
+    group: str,
+    seconds: float,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> dict[int, Message | str]:
-    """One message a node, and its reply or the reason why there is none after ``seconds``."""
+    """One message a node, and its reply or the reason why there is none after ``seconds``.
+
+    ``meanwhile`` is called every few seconds of a longer wait.
+    """
     sent = post(grid, kind, contents, group, ttl=max(seconds, 1.0) + 60)
     taken = set(sent.values())
     replies: dict[int, Message | str] = {}
 
+    called = time.monotonic()
+
     def all_there() -> bool:
+        nonlocal called
         replies.update(collect(grid, sent))
+        if sent and time.monotonic() - called > _MEANWHILE_SECONDS:
+            meanwhile()
+            called = time.monotonic()
         return not sent
 
     until(all_there, seconds)

@@ -67,9 +67,12 @@ class Roster:
                     problem = "its answer holds no facts"
             self._refuse(node, problem)
 
+    def start(self) -> None:
+        """From now on a second node for a client is one that was started again; before, it is a mistake."""
+        self._rounds_started = True
+
     def ask_again(self) -> None:
         """Has nodes asked anew that could not answer; call it once a round."""
-        self._rounds_started = True
         self._asked -= self.refused.keys()
         self.refused.clear()
 

@@ -153,6 +153,7 @@ def prepare(grid: Grid, config: RunConfig, settings: AppSettings, folder: RunFol
 
     roster = Roster(grid, judge, say)
     _gather(roster, found, config, settings, say)
+    roster.start()
     facts = [found[client] for client in sorted(found)]
     normalisation = (facts[0].mean, facts[0].std) if before is not None else joint_normalisation(facts)
     device = torch.device(resolve_device(config.device))
