@@ -1,1 +1,17 @@
-"""FedFTG inside Flower: records, apps and an in-process grid. Needs the extra ``flower``; nothing else imports it."""
+"""FedFTG inside Flower: records, apps and an in-process grid. Needs the extra ``flower``; nothing else imports it.
+
+The public names are those in ``__all__``.
+"""
+
+try:
+    import flwr  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "flwr":
+        raise
+    raise ModuleNotFoundError("fedftg.flower needs Flower; pip install 'fedftg[flower]'", name="flwr") from None
+
+from fedftg.flower.local_training import class_counts, local_train
+from fedftg.flower.rule_strategies import FedDyn, Moon, Scaffold
+from fedftg.flower.strategy import FedFTG, RefineReport
+
+__all__ = ["FedDyn", "FedFTG", "Moon", "RefineReport", "Scaffold", "class_counts", "local_train"]

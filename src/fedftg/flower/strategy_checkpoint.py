@@ -1,0 +1,80 @@
+"""Where a strategy stands after a round, on disk: one safetensors file of values and one JSON file that names it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedftg.errors import InputError
+from fedftg.params import Params, prefixed, unprefixed
+from fedftg.rundir.records import write_json
+from fedftg.rundir.tensors import read_tensors, write_tensors
+
+_FORMAT = 1
+_INDEX = "fedftg.json"
+_PARTS = ("arrays", "refiner", "base")
+
+
+@dataclass(frozen=True)
+class StrategyState:
+    """All that a resumed run needs on the server."""
+
+    round: int
+    """How many rounds are done."""
+    arrays: Params
+    """The global model under the names of the deployment's arrays."""
+    refiner: Params
+    """The generator, and Adam's moments where they are kept."""
+    base: Params
+    """What the base strategy keeps from round to round."""
+
+
+def save(folder: Path, state: StrategyState, settings: dict[str, Any]) -> None:
+    """Writes a state and makes it the one to resume from; on return it is on disk and the one before is gone.
+
+    Whenever the process dies, the JSON file names a whole state.
+
+    Args:
+        folder: made where it is not there; of one run.
+        state: what to keep.
+        settings: a run with others is not resumed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"fedftg-{state.round:06d}.safetensors"
+    tensors: Params = {}
+    for part in _PARTS:
+        tensors |= prefixed(getattr(state, part), part + "/")
+    write_tensors(folder / name, tensors)
+    write_json(folder / _INDEX, {"format": _FORMAT, "round": state.round, "state": name, "settings": settings})
+    for path in folder.glob("fedftg-*.safetensors*"):
+        if path.name != name:
+            path.unlink()
+
+
+def load(folder: Path, settings: dict[str, Any]) -> StrategyState | None:
+    """The last whole state, or None where none was written yet.
+
+    Raises:
+        InputError: a file is missing or torn, or the state is of a run with other settings.
+    """
+    path = folder / _INDEX
+    if not path.exists():
+        return None
+    try:
+        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        number, name, saved = int(index["round"]), str(index["state"]), dict(index["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); empty the folder to start anew") from error
+    if index.get("format") != _FORMAT:
+        raise InputError(f"{path} has format {index.get('format')}, this version reads {_FORMAT}; use its version")
+    here = json.loads(json.dumps(settings))
+    for key in (*here, *saved):
+        if saved.get(key) != here.get(key):
+            raise InputError(
+                f"{path} is of a run with {key} = {saved.get(key)}, this one has {here.get(key)}; use the same, or "
+                "another folder"
+            )
+    tensors = read_tensors(folder / Path(name).name)
+    return StrategyState(number, *(unprefixed(tensors, part + "/") for part in _PARTS))
