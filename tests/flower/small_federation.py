@@ -92,7 +92,9 @@ def client_app(shards: FederatedData, *, counts: bool = True, partition_id: bool
     return app
 
 
-def grid_of(app: ClientApp, num_clients: int, changes: Mapping[int, Callable[[RecordDict], None]] | None = None) -> LocalGrid:
+def grid_of(
+    app: ClientApp, num_clients: int, changes: Mapping[int, Callable[[RecordDict], None]] | None = None
+) -> LocalGrid:
     """A grid on which the replies of some nodes are changed before they arrive."""
     grid = LocalGrid.of(app, num_clients)
 
@@ -104,7 +106,7 @@ def grid_of(app: ClientApp, num_clients: int, changes: Mapping[int, Callable[[Re
 
         return fault
 
-    for node, change in (changes or {}).items():
+    for node, change in changes.items():
         grid.faults[node] = changed(change)
     return grid
 

@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,13 +22,12 @@ from fedftg.flower import records
 from fedftg.flower.client_memory import ClientMemory, ContextMemory, DiskMemory, take
 from fedftg.flower.model_layout import ModelLayout, TrainableModel
 from fedftg.flower.records import CLASS_COUNTS, EXTRA, LOSS, MESSAGE, METRICS, NUM_EXAMPLES, PARTITION_ID
-from fedftg.params import Params, to_device
+from fedftg.params import to_device
 from fedftg.seeds import forked, seed_for
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 TASK = "fedftg-task"
 """Where the message's ``ConfigRecord`` has the `TrainOrder`, as JSON."""
-UNKNOWN = -1
 
 
 class TrainOrder(BaseModel):
@@ -43,8 +42,9 @@ class TrainOrder(BaseModel):
     num_clients: int
     mean_examples: float | None
     """Samples of a client, mean over all; None counts every client as of this size."""
-    counted: int
-    """The client's last round that counted: 0 for none, `UNKNOWN` where the server does not know the node yet."""
+    counted: dict[int, int]
+    """Of each client that ever counted, the last round that did; all of them, since the server may not know yet which
+    client a node is."""
     algorithm: dict[str, Any]
     local: LocalConfig
 
@@ -86,6 +86,7 @@ def local_train(
     batches: Batches | Callable[[LocalTask, LocalConfig], Batches],
     class_counts: Sequence[int],
     state_dir: str | Path | None = None,
+    lost_memory: Literal["error", "reset"] = "error",
 ) -> Message:
     """Trains one client as a `FedDyn`, `Scaffold` or `Moon` strategy asks for, and gives the reply.
 
@@ -105,10 +106,11 @@ def local_train(
             sample are left out where the model has BatchNorm.
         class_counts: ``C`` whole numbers: how many training samples of each class the client has (`class_counts`).
         state_dir: a folder of this node for files; None: ``context.state``.
+        lost_memory: ``reset`` lets a client whose memory is gone start anew, as one that never took part.
 
     Raises:
         InputError: the message is not of such a strategy, the arrays are not the model's, or the client's memory is
-            damaged.
+            gone or damaged.
     """
     order = _order(message)
     arrays_key, arrays = _arrays(message.content)
@@ -119,6 +121,9 @@ def local_train(
     algorithm = order.build()
     client = int(context.node_config.get("partition-id", context.node_id))
     memory_place = _memory_place(context, order.run, client, state_dir)
+    counted = order.counted.get(client, 0)
+    initial = to_device(algorithm.local.init_memory(params, buffers), "cpu")
+    memory = take(memory_place, counted, counted, initial, reset=lost_memory == "reset")
     sent = message.content.array_records.get(MESSAGE)
     num_samples = sum(class_counts)
     task = LocalTask(
@@ -126,7 +131,7 @@ def local_train(
         client=client,
         params=params,
         buffers=buffers,
-        memory=to_device(_memory(memory_place, order.counted, algorithm, params, buffers), device),
+        memory=to_device(memory, device),
         message=to_device(records.decode(sent, params, finite=True), device) if sent is not None else {},
         num_samples=num_samples,
         relative_size=num_samples / order.mean_examples if order.mean_examples else 1.0,
@@ -168,14 +173,6 @@ def _memory_place(context: Context, run: str, client: int, state_dir: str | Path
     if state_dir is None:
         return ContextMemory(context.state, f"{run}/{client}")
     return DiskMemory(Path(state_dir) / run / f"client-{client:06d}")
-
-
-def _memory(place: ClientMemory, counted: int, algorithm: Algorithm, params: Params, buffers: Params) -> Params:
-    initial = algorithm.local.init_memory(params, buffers)
-    if counted == UNKNOWN:
-        # The server has not heard of this node: it is new, or a SuperNode was restarted under another id.
-        counted = max(place.rounds(), default=0)
-    return take(place, counted, counted, to_device(initial, "cpu"), reset=False)
 
 
 def _epochs(batches: Batches, settings: LocalConfig) -> Iterator[tuple[Tensor, Tensor]]:

@@ -26,7 +26,7 @@ from fedftg.algorithms.scaffold import ScaffoldConfig
 from fedftg.engine.local_train import LocalConfig
 from fedftg.errors import InputError, explain
 from fedftg.flower import records
-from fedftg.flower.local_training import TASK, UNKNOWN, TrainOrder
+from fedftg.flower.local_training import TASK, TrainOrder
 from fedftg.flower.model_layout import ModelLayout
 from fedftg.flower.records import EXTRA, LOSS, MESSAGE, PARTITION_ID, RecordError
 from fedftg.params import Params, first_non_finite, prefixed, unprefixed
@@ -74,7 +74,7 @@ class RuleStrategy(FedAvg):
             seed=seed,
             num_clients=num_clients,
             mean_examples=mean_examples,
-            counted=UNKNOWN,
+            counted={},
             algorithm=algorithm.model_dump(mode="json"),
             local=local or LocalConfig(),
         )
@@ -83,13 +83,11 @@ class RuleStrategy(FedAvg):
         self._memory: Params | None = None
         self._counted: dict[int, int] = {}
         """Per client, its last round that counted."""
-        self._clients: dict[int, int] = {}
-        """The client of each node that has answered."""
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Flower's messages, with what the rule sends besides the model, and each client's order.
+        """Flower's messages, with what the rule sends besides the model, and the order to train.
 
         Raises:
             InputError: the arrays are not those of the model.
@@ -103,14 +101,10 @@ class RuleStrategy(FedAvg):
         sent = self._rules.server.message(self._state)
         extra = {MESSAGE: records.encode(sent)} if sent else {}
         messages = list(super().configure_train(server_round, arrays, config, grid))
+        order = self._order.model_copy(update={"round": server_round, "counted": dict(self._counted)})
+        ask = ConfigRecord({**dict(config.items()), TASK: order.model_dump_json()})
         for message in messages:
-            content = RecordDict({**dict(message.content.items()), **extra})
-            client = self._clients.get(message.metadata.dst_node_id)
-            counted = UNKNOWN if client is None else self._counted.get(client, 0)
-            order = self._order.model_copy(update={"round": server_round, "counted": counted})
-            task = {TASK: order.model_dump_json()}
-            content[self.configrecord_key] = ConfigRecord({**dict(config.items()), **task})
-            message.content = content
+            message.content = RecordDict({**dict(message.content.items()), **extra, self.configrecord_key: ask})
         return messages
 
     def aggregate_train(
@@ -135,7 +129,6 @@ class RuleStrategy(FedAvg):
                 _log.warning("%s, round %d: node %d is left out: %s", type(self).__name__, server_round, node, error)
                 continue
             results[result.client] = result
-            self._clients[node] = result.client
             contents.append(message.content)
         if not any(result.num_samples > 0 for result in results.values()):
             return None, None
@@ -299,7 +292,7 @@ class Moon(RuleStrategy):
 
 
 def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
-    """The mean of each metric over the clients that have a finite number for it, weighted; ids and lists are left out."""
+    """The weighted mean of each metric over the clients that have a finite number for it, without ids and lists."""
     sums: dict[str, tuple[float, float]] = {}
     for content in contents:
         for record in content.metric_records.values():
