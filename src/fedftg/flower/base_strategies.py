@@ -23,6 +23,11 @@ _PRIVATE = (
     flower.DifferentialPrivacyServerSideAdaptiveClipping,
     flower.DifferentialPrivacyClientSideAdaptiveClipping,
 )
+_IN_PLACE = (
+    flower.QFedAvg,
+    flower.DifferentialPrivacyServerSideFixedClipping,
+    flower.DifferentialPrivacyServerSideAdaptiveClipping,
+)
 _TREES = (flower.FedXgbBagging, flower.FedXgbCyclic)
 _NUMBERS = ("clipping_norm",)
 """Settings that a strategy moves from round to round (adaptive clipping)."""
@@ -99,11 +104,16 @@ def before_configure(strategy: Strategy) -> None:
             one.current_arrays = None
 
 
+def works_in_place(strategy: Strategy) -> bool:
+    """Whether it divides or scales arrays in place, which NumPy refuses for integers such as BatchNorm's counter."""
+    return any(isinstance(one, _IN_PLACE) for one in chain(strategy))
+
+
 def after_configure(strategy: Strategy) -> None:
-    """Gives strategies that compute in place on the current model one without integers, which they cannot divide."""
+    """Gives strategies that work in place a current model without integers, as they get replies without."""
     for one in chain(strategy):
         current = vars(one).get("current_arrays")
-        if isinstance(current, ArrayRecord):
+        if works_in_place(strategy) and isinstance(current, ArrayRecord):
             one.current_arrays = floating(current)  # type: ignore[attr-defined]
 
 

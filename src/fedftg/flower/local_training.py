@@ -30,6 +30,10 @@ TASK = "fedftg-task"
 """Where the message's ``ConfigRecord`` has the `TrainOrder`, as JSON."""
 
 
+INITIAL = "initial"
+"""The very first model, for a client that has not taken part yet; only where the method needs it."""
+
+
 class TrainOrder(BaseModel):
     """What the strategies of `fedftg.flower.rule_strategies` tell a client besides the arrays."""
 
@@ -122,7 +126,9 @@ def local_train(
     client = int(context.node_config.get("partition-id", context.node_id))
     memory_place = _memory_place(context, order.run, client, state_dir)
     counted = order.counted.get(client, 0)
-    initial = to_device(algorithm.local.init_memory(params, buffers), "cpu")
+    first = message.content.array_records.get(INITIAL)
+    origin = layout.split(layout.decode(first)) if first is not None else (params, buffers)
+    initial = to_device(algorithm.local.init_memory(*origin), "cpu")
     memory = take(memory_place, counted, counted, initial, reset=lost_memory == "reset")
     sent = message.content.array_records.get(MESSAGE)
     num_samples = sum(class_counts)
@@ -161,7 +167,7 @@ def _order(message: Message) -> TrainOrder:
 
 
 def _arrays(content: RecordDict) -> tuple[str, ArrayRecord]:
-    found = [(key, record) for key, record in content.array_records.items() if key != MESSAGE]
+    found = [(key, record) for key, record in content.array_records.items() if key not in (MESSAGE, INITIAL)]
     if len(found) != 1:
         raise InputError(f"the message must hold one ArrayRecord with the model, got {len(found)}")
     return found[0]

@@ -26,7 +26,7 @@ from fedftg.algorithms.scaffold import ScaffoldConfig
 from fedftg.engine.local_train import LocalConfig
 from fedftg.errors import InputError, explain
 from fedftg.flower import records
-from fedftg.flower.local_training import TASK, TrainOrder
+from fedftg.flower.local_training import INITIAL, TASK, TrainOrder
 from fedftg.flower.model_layout import ModelLayout
 from fedftg.flower.records import EXTRA, LOSS, MESSAGE, PARTITION_ID, RecordError
 from fedftg.params import Params, first_non_finite, prefixed, unprefixed
@@ -50,6 +50,9 @@ class RuleStrategy(FedAvg):
     Raises:
         InputError: a setting out of range.
     """
+
+    sends_initial = False
+    """Whether clients that have not taken part yet get the very first model too."""
 
     def __init__(
         self,
@@ -81,8 +84,12 @@ class RuleStrategy(FedAvg):
         self._layout: ModelLayout | None = None
         self._state: ServerState | None = None
         self._memory: Params | None = None
+        self._initial: Params = {}
+        """The very first model, where clients that never took part need it."""
         self._counted: dict[int, int] = {}
         """Per client, its last round that counted."""
+        self._clients: dict[int, int] = {}
+        """The client of each node whose reply could be used."""
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -97,14 +104,19 @@ class RuleStrategy(FedAvg):
         params, buffers = self._layout.split(self._layout.accept(arrays))
         if self._memory is None:
             self._memory = self._rules.server.init(params)
+            self._initial = self._layout.join(params, buffers) if self.sends_initial else {}
         self._state = ServerState(server_round - 1, params, buffers, self._memory, {})
         sent = self._rules.server.message(self._state)
         extra = {MESSAGE: records.encode(sent)} if sent else {}
         messages = list(super().configure_train(server_round, arrays, config, grid))
         order = self._order.model_copy(update={"round": server_round, "counted": dict(self._counted)})
         ask = ConfigRecord({**dict(config.items()), TASK: order.model_dump_json()})
+        initial = {INITIAL: records.encode(self._initial)} if self._initial else {}
         for message in messages:
-            message.content = RecordDict({**dict(message.content.items()), **extra, self.configrecord_key: ask})
+            new = self._clients.get(message.metadata.dst_node_id) not in self._counted
+            content = RecordDict({**dict(message.content.items()), **extra, **(initial if new else {})})
+            content[self.configrecord_key] = ask
+            message.content = content
         return messages
 
     def aggregate_train(
@@ -129,6 +141,7 @@ class RuleStrategy(FedAvg):
                 _log.warning("%s, round %d: node %d is left out: %s", type(self).__name__, server_round, node, error)
                 continue
             results[result.client] = result
+            self._clients[node] = result.client
             contents.append(message.content)
         if not any(result.num_samples > 0 for result in results.values()):
             return None, None
@@ -154,13 +167,14 @@ class RuleStrategy(FedAvg):
         """What a resumed run needs: the server's memory, and which round of each client counted last."""
         counted = torch.tensor([[client, self._counted[client]] for client in sorted(self._counted)], dtype=torch.int64)
         run = torch.tensor(list(self._order.run.encode()), dtype=torch.uint8)
-        return {"counted": counted, "run": run, **prefixed(self._memory or {}, "memory/")}
+        kept = prefixed(self._memory or {}, "memory/") | prefixed(self._initial, "initial/")
+        return {"counted": counted, "run": run, **kept}
 
     def load_state_tensors(self, tensors: Params) -> None:
         """Goes on where `state_tensors` was taken."""
         self._counted = {int(client): int(number) for client, number in tensors["counted"].reshape(-1, 2).tolist()}
         self._order = self._order.model_copy(update={"run": bytes(tensors["run"].tolist()).decode()})
-        self._memory = unprefixed(tensors, "memory/")
+        self._memory, self._initial = unprefixed(tensors, "memory/"), unprefixed(tensors, "initial/")
 
     def _result(self, message: Message) -> ClientResult:
         """A reply's model and further upload.
@@ -264,6 +278,8 @@ class Scaffold(RuleStrategy):
 class Moon(RuleStrategy):
     """MOON (Li, He, Song, CVPR 2021): see `fedftg.algorithms.moon`, and `RuleStrategy` for what is not here.
 
+    A client that has not taken part yet is sent the initial model too, which stands for its previous one.
+
     Args:
         model: see `RuleStrategy`; it must end with a linear layer.
         num_clients: see `RuleStrategy`.
@@ -274,6 +290,8 @@ class Moon(RuleStrategy):
         seed: see `RuleStrategy`.
         options: see `RuleStrategy`.
     """
+
+    sends_initial = True
 
     def __init__(
         self,

@@ -287,6 +287,7 @@ class FedFTG(Strategy):
             client_id_key=id_key,
             weight_keys=bases.weight_keys(self.strategy),
             hidden=(id_key,) if bases.averages_all_metrics(self.strategy) else (),
+            without_integers=bases.works_in_place(self.strategy),
         )
 
     def _check_counts(self, number: int, read: list[TrainReply]) -> None:

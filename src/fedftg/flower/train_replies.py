@@ -47,6 +47,7 @@ class ReplyReader:
         client_id_key: where they may have a number that stays the same from round to round.
         weight_keys: metrics that the base weighs updates by; one that is no finite number >= 0 spoils them all.
         hidden: further metrics that the base strategy is not to see.
+        without_integers: give it integers as float64, as which Flower averages them anyway.
     """
 
     layout: ModelLayout
@@ -56,6 +57,7 @@ class ReplyReader:
     client_id_key: str = PARTITION_ID
     weight_keys: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
+    without_integers: bool = False
 
     def read(self, messages: Iterable[Message]) -> list[TrainReply]:
         """All replies, in the order of client ids, those without a partition id after the others, by node id.
@@ -136,15 +138,11 @@ class ReplyReader:
         return (counts, None) if int(counts.sum()) else (None, "its class counts are all 0, so it taught nothing")
 
     def _for_base(self, message: Message) -> Message:
-        """A message of its own with records of its own, for strategies empty and overwrite them.
-
-        Integers become float64, as which Flower averages them anyway; where a strategy works in place it cannot
-        otherwise.
-        """
+        """A message of its own with records of its own, for strategies empty and overwrite them."""
         content = RecordDict()
         for name, record in message.content.items():
             if isinstance(record, ArrayRecord):
-                content[name] = floating(record)
+                content[name] = floating(record) if self.without_integers else ArrayRecord(dict(record.items()))
             elif isinstance(record, MetricRecord):
                 hidden = (self.class_counts_key, *self.hidden)
                 content[name] = MetricRecord({key: value for key, value in record.items() if key not in hidden})
