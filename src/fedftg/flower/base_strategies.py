@@ -90,7 +90,8 @@ def weight_keys(strategy: Strategy) -> tuple[str, ...]:
 def averages_all_metrics(strategy: Strategy) -> bool:
     """Whether metrics are averaged by Flower's own function, in which an id makes no sense."""
     found = [vars(one)["train_metrics_aggr_fn"] for one in chain(strategy) if "train_metrics_aggr_fn" in vars(one)]
-    return bool(found) and all(function is aggregate_metricrecords for function in found)
+    of_ours = any(isinstance(one, HasState) for one in chain(strategy))  # they tell clients apart by their ids
+    return bool(found) and not of_ours and all(function is aggregate_metricrecords for function in found)
 
 
 def before_configure(strategy: Strategy) -> None:
