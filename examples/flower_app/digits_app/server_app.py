@@ -29,7 +29,7 @@ def main(grid: Grid, context: Context) -> None:
         folder = str(settings["checkpoint"]) or None
         strategy = FedFTG(strategy, model=model, image_shape=IMAGE_SHAPE, checkpoint=folder)  # the one line
 
-    def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+    def evaluate(_: int, arrays: ArrayRecord) -> MetricRecord:
         model.load_state_dict(arrays.to_torch_state_dict())
         return MetricRecord({"accuracy": accuracy(model, *test_data())})
 
