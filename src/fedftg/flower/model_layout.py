@@ -151,3 +151,22 @@ def _misfit(keys: list[str], names: Iterable[str]) -> str:
         f"the deployment's {len(keys)} arrays {' and '.join(parts) or 'differ'}; they must be the {len(names)} of the "
         "model's state_dict(), by name or in its order"
     )
+
+
+def num_classes(model: TrainableModel, image_shape: tuple[int, int, int], device: torch.device) -> int:
+    """``C`` of a model, by two black images.
+
+    Raises:
+        InputError: the model does not take such images, or does not give logits.
+    """
+    try:
+        with torch.no_grad():
+            logits = model(*model.init(), torch.zeros(2, *image_shape, device=device), train=False)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"the model does not take images of shape {image_shape}: {reason}; pass its image_shape"
+        ) from error
+    if logits.ndim != 2 or len(logits) != 2 or logits.shape[1] < 2:
+        raise InputError(f"the model must give logits (2, classes) for 2 images, got {tuple(logits.shape)}")
+    return int(logits.shape[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
@@ -19,12 +20,13 @@ from torch import nn
 
 from fedftg.algorithms.base import ClientResult, RefinerContext, ServerState
 from fedftg.algorithms.fedftg import FedFTG as Refiner
+from fedftg.algorithms.fedftg import of_preset
 from fedftg.distill.config import DistillConfig, preset
 from fedftg.engine.machine import resolve_device
 from fedftg.errors import InputError
 from fedftg.flower import base_strategies as bases
 from fedftg.flower import strategy_checkpoint
-from fedftg.flower.model_layout import ModelLayout, TrainableModel
+from fedftg.flower.model_layout import ModelLayout, TrainableModel, num_classes
 from fedftg.flower.records import ARRAYS, CLASS_COUNTS, PARTITION_ID, encode
 from fedftg.flower.strategy_checkpoint import StrategyState
 from fedftg.flower.train_replies import ReplyReader, TrainReply
@@ -34,6 +36,7 @@ from fedftg.seeds import SERVER, torch_rng
 _log = logging.getLogger("flwr")
 
 EvaluateFunction = Callable[[int, ArrayRecord], MetricRecord | None]
+_LARGEST_ID = 2**63 - 1
 _METHODS = ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
 _NO_COUNTS = (
     "no client told its class counts in round {round}: {problem} (docs/flower_strategy.md says what clients must send)"
@@ -75,6 +78,9 @@ class FedFTG(Strategy):
             Parameters that require no gradient stay as the base has aggregated them.
         image_shape: ``(D, H, W)`` of its images, 1 or 3 channels, 8 to 224 pixels a side.
         config: a preset (``fedftg``, ``paper``, ``official``), or a `DistillConfig`.
+        absent_weight: the model of the round before is one more teacher, with this times the class counts of clients
+            that took part before and not now; 0 is off. None: the preset's (1 in ``fedftg``), 0 for a `DistillConfig`.
+            Clients need a number that stays the same (``client_id_key``), or a restarted node counts as absent.
         seed: of everything that is drawn; the numbers are those of ``fedftg run`` with this seed.
         device: where the server refines; ``auto`` is a GPU where there is one.
         class_counts_key: where the ``MetricRecord`` of a training reply has the class counts, see `class_counts`.
@@ -95,6 +101,7 @@ class FedFTG(Strategy):
         model: nn.Module,
         image_shape: Sequence[int] = (3, 32, 32),
         config: str | DistillConfig = "fedftg",
+        absent_weight: float | None = None,
         seed: int = 0,
         device: str = "auto",
         class_counts_key: str = CLASS_COUNTS,
@@ -114,6 +121,10 @@ class FedFTG(Strategy):
         self.reports: list[RefineReport] = []
         """One a round, of this session."""
         self._settings = preset(config) if isinstance(config, str) else config
+        of_config = float(of_preset(config)["absent_weight"]) if isinstance(config, str) else 0.0
+        self._absent_weight = of_config if absent_weight is None else absent_weight
+        if not 0 <= self._absent_weight < math.inf:
+            raise InputError(f"absent_weight must be >= 0 and finite, got {absent_weight}; 0 is off")
         self._seed, self._teachers = seed, teachers
         self._keys = class_counts_key, client_id_key
         self._checkpoint = Path(checkpoint) if checkpoint is not None else None
@@ -123,9 +134,10 @@ class FedFTG(Strategy):
         self._module, shape = model, (int(image_shape[0]), int(image_shape[1]), int(image_shape[2]))
         place = torch.device(resolve_device(device))
         trainable = TrainableModel(copy.deepcopy(model).to(place))
-        self._num_classes = _num_classes(trainable, shape, place)
+        self._num_classes = num_classes(trainable, shape, place)
         self._device = place
-        self._refiner = Refiner(self._settings, RefinerContext(trainable, self._num_classes, shape, place))
+        context = RefinerContext(trainable, self._num_classes, shape, place)
+        self._refiner = Refiner(self._settings, context, self._absent_weight)
         params, _ = trainable.init()
         self._memory = self._refiner.init(params, torch_rng(seed, 0, SERVER, "refiner"))
         self._layout: ModelLayout | None = None
@@ -306,15 +318,15 @@ class FedFTG(Strategy):
         assert self._layout is not None
         report = replace(report, teachers=[result.client for result in teachers])
         start = time.perf_counter()
-        # The order is that of the replies; two nodes may claim one partition.
+        # Node ids have 64 bits without a sign, and tensors keep it.
         placed = [
             replace(
                 result,
-                client=place,
+                client=result.client & _LARGEST_ID,
                 params=to_device(result.params, self._device),
                 buffers=to_device(result.buffers, self._device),
             )
-            for place, result in enumerate(teachers)
+            for result in teachers
         ]
         params, buffers = (to_device(part, self._device) for part in self._layout.split(aggregate))
         state = ServerState(report.round - 1, params, buffers, {}, self._memory)
@@ -345,25 +357,10 @@ class FedFTG(Strategy):
     def _fingerprint(self) -> dict[str, Any]:
         return {
             "base strategy": [type(one).__name__ for one in bases.chain(self.strategy)],
-            "config": self._settings.model_dump(mode="json"),
+            "config": {**self._settings.model_dump(mode="json"), "absent_weight": self._absent_weight},
             "seed": self._seed,
             "teachers": self._teachers,
         }
-
-
-def _num_classes(model: TrainableModel, image_shape: tuple[int, int, int], device: torch.device) -> int:
-    """``C``, by two black images."""
-    try:
-        with torch.no_grad():
-            logits = model(*model.init(), torch.zeros(2, *image_shape, device=device), train=False)
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"the model does not take images of shape {image_shape}: {reason}; pass its image_shape"
-        ) from error
-    if logits.ndim != 2 or len(logits) != 2 or logits.shape[1] < 2:
-        raise InputError(f"the model must give logits (2, classes) for 2 images, got {tuple(logits.shape)}")
-    return int(logits.shape[1])
 
 
 def _teachers_of(read: list[TrainReply], taken: list[RecordDict] | None) -> list[ClientResult]:
