@@ -451,6 +451,7 @@ def test_what_cannot_be_refined_is_refused_in_one_line() -> None:
         (lambda: wrapped(flower.FedAvg(), image_shape=(3, 8, 8)), r"images of shape \(3, 8, 8\)"),
         (lambda: wrapped(flower.FedAvg(), teachers="best"), "'all' or 'selected', got 'best'"),
         (lambda: wrapped(flower.FedAvg(), config="fedtgf"), "unknown"),
+        (lambda: wrapped(flower.FedAvg(), absent_weight=-1.0), "absent_weight must be >= 0 and finite, got -1.0"),
         (lambda: wrapped(flower.FedAvg(), model=nn.Flatten(0)), r"logits \(2, classes\)"),
     ]
     for make, message in cases:
