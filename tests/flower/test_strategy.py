@@ -214,14 +214,14 @@ def test_averages_by_hand() -> None:
 
 
 def test_momentum_starts_from_what_clients_received() -> None:
-    """The clients add 2/3 and 4/3, on average 1; momentum 0.5.
+    """The clients add 2/3 and 4/3, on average 1; momentum 0.5, rate 0.5 (at rate 1 the current model cancels).
 
-    Round 1: gradient 0 - 1 = -1, velocity -1, model 0 + 1 = 1, refined 11. Round 2: clients give 12, gradient
-    11 - 12 = -1, velocity 0.5 * -1 - 1 = -1.5, model 11 + 1.5 = 12.5, refined 22.5. Had the strategy kept its own 1 as
-    current model, the gradient would be 1 - 12 = -11.
+    Round 1: gradient 0 - 1 = -1, velocity -1, model 0 + 0.5 = 0.5, refined 10.5. Round 2: clients give 11.5, gradient
+    10.5 - 11.5 = -1, velocity 0.5 * -1 - 1 = -1.5, model 10.5 + 0.75 = 11.25, refined 21.25. Had the strategy kept its
+    own 0.5 as current model, the gradient would be 0.5 - 11.5 = -11 and the model 0.5 + 5.75 = 6.25.
     """
-    base = flower.FedAvgM(server_momentum=0.5, **TWO)
-    assert by_hand(base, moving_app(2 / 3), 2, 10.0) == pytest.approx([11.0, 22.5], abs=1e-5)
+    base = flower.FedAvgM(server_momentum=0.5, server_learning_rate=0.5, **TWO)
+    assert by_hand(base, moving_app(2 / 3), 2, 10.0) == pytest.approx([10.5, 21.25], abs=1e-5)
 
 
 def test_adam_starts_from_what_clients_received() -> None:
