@@ -26,7 +26,7 @@ from fedftg.errors import InputError
 from fedftg.experiment import Run
 from fedftg.models.registry import MODELS
 from fedftg.progress import Progress, Silent
-from fedftg.report import plots, table
+from fedftg.report import table
 from fedftg.report.load import RunRecord, load_run
 from fedftg.rundir import checkpoint
 from fedftg.rundir.folder import RunFolder
@@ -155,6 +155,8 @@ def partition(
     recipe: str | None, overrides: Sequence[str], out: Path | None, progress: Progress | None = None
 ) -> PartitionReport:
     """Splits the data as the recipe would, without training; writes a heatmap, the sizes and the division itself."""
+    from fedftg.report import plots  # half a second of import time that commands without a plot do not need
+
     config = configs.load(recipes.find(recipe or recipes.DEFAULT), overrides)
     progress = progress or Silent()
     try:
@@ -297,6 +299,8 @@ def _fresh(parent: Path, name: str) -> Path:
 
 
 def _write_report(runs: list[RunRecord], folder: Path) -> Report:
+    from fedftg.report import plots
+
     _make(folder)
     table_file = folder / "table.md"
     try:
