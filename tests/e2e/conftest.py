@@ -1,8 +1,9 @@
+import itertools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,72 @@ def options(settings: list[str]) -> list[str]:
     return [part for setting in settings for part in ("--set", setting)]
 
 
+class ForkServer:
+    """A process of ``fork_server.py``, and the files that take what its forks print."""
+
+    def __init__(self, folder: Path) -> None:
+        self._output = {name: folder / name for name in ("stdout", "stderr")}
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    def run(
+        self, arguments: Sequence[str], folder: Path, environment: dict[str, str], path: Path | None
+    ) -> subprocess.CompletedProcess[str]:
+        for file in self._output.values():
+            file.write_bytes(b"")
+        command = {
+            "arguments": arguments, "folder": str(folder), "environment": environment,
+            "path": [] if path is None else [str(path)], **{name: str(file) for name, file in self._output.items()},
+        }  # fmt: skip
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+        status = int(self._process.stdout.readline())
+        texts = (self._output[name].read_text() for name in ("stdout", "stderr"))
+        return subprocess.CompletedProcess(["fedftg", *arguments], status, *texts)
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+@pytest.fixture(scope="session")
+def fork_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Iterator[ForkServer]]:
+    """Two in turn: commands that follow each other hash strings differently, as processes of their own do."""
+    servers = [ForkServer(tmp_path_factory.mktemp("fork_server")) for _ in range(2)]
+    yield itertools.cycle(servers)
+    for server in servers:
+        server.close()
+
+
+def environment_of(path: Path | None) -> dict[str, str]:
+    """The environment of a command, with ``path`` first on Python's path."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+    if path is not None:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(path), os.environ.get("PYTHONPATH")]))
+    return environment
+
+
 @pytest.fixture
-def fedftg(tmp_path: Path) -> Fedftg:
-    """Runs the command line in an empty folder."""
+def fedftg(tmp_path: Path, fork_servers: Iterator[ForkServer]) -> Fedftg:
+    """Runs the command line in an empty folder, in a process of its own that is forked."""
 
     def call(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
-        if path is not None:
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(path), os.environ.get("PYTHONPATH")]))
+        return next(fork_servers).run(arguments, tmp_path, environment_of(path), path)
+
+    return call
+
+
+@pytest.fixture
+def python_m_fedftg(tmp_path: Path) -> Fedftg:
+    """The same by an interpreter that is started for it, as a user does."""
+
+    def call(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "fedftg.cli", *arguments],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300,
+            cwd=tmp_path, env=environment_of(path), capture_output=True, text=True, check=False, timeout=300,
         )  # fmt: skip
 
     return call

@@ -208,8 +208,8 @@ def test_partition_with_wrong_input(fedftg: Any, tmp_path: Path, arguments: list
     fails(fedftg("partition", "default", *arguments), tmp_path, expected)
 
 
-def test_list_names_everything(fedftg: Any) -> None:
-    done = fedftg("list")
+def test_list_names_everything(python_m_fedftg: Any) -> None:
+    done = python_m_fedftg("list")
     assert done.returncode == 0
     for name in (
         "digits",

@@ -217,11 +217,13 @@ def test_four_rounds_are_two_and_two(fedftg: Any, tiny: list[str], read_records:
 
 
 def test_same_seed_same_bytes_in_two_processes(
-    fedftg: Any, tiny: list[str], read_records: Read, tmp_path: Path
+    fedftg: Any, python_m_fedftg: Any, tiny: list[str], read_records: Read, tmp_path: Path
 ) -> None:
-    for name in ("one", "two"):
-        assert fedftg("run", "default", *tiny, "--out", name).returncode == 0
+    """One of them forked, as in the other tests, and one as a user starts it."""
+    for name, command in (("one", fedftg), ("two", python_m_fedftg)):
+        assert command("run", "default", *tiny, "--out", name).returncode == 0
     assert read_records(tmp_path / "one") == read_records(tmp_path / "two")
+    assert_same_weights(tmp_path / "one", tmp_path / "two")
     other = fedftg("run", "default", *tiny, "--set", "seed=1", "--out", "other")
     assert other.returncode == 0
     assert read_records(tmp_path / "other") != read_records(tmp_path / "one")
