@@ -183,18 +183,30 @@ def alive(pid: int) -> bool:
         return False
 
 
+FIVE_CLIENTS = [
+    "threads=1", "rounds=3", "data.name=digits", "data.max_train=150", "partition.num_clients=5", "cohort.size=5",
+    "model.name=lenet_bn", "local.epochs=1", "refiner.name=none",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `FIVE_CLIENTS` that nothing interrupted, in one process."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    fedftg.run("default", overrides=[*FIVE_CLIENTS, "executor.name=sequential"], out=folder)
+    return folder
+
+
 @pytest.mark.skipif(not Path(f"/proc/self/task/{os.getpid()}/children").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_processes_end_with_the_parent(tmp_path: Path, plugin: str, how: signal.Signals) -> None:
+def test_processes_end_with_the_parent(tmp_path: Path, plugin: str, whole: Path, how: signal.Signals) -> None:
     """Killed or interrupted in the middle of a client that takes minutes; then resumed to the same numbers."""
-    settings = ["threads=1", "rounds=3", "data.name=digits", "data.max_train=150", "partition.num_clients=5",
-                "model.name=lenet_bn", "local.epochs=1", "refiner.name=none", "executor.name=workers",
-                "executor.workers=2", "cohort.size=5", f'plugins=["{plugin}"]', f"algorithm.name={plugin}"]  # fmt: skip
+    settings = [*FIVE_CLIENTS, "executor.name=workers", "executor.workers=2", f'plugins=["{plugin}"]',
+                f"algorithm.name={plugin}", "algorithm.do=wait"]  # fmt: skip
     options = [part for setting in settings for part in ("--set", setting)]
-    command = [sys.executable, "-m", "fedftg.cli", "run", "default", *options]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [*command, "--set", "algorithm.do=wait", "--out", "run"], cwd=tmp_path, env=environment,
+        [sys.executable, "-m", "fedftg.cli", "run", "default", *options, "--out", "run"], cwd=tmp_path, env=environment,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         # A shell that starts tests in the background has them, and what they start, ignore the signal.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
@@ -217,7 +229,5 @@ def test_processes_end_with_the_parent(tmp_path: Path, plugin: str, how: signal.
     # What makes client 1 wait is part of the settings: taken out by hand, as no override may.
     config = tmp_path / "run" / "config.toml"
     config.write_text(config.read_text().replace('do = "wait"', 'do = "nothing"'))
-    for extra in (["--resume", "--out", "run"], [*command[4:], "--out", "whole"]):
-        done = subprocess.run([*command[:4], *extra], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    fedftg.run(None, out=tmp_path / "run", resume=True)
+    assert rows(tmp_path / "run") == rows(whole)
