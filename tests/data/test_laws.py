@@ -439,11 +439,13 @@ def test_noise_levels_by_hand() -> None:
 @pytest.mark.parametrize("classes", [10, 100])
 @pytest.mark.parametrize("law", sorted(set(LAWS) - {"file"}))
 def test_fast_enough(law: str, classes: int) -> None:
-    """Also the answer that it cannot be done, which linear, square and exponential give for so many clients."""
+    """Also the answer that it cannot be done, which linear, square and exponential give for so many clients.
+
+    Of this process: seconds on the clock are others' too where tests run beside each other."""
     labels = np.arange(50_000) % classes
     columns = {"column": np.arange(50_000) % (10_000 if law == "natural" else 6)}
     config = PartitionConfig(law=law, num_clients=10_000, column="column")
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         parts = partition(labels, config, rng(), columns)
         assert len(parts) == 10_000
@@ -452,4 +454,4 @@ def test_fast_enough(law: str, classes: int) -> None:
         parts = partition(labels, config.model_copy(update={"num_clients": 10}), rng(), columns)
     train, _ = hold_back(parts, labels, 0.2, rng())
     assert len(train) == len(parts)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
