@@ -95,7 +95,7 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     grid = LocalGrid.of(client_app(model, options.steps, options.batch_size), options.clients)
     base = FedAvg(min_train_nodes=options.clients, min_available_nodes=options.clients, fraction_evaluate=0.0)
     strategy = base if kind == "FedAvg" else FedFTG(base, model=model, image_shape=IMAGE_SHAPE, config=options.config)
-    seconds: dict[str, list[float]] = {"clients": [], "server": []}
+    seconds: dict[str, list[float]] = {"clients": [], "server": [], "server CPU": []}
     before, peaks, down, up = [], [], [], []
     arrays = ArrayRecord(model.state_dict())
     for number in range(1, options.rounds + 1):
@@ -107,10 +107,11 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
         up.append(sum(record_bytes(r) for r in replies[0].content.array_records.values()))
         del messages
         before.append(resident_mb())
-        start = time.perf_counter()
+        start, processor = time.perf_counter(), time.process_time()
         with watched_memory(peaks):
             new, _ = strategy.aggregate_train(number, replies)
         seconds["server"].append(time.perf_counter() - start)
+        seconds["server CPU"].append(time.process_time() - processor)
         assert new is not None
         arrays = new
         del replies
@@ -129,15 +130,14 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| strategy | clients, s a round | server, s a round | of it refining | MB down, up a client "
+        "| strategy | clients, s a round | server, s a round | CPU s of it | MB down, up a client "
         "| MB resident with all replies | MB peak while the server works |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         mean = {key: sum(values) / len(values) for key, values in row["seconds"].items()}
-        refining = sum(row["refining"]) / len(row["refining"]) if row["refining"] else 0.0
         lines.append(
-            f"| {row['strategy']} | {mean['clients']:.1f} | {mean['server']:.1f} | {refining:.1f} "
+            f"| {row['strategy']} | {mean['clients']:.1f} | {mean['server']:.1f} | {mean['server CPU']:.1f} "
             f"| {row['bytes_down'] / 1e6:.1f}, {row['bytes_up'] / 1e6:.1f} | {max(row['memory_with_replies_mb']):.0f} "
             f"| {max(row['memory_peak_in_aggregation_mb']):.0f} |"
         )
