@@ -1,6 +1,7 @@
 """The cells of benchmarks/accuracy are experiments that start, and its tables say what the kept results hold."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,15 @@ def test_tables_pair_seeds(bench: Any, tmp_path: Path) -> None:
     assert cells[-1] == "c0, c1, c2"
     assert "fedprox" not in text
     assert "old" not in text
+
+
+def test_the_page_shows_what_the_kept_results_say(bench: Any) -> None:
+    import tables  # type: ignore[import-not-found]
+
+    text = tables.PAGE.read_text()
+    assert tables.fill_page(text, FOLDER.parent / "results" / "accuracy") == text, "run: accuracy.py --minutes 0"
+    assert "| fedavg-fedftg-b0.1-gn | " in text
+    assert all((tables.PAGE.parent / name).is_file() for name in re.findall(r"\]\((figures/[^)]+)\)", text))
 
 
 def test_a_shorter_run_is_compared_over_the_rounds_that_both_have(bench: Any, tmp_path: Path) -> None:
