@@ -114,7 +114,9 @@ def _line(axes: Axes, runs: Results, kind: str, colour: str, label: str, style: 
     by_seed: Sequence[Sequence[float]] = [run["accuracy"][kind] for run in runs.values()]
     rounds = next(iter(runs.values()))["rounds"]
     mean = [100 * statistics.mean(values) for values in zip(*by_seed, strict=True)]
-    axes.plot(rounds, mean, style, color=colour, label=f"{label} ({len(runs)} seed{'s' * (len(runs) > 1)})", linewidth=1.6)
+    axes.plot(
+        rounds, mean, style, color=colour, label=f"{label} ({len(runs)} seed{'s' * (len(runs) > 1)})", linewidth=1.6
+    )
 
 
 def _label(base: str) -> str:

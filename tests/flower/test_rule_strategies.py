@@ -38,7 +38,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 
 
 def config(algorithm: str, refined: bool) -> RunConfig:
-    refiner = {"name": "fedftg", "absent_weight": 1.0, **small.CONFIG.model_dump()} if refined else {"name": "none"}
+    refiner = {"name": "fedftg", **small.CONFIG.model_dump(), "absent_weight": 1.0} if refined else {"name": "none"}
     return from_mapping(
         {
             "rounds": ROUNDS,
@@ -107,8 +107,14 @@ class Simulated:
 
     def wrapped(self, base: Strategy, **more: Any) -> FedFTG:
         shape = self.experiment.data.image_shape
-        settings = {"config": small.CONFIG, "absent_weight": 1.0, "seed": self.settings.seed, **more}
-        return FedFTG(base, model=self.module, image_shape=shape, **settings)
+        settings = {
+            "config": small.CONFIG,
+            "absent_weight": 1.0,
+            "seed": self.settings.seed,
+            "image_shape": shape,
+            **more,
+        }
+        return FedFTG(base, model=self.module, **settings)
 
 
 @pytest.fixture

@@ -426,6 +426,38 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
         run(wrapped(BASES[name](), **kept, checkpoint=tmp_path / "run"), LocalGrid.of(app, CLIENTS))
 
 
+def test_absent_clients_are_taught_for_as_in_the_preset() -> None:
+    """With node ids beyond 63 bits in place of partition ids; client numbers are then their low bits."""
+    app = small.client_app(small.data(3), partition_id=False)
+    nodes = {2**63 + 5 + client: {"partition-id": client} for client in range(3)}
+
+    class Two(LocalGrid):
+        def get_node_ids(self) -> list[int]:
+            return super().get_node_ids()[:2] if self.late else super().get_node_ids()
+
+        late = False
+
+    def run_two(**changes: Any) -> tuple[FedFTG, ArrayRecord]:
+        grid = Two(app, nodes)
+        strategy = wrapped(flower.FedAvg(**TWO), **changes)
+        first = strategy.start(grid, small.initial(), 1).arrays
+        grid.late = True
+        strategy._offset = 1
+        replies = grid.send_and_receive(list(strategy.configure_train(1, first, ConfigRecord(), grid)))
+        arrays, _ = strategy.aggregate_train(1, replies)
+        assert arrays is not None
+        return strategy, arrays
+
+    (with_past, one), (_, two) = run_two(absent_weight=1.0), run_two()
+    assert [report.teachers for report in with_past.reports] == [[5, 6, 7], [5, 6]]
+    assert with_past._memory["past.clients"].tolist() == [5, 6, 7]
+    assert not equal(one, two)
+    assert wrapped(flower.FedAvg(), config="fedftg")._absent_weight == 1.0
+    assert wrapped(flower.FedAvg(), config="paper")._absent_weight == 0.0
+    with pytest.raises(InputError, match="absent_weight must be >= 0, got -1"):
+        wrapped(flower.FedAvg(), absent_weight=-1)
+
+
 def test_teachers_may_be_those_that_krum_has_taken(app: ClientApp, log: pytest.LogCaptureFixture) -> None:
     selected = wrapped(BASES["MultiKrum"](), teachers="selected")
     assert "discards included" not in log.text
@@ -451,7 +483,6 @@ def test_what_cannot_be_refined_is_refused_in_one_line() -> None:
         (lambda: wrapped(flower.FedAvg(), image_shape=(3, 8, 8)), r"images of shape \(3, 8, 8\)"),
         (lambda: wrapped(flower.FedAvg(), teachers="best"), "'all' or 'selected', got 'best'"),
         (lambda: wrapped(flower.FedAvg(), config="fedtgf"), "unknown"),
-        (lambda: wrapped(flower.FedAvg(), absent_weight=-1.0), "absent_weight must be >= 0 and finite, got -1.0"),
         (lambda: wrapped(flower.FedAvg(), model=nn.Flatten(0)), r"logits \(2, classes\)"),
     ]
     for make, message in cases:

@@ -58,6 +58,11 @@ class TrainOrder(BaseModel):
         return config.build(self.num_clients)
 
 
+def client_of(node: int) -> int:
+    """A client's number where it has no partition id: the low 63 bits of its node id, for tensors hold no more."""
+    return node & (2**63 - 1)
+
+
 def class_counts(labels: Tensor | np.ndarray[Any, Any] | Sequence[int], num_classes: int) -> list[int]:
     """How many samples of each class a client trains on: ``num_classes`` whole numbers, for a ``MetricRecord``.
 
@@ -123,7 +128,7 @@ def local_train(
     device = next(model.parameters()).device
     params, buffers = (to_device(part, device) for part in layout.split(layout.decode(arrays)))
     algorithm = order.build()
-    client = int(context.node_config.get("partition-id", context.node_id))
+    client = int(context.node_config.get("partition-id", client_of(context.node_id)))
     memory_place = _memory_place(context, order.run, client, state_dir)
     counted = order.counted.get(client, 0)
     first = message.content.array_records.get(INITIAL)

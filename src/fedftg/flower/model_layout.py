@@ -138,6 +138,25 @@ class ModelLayout:
         return self.cast({key: torch.from_numpy(record[key].numpy().copy()) for key in self.template})
 
 
+def num_classes(model: FunctionalModel, image_shape: tuple[int, int, int], device: torch.device) -> int:
+    """``C``, by two black images ``(D, H, W)`` on the device that the model is on.
+
+    Raises:
+        InputError: the model does not take them, or does not give logits ``(2, C)`` with at least two classes.
+    """
+    try:
+        with torch.no_grad():
+            logits = model(*model.init(), torch.zeros(2, *image_shape, device=device), train=False)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"the model does not take images of shape {image_shape}: {reason}; pass its image_shape"
+        ) from error
+    if logits.ndim != 2 or len(logits) != 2 or logits.shape[1] < 2:
+        raise InputError(f"the model must give logits (2, classes) for 2 images, got {tuple(logits.shape)}")
+    return int(logits.shape[1])
+
+
 def _single(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
@@ -151,22 +170,3 @@ def _misfit(keys: list[str], names: Iterable[str]) -> str:
         f"the deployment's {len(keys)} arrays {' and '.join(parts) or 'differ'}; they must be the {len(names)} of the "
         "model's state_dict(), by name or in its order"
     )
-
-
-def num_classes(model: TrainableModel, image_shape: tuple[int, int, int], device: torch.device) -> int:
-    """``C`` of a model, by two black images.
-
-    Raises:
-        InputError: the model does not take such images, or does not give logits.
-    """
-    try:
-        with torch.no_grad():
-            logits = model(*model.init(), torch.zeros(2, *image_shape, device=device), train=False)
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"the model does not take images of shape {image_shape}: {reason}; pass its image_shape"
-        ) from error
-    if logits.ndim != 2 or len(logits) != 2 or logits.shape[1] < 2:
-        raise InputError(f"the model must give logits (2, classes) for 2 images, got {tuple(logits.shape)}")
-    return int(logits.shape[1])

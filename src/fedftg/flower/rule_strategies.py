@@ -26,7 +26,7 @@ from fedftg.algorithms.scaffold import ScaffoldConfig
 from fedftg.engine.local_train import LocalConfig
 from fedftg.errors import InputError, explain
 from fedftg.flower import records
-from fedftg.flower.local_training import INITIAL, TASK, TrainOrder
+from fedftg.flower.local_training import INITIAL, TASK, TrainOrder, client_of
 from fedftg.flower.model_layout import ModelLayout
 from fedftg.flower.records import EXTRA, LOSS, MESSAGE, PARTITION_ID, RecordError
 from fedftg.params import Params, first_non_finite, prefixed, unprefixed
@@ -196,7 +196,7 @@ class RuleStrategy(FedAvg):
         size, loss = metrics.get(self.weighted_by_key), metrics.get(LOSS)
         if not isinstance(size, int) or isinstance(size, bool) or size < 0:
             raise RecordError(f"metric {self.weighted_by_key!r} must be a whole number >= 0, got {size}")
-        client = metrics.get(PARTITION_ID, message.metadata.src_node_id)
+        client = metrics.get(PARTITION_ID, client_of(message.metadata.src_node_id))
         template = self._extra_template()
         if template and EXTRA not in arrays:
             raise RecordError(f"the reply has no ArrayRecord {EXTRA!r}; reply with what local_train gives")

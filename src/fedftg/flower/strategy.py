@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
@@ -19,8 +18,8 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import nn
 
 from fedftg.algorithms.base import ClientResult, RefinerContext, ServerState
+from fedftg.algorithms.fedftg import ABSENT_WEIGHTS
 from fedftg.algorithms.fedftg import FedFTG as Refiner
-from fedftg.algorithms.fedftg import of_preset
 from fedftg.distill.config import DistillConfig, preset
 from fedftg.engine.machine import resolve_device
 from fedftg.errors import InputError
@@ -36,7 +35,6 @@ from fedftg.seeds import SERVER, torch_rng
 _log = logging.getLogger("flwr")
 
 EvaluateFunction = Callable[[int, ArrayRecord], MetricRecord | None]
-_LARGEST_ID = 2**63 - 1
 _METHODS = ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
 _NO_COUNTS = (
     "no client told its class counts in round {round}: {problem} (docs/flower_strategy.md says what clients must send)"
@@ -49,7 +47,7 @@ class RefineReport:
 
     round: int
     teachers: list[int] = field(default_factory=list)
-    """The clients whose models were distilled: partition ids, or node ids where the replies have none."""
+    """The clients whose models were distilled: partition ids, or the low 63 bits of node ids."""
     left_out: dict[int, str] = field(default_factory=dict)
     """Per client that was no teacher, why."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -78,9 +76,8 @@ class FedFTG(Strategy):
             Parameters that require no gradient stay as the base has aggregated them.
         image_shape: ``(D, H, W)`` of its images, 1 or 3 channels, 8 to 224 pixels a side.
         config: a preset (``fedftg``, ``paper``, ``official``), or a `DistillConfig`.
-        absent_weight: the model of the round before is one more teacher, with this times the class counts of clients
-            that took part before and not now; 0 is off. None: the preset's (1 in ``fedftg``), 0 for a `DistillConfig`.
-            Clients need a number that stays the same (``client_id_key``), or a restarted node counts as absent.
+        absent_weight: what the model of the round before counts as a teacher for the classes of clients that are not
+            there, beside those that are; 0 leaves it out. None: the preset's, 0 with a `DistillConfig`.
         seed: of everything that is drawn; the numbers are those of ``fedftg run`` with this seed.
         device: where the server refines; ``auto`` is a GPU where there is one.
         class_counts_key: where the ``MetricRecord`` of a training reply has the class counts, see `class_counts`.
@@ -121,10 +118,10 @@ class FedFTG(Strategy):
         self.reports: list[RefineReport] = []
         """One a round, of this session."""
         self._settings = preset(config) if isinstance(config, str) else config
-        of_config = float(of_preset(config)["absent_weight"]) if isinstance(config, str) else 0.0
-        self._absent_weight = of_config if absent_weight is None else absent_weight
-        if not 0 <= self._absent_weight < math.inf:
-            raise InputError(f"absent_weight must be >= 0 and finite, got {absent_weight}; 0 is off")
+        of_preset = ABSENT_WEIGHTS.get(config, 0.0) if isinstance(config, str) else 0.0
+        self._absent_weight = of_preset if absent_weight is None else absent_weight
+        if not 0 <= self._absent_weight < float("inf"):
+            raise InputError(f"absent_weight must be >= 0, got {absent_weight}; 0 leaves the model before out")
         self._seed, self._teachers = seed, teachers
         self._keys = class_counts_key, client_id_key
         self._checkpoint = Path(checkpoint) if checkpoint is not None else None
@@ -136,8 +133,9 @@ class FedFTG(Strategy):
         trainable = TrainableModel(copy.deepcopy(model).to(place))
         self._num_classes = num_classes(trainable, shape, place)
         self._device = place
-        context = RefinerContext(trainable, self._num_classes, shape, place)
-        self._refiner = Refiner(self._settings, context, self._absent_weight)
+        self._refiner = Refiner(
+            self._settings, RefinerContext(trainable, self._num_classes, shape, place), self._absent_weight
+        )
         params, _ = trainable.init()
         self._memory = self._refiner.init(params, torch_rng(seed, 0, SERVER, "refiner"))
         self._layout: ModelLayout | None = None
@@ -318,18 +316,14 @@ class FedFTG(Strategy):
         assert self._layout is not None
         report = replace(report, teachers=[result.client for result in teachers])
         start = time.perf_counter()
-        # Node ids have 64 bits without a sign, and tensors keep it.
         placed = [
             replace(
-                result,
-                client=result.client & _LARGEST_ID,
-                params=to_device(result.params, self._device),
-                buffers=to_device(result.buffers, self._device),
+                result, params=to_device(result.params, self._device), buffers=to_device(result.buffers, self._device)
             )
             for result in teachers
         ]
         params, buffers = (to_device(part, self._device) for part in self._layout.split(aggregate))
-        state = ServerState(report.round - 1, params, buffers, {}, self._memory)
+        state = ServerState(report.round - 1, params, buffers, {}, to_device(self._memory, self._device))
         try:
             rng = torch_rng(self._seed, report.round, SERVER, "refine")
             state, metrics = self._refiner.refine(state, placed, rng)
@@ -357,7 +351,8 @@ class FedFTG(Strategy):
     def _fingerprint(self) -> dict[str, Any]:
         return {
             "base strategy": [type(one).__name__ for one in bases.chain(self.strategy)],
-            "config": {**self._settings.model_dump(mode="json"), "absent_weight": self._absent_weight},
+            "config": self._settings.model_dump(mode="json"),
+            "absent_weight": self._absent_weight,
             "seed": self._seed,
             "teachers": self._teachers,
         }

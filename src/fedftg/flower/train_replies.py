@@ -12,6 +12,7 @@ from flwr.common.constant import ErrorCode
 from torch import Tensor
 
 from fedftg.algorithms.base import ClientResult
+from fedftg.flower.local_training import client_of
 from fedftg.flower.model_layout import ModelLayout
 from fedftg.flower.records import CLASS_COUNTS, PARTITION_ID, RecordError, counts_from_list
 
@@ -25,7 +26,7 @@ class TrainReply:
     for_base: Message
     """A copy for the base strategy, or an error in its place."""
     client: int
-    """The partition id where the reply tells it, else the node id."""
+    """The partition id where the reply tells it, else from the node id."""
     result: ClientResult | None
     """The client's model and class counts; None where it cannot be a teacher."""
     problem: str | None
@@ -69,7 +70,7 @@ class ReplyReader:
 
     def _order(self, message: Message) -> tuple[bool, int, int]:
         partition = self._partition(message)
-        return partition is None, partition or 0, message.metadata.src_node_id
+        return partition is None, partition or 0, client_of(message.metadata.src_node_id)
 
     def _partition(self, message: Message) -> int | None:
         if not message.has_content():
@@ -82,7 +83,7 @@ class ReplyReader:
 
     def _read(self, message: Message) -> TrainReply:
         partition = self._partition(message)
-        client = message.metadata.src_node_id if partition is None else partition
+        client = client_of(message.metadata.src_node_id) if partition is None else partition
         if message.has_error():
             reason = str(message.error.reason).partition("\n")[0] or f"error {message.error.code}"
             return TrainReply(message, message, client, None, reason, False, False)
