@@ -53,6 +53,14 @@ def test_run_signature() -> None:
     ]  # fmt: skip
 
 
+def flat(group: click.Group, prefix: str = "") -> dict[str, click.Command]:
+    """Every command by its full name, those of groups included."""
+    found: dict[str, click.Command] = {}
+    for name, command in group.commands.items():
+        found |= flat(command, f"{prefix}{name} ") if isinstance(command, click.Group) else {prefix + name: command}
+    return found
+
+
 def test_frozen_cli() -> None:
     frozen = {
         "run": ["--out", "--resume", "--set", "recipe"],
@@ -61,9 +69,10 @@ def test_frozen_cli() -> None:
         "partition": ["--out", "--set", "recipe"],
         "list": [],
         "export": ["--to", "folder"],
+        "flower new": ["--recipe", "--set", "folder"],
     }
     found = {}
-    for name, command in cli.cli.commands.items():
+    for name, command in flat(cli.cli).items():
         found[name] = sorted(
             parameter.opts[0] if isinstance(parameter, click.Option) else str(parameter.name)
             for parameter in command.params
