@@ -134,7 +134,7 @@ _OFFICIAL: dict[str, Any] = {
     "ensemble_epsilon": 1e-6,
 }
 
-# Chosen by pilots on CIFAR-10 and digits, docs/results.md; in a federation, `absent_weight` goes with it.
+# Chosen by pilots on CIFAR-10, docs/results.md; in a federation, `absent_weight` goes with it.
 _FEDFTG: dict[str, Any] = {
     "discrepancy_mask": "transferable",
     "generator_steps": 2,
