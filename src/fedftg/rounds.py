@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from fedftg.algorithms.base import Algorithm, ClientResult, LocalTask, Metrics, Refiner, ServerState
 from fedftg.config import RunConfig
@@ -21,6 +22,9 @@ from fedftg.progress import Progress
 from fedftg.rundir import records
 from fedftg.rundir.records import Record
 from fedftg.seeds import SERVER, seed_for, torch_rng
+
+Models = dict[str, tuple[Params, Params]]
+"""Parameters and buffers of the models that a round evaluates, by kind: ``selected``, ``all``, ``refined``."""
 
 
 @dataclass
@@ -67,6 +71,8 @@ class Experiment:
         record |= {"seconds": clock.seconds, "accuracy": measured.accuracy, "loss": measured.loss}
         if measured.clients:
             record["client_accuracy"] = measured.clients
+        if measured.not_measured:
+            record["not_measured"] = measured.not_measured
         record |= {"server": server_metrics, "refine": refine_metrics}
         reasons = [reason for reason in (undone, rolled_back) if reason]
         return record | ({"rolled_back": "; ".join(reasons)} if reasons else {})
@@ -139,29 +145,34 @@ class Experiment:
     def _evaluate(
         self, number: int, selected: ServerState, refined: ServerState, clients: ClientStore, progress: Progress
     ) -> Measured:
-        candidates: dict[str, tuple[Params, Params]] = {"selected": (selected.params, selected.buffers)}
+        models: Models = {"selected": (selected.params, selected.buffers)}
         if clients.tracks_uploads:
             average = to_device(clients.average(), self.data.device)
-            candidates["all"] = (
+            models["all"] = (
                 {name: average[name] for name in selected.params},
                 {name: average[name] for name in selected.buffers},
             )
         if refined is not selected:
-            candidates["refined"] = (refined.params, refined.buffers)
+            models["refined"] = (refined.params, refined.buffers)
         measured = Measured()
-        if not self.data.has_test_data:
-            return measured
-        size = self.config.evaluation.batch_size
-        for done, (kind, values) in enumerate(candidates.items()):
-            progress.phase(number, "evaluate", done, len(candidates))
-            measured.accuracy[kind], measured.loss[kind] = evaluate(self.model, *values, self.data, size)
-            if self.data.holds_back:
-                measured.clients[kind] = evaluate_clients(self.model, *values, self.data, size)
-        measured.accuracy.setdefault("refined", measured.accuracy["selected"])
-        measured.loss.setdefault("refined", measured.loss["selected"])
-        if measured.clients:
-            measured.clients.setdefault("refined", measured.clients["selected"])
+        if self.data.has_test_data:
+            size = self.config.evaluation.batch_size
+            for done, (kind, values) in enumerate(models.items()):
+                progress.phase(number, "evaluate", done, len(models))
+                measured.accuracy[kind], measured.loss[kind] = evaluate(self.model, *values, self.data, size)
+        self._evaluate_clients(number, models, measured)
+        found: tuple[dict[str, Any], ...] = (measured.accuracy, measured.loss, measured.clients)
+        for by_kind in found:
+            if by_kind:
+                by_kind.setdefault("refined", by_kind["selected"])
         return measured
+
+    def _evaluate_clients(self, number: int, models: Models, into: Measured) -> None:  # noqa: ARG002
+        """Fills in accuracy over the clients that hold samples back, where any does."""
+        if self.data.holds_back:
+            size = self.config.evaluation.batch_size
+            for kind, values in models.items():
+                into.clients[kind] = evaluate_clients(self.model, *values, self.data, size)
 
 
 def _non_finite(state: ServerState) -> str | None:

@@ -321,3 +321,59 @@ def test_a_server_killed_in_mid_round_goes_on_with_the_same_numbers(federation: 
     whole = fed.simulate()
     assert fed.rows("served") == fed.rows("simulated")
     assert all(torch.equal(run.state.params[name], whole.state.params[name]) for name in whole.state.params)
+
+
+def counting(change: Callable[[MetricRecord], Any]) -> Callable[[Message], Message]:
+    """What arrives of an evaluation is the reply with its counts changed."""
+
+    def fault(reply: Message) -> Message:
+        if reply.has_content() and "selected" in reply.content.metric_records.get(records.METRICS, {}):
+            change(reply.content.metric_records[records.METRICS])
+        return reply
+
+    return fault
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda counts: counts.update({"selected": 10_000}), "whole numbers from 0 to"),
+        (lambda counts: counts.update({"refined": 0.5}), "whole numbers from 0 to"),
+        (lambda counts: counts.update({"round": 7}), "another task"),
+        (lambda counts: counts.pop("refined"), "lacks 'refined'"),
+    ],
+)
+def test_an_evaluation_that_does_not_fit_is_left_out_of_the_mean(
+    federation: Callable[..., Any], change: Callable[[MetricRecord], Any], reason: str
+) -> None:
+    fed = federation(*ALL, "partition.test_share=0.3", "rounds=1", "evaluation.track_all=false")
+    grid = fed.grid()
+    grid.faults[2] = counting(change)
+    fed.serve(grid)
+    (row,) = fed.rows("served")
+    assert [item["client"] for item in row["not_measured"]] == [1]
+    assert reason in row["not_measured"][0]["reason"]
+    fed.serve(fed.grid(), "whole")
+    (whole,) = fed.rows("whole")
+    assert "not_measured" not in whole
+    assert row["accuracy"] == whole["accuracy"]
+    assert set(row["client_accuracy"]) == set(whole["client_accuracy"])
+    assert row["client_accuracy"] != whole["client_accuracy"]
+
+
+def test_nodes_that_are_gone_when_the_round_is_evaluated(federation: Callable[..., Any]) -> None:
+    fed = federation(*ALL, "partition.test_share=0.3", "rounds=2", "refiner.name=none")
+    grid = fed.grid()
+
+    def leave(messages: list[Message]) -> None:
+        if messages[0].metadata.message_type == "evaluate" and messages[0].metadata.group_id == "2":
+            for node in grid.get_node_ids():
+                grid.leave(node)
+
+    grid.before_push = leave
+    run = fed.serve(grid)
+    first, second = fed.rows("served")
+    assert "not_measured" not in first
+    assert [item["client"] for item in second["not_measured"]] == [0, 1, 2, 3]
+    assert "client_accuracy" not in second
+    assert run.summary["client_accuracy"] == first["client_accuracy"]

@@ -35,11 +35,26 @@ def test_three_rounds_are_those_of_the_simulator(federation: Callable[..., Any],
         ("partition.feature_noise=0.3", "partition.law=quantity"),
         ("cohort.probability=0.5", "checkpoint.every=2", "checkpoint.client_memory_mb=0"),
         ("evaluation.track_all=false", "local.momentum=0.9"),
+        ("partition.test_share=0.3", "evaluation.every=2", "partition.feature_noise=0.3"),
     ],
 )
 def test_other_settings_too(federation: Callable[..., Any], overrides: tuple[str, ...]) -> None:
     fed = federation("algorithm.name=feddyn", "refiner.name=none", *overrides)
     assert_same(fed, fed.serve(fed.grid()), fed.simulate())
+
+
+def test_what_clients_hold_back_is_measured_on_their_nodes(federation: Callable[..., Any]) -> None:
+    fed = federation("partition.test_share=0.3", "evaluation.every=2", "refiner.absent_weight=0")
+    run = fed.serve(fed.grid(), **{"server-data": "none"})
+    simulated = fed.simulate()
+    assert "client_accuracy" not in fed.rows("served")[0]  # round 1 is not evaluated
+    for mine, theirs in zip(fed.rows("served")[1:], fed.rows("simulated")[1:], strict=True):
+        assert mine["accuracy"] == {}
+        assert set(mine["client_accuracy"]) == {"selected", "all", "refined"}
+        assert mine["client_accuracy"] == theirs["client_accuracy"]
+        assert "not_measured" not in mine
+    assert run.summary["client_accuracy"] == simulated.summary["client_accuracy"]
+    assert 0 < run.summary["client_accuracy"]["refined"]["mean"] < 1
 
 
 def test_clients_may_keep_their_memory_in_flowers_context(federation: Callable[..., Any]) -> None:
@@ -67,6 +82,7 @@ def test_nodes_with_data_of_their_own(federation: Callable[..., Any], tmp_path: 
     run = fed.serve(grid, **{"server-data": "none"})
     row = fed.rows("served")[-1]
     assert row["accuracy"] == {}
+    assert "client_accuracy" not in row
     assert row["clients"] == [0, 1]
     assert "rejected" not in row
     assert run.summary["rounds"] == 3

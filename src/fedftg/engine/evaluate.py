@@ -8,6 +8,7 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
 from fedftg.data.federation import Federation
 from fedftg.models.functional import FunctionalModel
@@ -36,7 +37,9 @@ class Measured:
     accuracy: dict[str, float] = field(default_factory=dict)
     loss: dict[str, float] = field(default_factory=dict)
     clients: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Accuracy over clients (`evaluate_clients`), where they hold samples back."""
+    """Accuracy over clients (`over_clients`), where they hold samples back."""
+    not_measured: list[dict[str, int | str]] = field(default_factory=list)
+    """Clients that ``clients`` leaves out although they hold samples back, and why: ``{client, reason}``."""
 
 
 @torch.no_grad()
@@ -53,26 +56,46 @@ def evaluate(
     return float(torch.stack(correct).sum()) / total, float(torch.stack(loss).sum()) / total
 
 
-@torch.no_grad()
 def evaluate_clients(
     model: FunctionalModel, params: Params, buffers: Params, data: Federation, batch_size: int
 ) -> dict[str, float]:
-    """Accuracy on what each client holds back, over the clients that do: ``mean``, ``worst_10`` and ``std``.
-
-    ``mean`` counts every client once, whatever its size; ``worst_10`` is the mean of the worst tenth of the clients
-    (rounded up to whole clients); ``std`` is the standard deviation over clients, 0 where all fare alike.
+    """Accuracy on what each client holds back, over the clients that do: `over_clients`.
 
     Raises:
         ValueError: no client holds anything back.
     """
+    correct = correct_held_back(model, params, buffers, data, batch_size)
+    return over_clients(correct, torch.tensor([data.num_held_back(client) for client in range(data.num_clients)]))
+
+
+@torch.no_grad()
+def correct_held_back(
+    model: FunctionalModel, params: Params, buffers: Params, data: Federation, batch_size: int
+) -> Tensor:
+    """How many of its held-back samples each client's are classified rightly: ``(clients,)`` int64, on the CPU."""
     correct = torch.zeros(data.num_clients, dtype=torch.int64, device=data.device)
     for images, labels, owners in data.held_back_batches(batch_size):
         right = model(params, buffers, images, train=False).argmax(dim=1) == labels
         correct += torch.bincount(owners[right], minlength=data.num_clients)
-    sizes = torch.tensor([data.num_held_back(client) for client in range(data.num_clients)])
+    return correct.cpu()
+
+
+def over_clients(correct: Tensor, sizes: Tensor) -> dict[str, float]:
+    """Accuracy over the clients that hold samples back: ``mean``, ``worst_10`` and ``std``.
+
+    ``mean`` counts every client once, whatever its size; ``worst_10`` is the mean of the worst tenth of the clients
+    (rounded up to whole clients); ``std`` is the standard deviation over clients, 0 where all fare alike.
+
+    Args:
+        correct: samples classified rightly, per client, ``(clients,)``.
+        sizes: samples held back, likewise; clients with 0 are left out.
+
+    Raises:
+        ValueError: no client holds anything back.
+    """
     if not bool((sizes > 0).any()):
         raise ValueError("no client holds anything back; give partition.test_share > 0")
-    accuracies = (correct.cpu()[sizes > 0].double() / sizes[sizes > 0]).sort().values
+    accuracies = (correct[sizes > 0].double() / sizes[sizes > 0]).sort().values
     worst = accuracies[: -(-len(accuracies) // 10)]
     return {
         "mean": float(accuracies.mean()),

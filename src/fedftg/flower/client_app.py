@@ -17,7 +17,7 @@ from fedftg.data.dataset import Channels
 from fedftg.engine.executors import SequentialExecutor
 from fedftg.engine.machine import cpu_threads, keep_freed_memory, resolve_device
 from fedftg.errors import InputError
-from fedftg.flower import records, shard
+from fedftg.flower import node_evaluation, records, shard
 from fedftg.flower.client_memory import ClientMemory, ContextMemory, DiskMemory, take
 from fedftg.flower.settings import AppSettings, NodeSettings, agreement, app_settings, node_settings, on_node
 from fedftg.models import registry
@@ -27,7 +27,7 @@ from fedftg.seeds import SERVER, seed_for
 
 
 def client_app(recipe: Path) -> ClientApp:
-    """The app that a SuperNode runs; it answers the messages ``query`` and ``train`` of `fedftg.flower.server_app`.
+    """The app that a SuperNode runs; it answers ``query``, ``train`` and ``evaluate`` of `fedftg.flower.server_app`.
 
     Args:
         recipe: a TOML recipe, the same as the server's.
@@ -45,6 +45,12 @@ def client_app(recipe: Path) -> ClientApp:
         node = _Node.of(recipe, context)
         with cpu_threads(node.config.threads):
             return Message(node.train(message, context), reply_to=message)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        node = _Node.of(recipe, context)
+        with cpu_threads(node.config.threads):
+            return Message(node.evaluate(message), reply_to=message)
 
     return app
 
@@ -89,17 +95,7 @@ class _Node:
     def train(self, message: Message, context: Context) -> RecordDict:
         """Trains the client on its data; the reply holds the model, what the rule uploads, and counts."""
         ask = message.content.config_records[records.CONFIG]
-        if int(ask["client"]) != self.settings.partition_id:  # type: ignore[arg-type]
-            raise InputError(
-                f"the message is for client {ask['client']!r}, this node is {self.settings.partition_id}; "
-                "do not change a node's partition-id while a run goes on"
-            )
-        device = torch.device(resolve_device(self.config.device))
-        normalisation = (_channels(ask["mean"]), _channels(ask["std"]))
-        mine = self._shard(device, normalisation)
-        seed = seed_for(self.config.seed, 0, SERVER, "model")
-        module = registry.build(self.config.model, mine.data.num_classes, mine.data.image_shape, seed)
-        model = FunctionalModel(module.to(device))
+        mine, model = self._data_and_model(ask)
         algorithm = self.config.algorithm.build(int(ask["num-clients"]))  # type: ignore[arg-type]
         round = int(ask["round"])  # type: ignore[arg-type]
         kept = self._memory(context, str(ask["run"]))
@@ -109,6 +105,24 @@ class _Node:
         if result.memory and bad is None:
             kept.write(round, result.memory)
         return _reply(result, round, bad)
+
+    def evaluate(self, message: Message) -> RecordDict:
+        """Measures the message's models on what the client holds back."""
+        mine, model = self._data_and_model(message.content.config_records[records.CONFIG])
+        return node_evaluation.answer(message, mine.data, model, mine.client, self.config.evaluation.batch_size)
+
+    def _data_and_model(self, ask: ConfigRecord) -> tuple[shard.Shard, FunctionalModel]:
+        """The client's data, normalised as the message says, and the recipe's model, both on the node's device."""
+        if int(ask["client"]) != self.settings.partition_id:  # type: ignore[arg-type]
+            raise InputError(
+                f"the message is for client {ask['client']!r}, this node is {self.settings.partition_id}; "
+                "do not change a node's partition-id while a run goes on"
+            )
+        device = torch.device(resolve_device(self.config.device))
+        mine = self._shard(device, (_channels(ask["mean"]), _channels(ask["std"])))
+        seed = seed_for(self.config.seed, 0, SERVER, "model")
+        module = registry.build(self.config.model, mine.data.num_classes, mine.data.image_shape, seed)
+        return mine, FunctionalModel(module.to(device))
 
     def _shard(self, device: torch.device | str, normalisation: tuple[Channels, Channels] | None) -> shard.Shard:
         return shard.load(

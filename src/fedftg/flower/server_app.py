@@ -18,16 +18,18 @@ from fedftg.config import RunConfig
 from fedftg.data import sources
 from fedftg.data.dataset import ImageDataset
 from fedftg.engine import sampling
+from fedftg.engine.evaluate import Measured
 from fedftg.engine.machine import resolve_device
 from fedftg.engine.memory import ClientStore
 from fedftg.errors import InputError
 from fedftg.experiment import Run
 from fedftg.flower.grid_executor import GridExecutor, no_memory
+from fedftg.flower.node_evaluation import evaluate_on_nodes
 from fedftg.flower.remote import ClientFacts, RemoteFederation, facts_of, joint_normalisation
 from fedftg.flower.roster import Roster, Say
 from fedftg.flower.settings import AppSettings, agreement, app_settings, on_server
 from fedftg.progress import PlainLines, Progress
-from fedftg.rounds import Experiment
+from fedftg.rounds import Experiment, Models
 from fedftg.rundir import records
 from fedftg.rundir.folder import RunFolder
 from fedftg.rundir.records import Record
@@ -85,11 +87,13 @@ def serve(grid: Grid, recipe: Path, run_config: Mapping[str, Any], progress: Pro
 class RemoteExperiment(Experiment):
     """An experiment whose clients are nodes, which come and go between rounds."""
 
+    grid: Grid
     roster: Roster
     remote: RemoteFederation
     folder: RunFolder
     run_key: str
     wait_seconds: float
+    round_seconds: float
     weighed: frozenset[int]
     """The clients whose sizes the weights of the average of all uploads stand on."""
 
@@ -117,6 +121,10 @@ class RemoteExperiment(Experiment):
     def _candidates(self) -> list[int]:
         """A client whose node was never there may hold something, and is drawn too."""
         return [client for client in range(self.remote.num_clients) if self.remote.may_train(client)]
+
+    def _evaluate_clients(self, number: int, models: Models, into: Measured) -> None:
+        if any(self.remote.num_held_back(client) for client in range(self.remote.num_clients)):
+            evaluate_on_nodes(self.grid, self.roster, self.remote, models, number, self.round_seconds, into)
 
     def _take_in_newcomers(self) -> None:
         known = frozenset(self.remote.known)
@@ -234,11 +242,13 @@ def _assemble(
         clients,
         before if before is not None else remote.record(run_key),
         min_results=settings.min_clients,
+        grid=grid,
         roster=roster,
         remote=remote,
         folder=folder,
         run_key=run_key,
         wait_seconds=settings.wait_seconds,
+        round_seconds=settings.round_seconds,
         weighed=weighed,
     )
 

@@ -134,7 +134,7 @@ def summarise(header: Record, rows: Sequence[Record], targets: Sequence[float], 
                 "best_round": best_round,
                 "mean_last_10": sum(last) / len(last),
             }
-    clients: Record = next((row["client_accuracy"] for row in reversed(evaluated) if "client_accuracy" in row), {})
+    clients: Record = next((row["client_accuracy"] for row in reversed(rows) if "client_accuracy" in row), {})
     reached = {
         str(target): next((row["round"] for row in evaluated if row["accuracy"]["refined"] >= target), None)
         for target in targets
