@@ -20,6 +20,10 @@ from fedftg.flower.records import RecordError, decode, encode
 from fedftg.rundir.tensors import read_tensors, write_tensors
 
 
+NEW_START = "allow a new start by lost-memory=reset (in local_train: lost_memory='reset')"
+"""What to do where a client's memory is gone for good."""
+
+
 class ClientMemory(Protocol):
     """One client's memories of one run, by round."""
 
@@ -66,7 +70,7 @@ class DiskMemory:
         }:
             raise InputError(
                 f"the client's memory of round {round} is damaged or of another model; put the node's old state-dir "
-                "back, or allow a new start by lost-memory=reset"
+                f"back, or {NEW_START}"
             )
         return {name: memory[name].clone() for name in template}
 
@@ -151,6 +155,5 @@ def take(kept: ClientMemory, last: int, floor: int, initial: Memory, *, reset: b
     if reset:
         return initial
     raise InputError(
-        f"this node has no memory of round {last}, the client's last; put the node's old state-dir back, or allow a "
-        "new start by lost-memory=reset"
+        f"this node has no memory of round {last}, the client's last; put the node's old state-dir back, or {NEW_START}"
     )

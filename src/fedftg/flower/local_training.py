@@ -95,7 +95,7 @@ def local_train(
     batches: Batches | Callable[[LocalTask, LocalConfig], Batches],
     class_counts: Sequence[int],
     state_dir: str | Path | None = None,
-    lost_memory: Literal["error", "reset"] = "error",
+    lost_memory: Literal["refuse", "reset"] = "refuse",
 ) -> Message:
     """Trains one client as a `FedDyn`, `Scaffold` or `Moon` strategy asks for, and gives the reply.
 
