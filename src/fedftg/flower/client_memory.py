@@ -19,7 +19,6 @@ from fedftg.errors import InputError
 from fedftg.flower.records import RecordError, decode, encode
 from fedftg.rundir.tensors import read_tensors, write_tensors
 
-
 NEW_START = "allow a new start by lost-memory=reset (in local_train: lost_memory='reset')"
 """What to do where a client's memory is gone for good."""
 
