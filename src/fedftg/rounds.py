@@ -47,7 +47,7 @@ class Experiment:
         """One round: local training, aggregation, refining, evaluation. The state moves on only when all is done."""
         number = self.state.round + 1
         clock = _Clock()
-        cohort = sampling.cohort(self.config.cohort, self._candidates, self.config.seed, number)
+        cohort = self._cohort(number)
         with clock.phase("local"):
             results, rejected = self._train(number, cohort, progress)
         with clock.phase("aggregate"):
@@ -76,6 +76,10 @@ class Experiment:
         record |= {"server": server_metrics, "refine": refine_metrics}
         reasons = [reason for reason in (undone, rolled_back) if reason]
         return record | ({"rolled_back": "; ".join(reasons)} if reasons else {})
+
+    def _cohort(self, number: int) -> list[int]:
+        """The clients of a round, ascending."""
+        return sampling.cohort(self.config.cohort, self._candidates, self.config.seed, number)
 
     @property
     def _candidates(self) -> list[int]:

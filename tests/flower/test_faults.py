@@ -195,7 +195,7 @@ def test_a_late_node_joins_at_the_next_round(federation: Callable[..., Any]) -> 
             grid.join(3, fed.node(2))
 
     grid.before_push = watch
-    run = fed.serve(grid)
+    run = fed.serve(grid, set="rounds=2")
     rows = fed.rows("served")
     assert rows[0]["clients"] == [0, 1, 2, 3]
     assert rows[0]["rejected"] == [{"client": 2, "reason": "no node with partition-id=2 is there"}]
@@ -207,8 +207,12 @@ def test_a_late_node_joins_at_the_next_round(federation: Callable[..., Any]) -> 
     size = [sum(counts) for counts in partition["class_counts"]]
     assert partition["joined_late"] is True
     assert len(set(size)) == 1
-    again = fed.serve(fed.grid(), resume=True)
-    assert again.summary == run.summary
+    # A run that goes on knows the size of the late one from the start, and ends with the numbers of one in a piece.
+    fed.serve(fed.grid(), resume=True)
+    grid = fed.grid((0, 1, 3))
+    grid.before_push = watch
+    fed.serve(grid, "whole")
+    assert fed.rows("served") == fed.rows("whole")
 
 
 def test_too_few_nodes_is_one_line_and_the_run_goes_on_by_resume(federation: Callable[..., Any]) -> None:
@@ -219,16 +223,35 @@ def test_too_few_nodes_is_one_line_and_the_run_goes_on_by_resume(federation: Cal
     grid = fed.grid()
 
     def watch(messages: list[Message]) -> None:
-        if messages[0].metadata.group_id == "2" and len(grid.get_node_ids()) == 4:
-            for node in (1, 2, 3):
+        if messages[0].metadata.group_id == "2":
+            for node in grid.get_node_ids():
                 grid.leave(node)
 
     grid.before_push = watch
-    with pytest.raises(fedftg.InputError, match=r"round 3: 1 of the 4 clients drawn .* run again with resume=true"):
+    with pytest.raises(fedftg.InputError, match=r"round 3: 0 of the 4 clients .*, and no other; .* with resume=true"):
         fed.serve(grid, **{"min-clients": 2})
-    assert "only 1 of at least 2 client updates were usable" in fed.rows("served")[1]["rolled_back"]
+    assert "no client update was usable" in fed.rows("served")[1]["rolled_back"]
     run = fed.serve(fed.grid(), resume=True, **{"min-clients": 2})
     assert run.summary["rounds"] == 3
+
+
+def test_clients_that_stay_away_cost_their_rounds_and_not_the_run(federation: Callable[..., Any]) -> None:
+    fed = federation("refiner.name=none", "cohort.size=2", "rounds=6")
+    grid = fed.grid((0, 1))
+    asked: list[int] = []
+    grid.before_push = lambda messages: asked.extend(
+        m.metadata.dst_node_id for m in messages if records.ARRAYS in m.content
+    )
+    run = fed.serve(grid, **{"min-clients": 2, "wait-seconds": 0.05})
+    rows = fed.rows("served")
+    assert len(rows) == run.summary["rounds"] == 6
+    counted = [row["clients"] for row in rows if "rolled_back" not in row]
+    assert all(clients == [0, 1] for clients in counted)
+    assert len(asked) == 2 * len(counted)
+    alone = next(row for row in rows if 0 in row["clients"] and "rolled_back" in row)
+    reasons = {item["client"]: item["reason"] for item in alone["rejected"]}
+    assert reasons[0] == "not asked: 1 of the round's clients are there, at least 2 are needed"
+    assert reasons[max(reasons)].startswith("no node with partition-id=")
 
 
 @pytest.mark.parametrize("every", [1, 2])
@@ -377,3 +400,143 @@ def test_nodes_that_are_gone_when_the_round_is_evaluated(federation: Callable[..
     assert [item["client"] for item in second["not_measured"]] == [0, 1, 2, 3]
     assert "client_accuracy" not in second
     assert run.summary["client_accuracy"] == first["client_accuracy"]
+
+
+def silent(reply: Message) -> None:
+    """A node that is listed but dead: nothing comes back."""
+    return
+
+
+def test_a_node_restarted_while_the_run_waits_takes_the_old_ones_place(federation: Callable[..., Any]) -> None:
+    fed = federation("refiner.name=none", *ALL, "rounds=1")
+    grid = fed.grid((0, 1, 2))
+    restarted = []
+
+    def restart(messages: list[Message]) -> None:
+        if messages[0].metadata.message_type == "query" and not restarted:
+            restarted.append(grid.faults.setdefault(2, lambda reply: reply))
+
+    def dies_after_its_answer(reply: Message) -> Message:
+        grid.faults[2] = silent
+        grid.join(9, fed.node(1))
+        return reply
+
+    grid.faults[2] = dies_after_its_answer
+    grid.before_push = restart
+    fed.serve(grid)
+    (row,) = fed.rows("served")
+    assert [item["client"] for item in row["rejected"]] == [3]
+
+
+def test_a_late_node_with_a_number_that_is_taken_is_refused(
+    federation: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Client 1 stays with its living node, so its SCAFFOLD memory is never missed."""
+    fed = federation(*SCAFFOLD, *ALL, "rounds=4")
+    grid = fed.grid()
+
+    def watch(messages: list[Message]) -> None:
+        if records.ARRAYS in messages[0].content and messages[0].metadata.group_id == "2":
+            grid.join(9, fed.node(1) | {"state-dir": str(fed.folder / "other")})
+
+    grid.before_push = watch
+    fed.serve(grid)
+    for row in fed.rows("served"):
+        assert "rejected" not in row
+    told = capsys.readouterr().out
+    assert told.count("node 9 cannot take part: nodes 2 and 9 both say partition-id=1") == 1
+
+
+def test_a_late_node_that_holds_nothing(federation: Callable[..., Any]) -> None:
+    fed = federation("refiner.name=none", "cohort.size=4", "rounds=3")
+    grid = fed.grid((0, 1, 2))
+
+    def empty(reply: Message) -> Message:
+        facts = reply.content.config_records[records.CONFIG]
+        facts[records.CLASS_COUNTS], facts[records.NUM_EXAMPLES] = [0] * 10, 0
+        return reply
+
+    def watch(messages: list[Message]) -> None:
+        if records.ARRAYS in messages[0].content and 4 not in grid.get_node_ids():
+            grid.faults[4] = empty
+            grid.join(4, fed.node(3))
+
+    grid.before_push = watch
+    fed.serve(grid, set="rounds=2")
+    assert [row["clients"] for row in fed.rows("served")] == [[0, 1, 2, 3], [0, 1, 2]]
+    again = fed.grid()
+    again.faults[4] = empty
+    fed.serve(again, resume=True)
+    assert fed.rows("served")[2]["clients"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        (records.NUM_EXAMPLES, float("inf"), "no whole number"),
+        ("num-clients", 5, "it says 5 clients, the recipe 4"),
+        ("class-names", [*map(str, range(9)), "nine"], "its class 9 is 'nine'"),
+        ("image-shape", [1, 8, 9], "its images are"),
+    ],
+)
+def test_a_first_node_that_is_wrong_decides_nothing(
+    federation: Callable[..., Any], key: str, value: Any, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fed = federation("refiner.name=none", *ALL, "rounds=1")
+    grid = fed.grid()
+
+    def lie(reply: Message) -> Message:
+        if records.CONFIG in reply.content:
+            reply.content.config_records[records.CONFIG][key] = value
+        return reply
+
+    grid.faults[1] = lie
+    fed.serve(grid)
+    (row,) = fed.rows("served")
+    assert [item["client"] for item in row["rejected"]] == [0]
+    assert reason in row["rejected"][0]["reason"]
+    assert reason in capsys.readouterr().out
+
+
+def test_without_test_data_a_first_node_that_left_decides_nothing(federation: Callable[..., Any]) -> None:
+    fed = federation("refiner.name=none", *ALL, "rounds=1")
+    grid = fed.grid((0,))
+
+    def lie_and_leave(reply: Message) -> Message:
+        reply.content.config_records[records.CONFIG]["class-names"] = list("abcdefghij")
+        grid.leave(1)
+        for client in (1, 2, 3):
+            grid.join(client + 1, fed.node(client))
+        return reply
+
+    grid.faults[1] = lie_and_leave
+    fed.serve(grid, **{"server-data": "none"})
+    (row,) = fed.rows("served")
+    assert [item["client"] for item in row["rejected"]] == [0]
+
+
+def test_a_question_that_was_not_taken_or_failed_is_asked_again(
+    federation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedftg.flower.roster._REASK_SECONDS", 0.05)
+    fed = federation("refiner.name=none", *ALL, "rounds=1")
+    grid = fed.grid()
+    push, failed = grid.push_messages, []
+
+    def lossy(messages: Any) -> list[str]:
+        given = list(messages)
+        taken = [m for m in given if m.metadata.dst_node_id != 1 or failed]
+        for message in given:
+            message.metadata.__dict__["_message_id"] = f"not-taken-{id(message)}"
+        failed.append(True)
+        return push(taken)  # ids of those that were taken only, as Flower's simulation gives them
+
+    def fails_once(reply: Message) -> Message:
+        grid.faults.pop(3)
+        return Message(Error(2, "by hand"), reply_to=reply)
+
+    grid.push_messages = lossy  # type: ignore[method-assign]
+    grid.faults[3] = fails_once
+    fed.serve(grid, **{"wait-seconds": 20.0})
+    (row,) = fed.rows("served")
+    assert "rejected" not in row

@@ -6,6 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from fedftg.flower import records
+from fedftg.flower.local_grid import LocalGrid
+
 SCAFFOLD = "algorithm.name=scaffold"
 
 
@@ -76,13 +79,35 @@ def test_nodes_with_data_of_their_own(federation: Callable[..., Any], tmp_path: 
         np.savez(tmp_path / f"own{client}.npz", train_images=images[mine], train_labels=labels[mine],
                  test_images=images[:10], test_labels=labels[:10])  # fmt: skip
     fed = federation("data.name=arrays", "partition.num_clients=2", "cohort.size=2")
-    grid = fed.grid(())
-    for client in range(2):
-        grid.join(client + 1, fed.node(client, **{"data-root": str(tmp_path / f"own{client}.npz"), "own-data": True}))
-    run = fed.serve(grid, **{"server-data": "none"})
+    brighter = np.clip(images[:100] * 2, 0, 255).astype(np.uint8)
+    np.savez(tmp_path / "own0.npz", train_images=brighter[:60], train_labels=labels[:60],
+             test_images=images[:10], test_labels=labels[:10])  # fmt: skip
+    sent: list[tuple[float, ...]] = []
+
+    def grid() -> LocalGrid:
+        made = fed.grid(())
+        for client in range(2):
+            own = {"data-root": str(tmp_path / f"own{client}.npz"), "own-data": True}
+            made.join(client + 1, fed.node(client, **own))
+        made.before_push = lambda messages: sent.extend(
+            tuple(m.content.config_records[records.CONFIG]["mean"])  # type: ignore[arg-type]
+            for m in messages
+            if m.metadata.message_type == "train"
+        )
+        return made
+
+    run = fed.serve(grid(), **{"server-data": "none"})
     row = fed.rows("served")[-1]
     assert row["accuracy"] == {}
     assert "client_accuracy" not in row
     assert row["clients"] == [0, 1]
     assert "rejected" not in row
     assert run.summary["rounds"] == 3
+    # Both normalise by the mean of all images, and go on to do so when the run is resumed.
+    pixels = (brighter[:60].mean() * 60 + images[100:170].mean() * 70) / 130 / 255
+    assert sent == [sent[0]] * 6
+    assert sent[0] == pytest.approx((pixels,))
+    fed.serve(grid(), "resumed", **{"server-data": "none", "set": "rounds=2"})
+    resumed = fed.serve(grid(), "resumed", resume=True, **{"server-data": "none"})
+    assert sent == [sent[0]] * 12
+    assert_same(fed, resumed, run, ("resumed", "served"))

@@ -19,11 +19,12 @@ from fedftg.flower.settings import agreement, app_settings, node_settings, on_no
         ({"round-seconds": 0.0}, "must be > 0"),
         ({"client-state": "cloud"}, "'disk' or 'context'"),
         ({"resume": "perhaps"}, "true or false"),
+        ({"set": "rounds='3"}, "close the quotation mark"),
     ],
 )
 def test_wrong_app_settings_are_one_line(given: dict[str, Any], message: str) -> None:
     with pytest.raises(fedftg.InputError, match=message) as caught:
-        app_settings(given)
+        app_settings(given).overrides()
     assert "\n" not in str(caught.value)
 
 

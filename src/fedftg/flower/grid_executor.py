@@ -37,6 +37,7 @@ class GridExecutor:
         algorithm: its rules say what is sent and uploaded besides the model.
         params: names, shapes and types of the parameters.
         buffers: likewise.
+        enough: where fewer of a round's clients are there, none is asked: the round cannot count.
         run: the key under which clients keep their memory of this run.
         checkpoint_every: rounds between two checkpoints of the server.
         seconds: the longest wait for a round's replies.
@@ -51,6 +52,7 @@ class GridExecutor:
         params: Params,
         buffers: Params,
         *,
+        enough: int,
         run: str,
         checkpoint_every: int,
         seconds: float,
@@ -70,6 +72,7 @@ class GridExecutor:
             seed=0,
         )
         self._extra, _ = algorithm.local.finish(params, buffers, task, 1)
+        self._enough = enough
         self._run, self._every, self._seconds = run, checkpoint_every, seconds
         self._resumed: int | None = None
         self.description = "flower"
@@ -82,6 +85,13 @@ class GridExecutor:
         if self._resumed is None:
             self._resumed = given[0].round - 1
         nodes = dict(self._roster.nodes)
+        there = sum(task.client in nodes for task in given)
+        if there < self._enough:
+            few = f"not asked: {there} of the round's clients are there, at least {self._enough} are needed"
+            for task in given:
+                reason = few if task.client in nodes else self._roster.why_missing(task.client)
+                yield Rejected(task.client, reason)
+            return
         arrays = records.encode({**given[0].params, **given[0].buffers})
         message = records.encode(given[0].message) if given[0].message else None
         contents = {nodes[task.client]: self._content(task, arrays, message) for task in given if task.client in nodes}

@@ -28,8 +28,10 @@ def until(done: Callable[[], bool], seconds: float) -> bool:
 def post(grid: Grid, kind: str, contents: Mapping[int, RecordDict], group: str, ttl: float) -> dict[str, int]:
     """Sends one message a node; returns the node of each message's id. What the SuperLink did not take is left out."""
     messages = [Message(content, node, kind, ttl=ttl, group_id=group) for node, content in contents.items()]
-    names = list(grid.push_messages(messages)) if messages else []
-    return {name: node for name, node in zip(names, contents, strict=False) if name}
+    taken = set(grid.push_messages(messages)) if messages else set()
+    # Grids differ in whether they leave out what was not taken, so ids are those that messages got, not places in it.
+    sent = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
+    return {name: node for name, node in sent.items() if name in taken}
 
 
 def collect(grid: Grid, sent: dict[str, int]) -> dict[int, Message]:

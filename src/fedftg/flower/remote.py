@@ -18,7 +18,10 @@ from fedftg.errors import InputError
 from fedftg.flower import records
 from fedftg.rundir.records import Record
 
+_MOST_CLIENTS = 10_000_000
 _MOST_CLASSES = 1_000_000
+_MOST_PIXELS = 1 << 16
+"""Of a side; what is more is a mistake or an attack, and nothing is made for it."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,13 @@ class ClientFacts:
         """
         try:
             names = tuple(str(name) for name in given["class-names"])
-            depth, height, width = (int(size) for size in given["image-shape"])
+            depth, height, width = (_whole(size) for size in given["image-shape"])
             counts = records.counts_from_list(given[records.CLASS_COUNTS], len(names))
             facts = cls(
-                client=int(given[records.PARTITION_ID]),
-                num_clients=int(given["num-clients"]),
-                num_samples=int(given[records.NUM_EXAMPLES]),
-                held_back=int(given["held-back"]),
+                client=_whole(given[records.PARTITION_ID]),
+                num_clients=_whole(given["num-clients"]),
+                num_samples=_whole(given[records.NUM_EXAMPLES]),
+                held_back=_whole(given["held-back"]),
                 class_counts=tuple(records.counts_to_list(counts)),
                 class_names=names,
                 image_shape=(depth, height, width),
@@ -73,14 +76,21 @@ class ClientFacts:
         numbers = (*self.mean, *self.std)
         if self.version != __version__:
             raise InputError(f"it runs fedftg {self.version}, the server {__version__}; install the same version")
-        if not 0 <= self.client < self.num_clients or self.num_samples != sum(self.class_counts) or self.held_back < 0:
+        in_range = 0 <= self.client < self.num_clients <= _MOST_CLIENTS and 0 <= self.held_back <= 2**53
+        if not in_range or self.num_samples != sum(self.class_counts):
             raise InputError(f"its counts do not fit together (client {self.client} of {self.num_clients})")
-        if not 1 <= len(self.class_names) <= _MOST_CLASSES or min(self.image_shape) < 1:
+        if not 1 <= len(self.class_names) <= _MOST_CLASSES or not all(1 <= n <= _MOST_PIXELS for n in self.image_shape):
             raise InputError("its classes or its image shape are impossible")
         if len(self.mean) != self.image_shape[0] or len(self.std) != self.image_shape[0]:
             raise InputError("its normalisation does not fit its images")
         if not all(map(math.isfinite, numbers)) or min(self.std) <= 0:
             raise InputError("its normalisation is not finite")
+
+
+def _whole(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{str(value)[:20]!r} is no whole number")
+    return value
 
 
 class RemoteFederation:
@@ -109,11 +119,9 @@ class RemoteFederation:
         self.known: dict[int, ClientFacts] = {}
         self._test: FederatedData | None = None
         if test is not None:
-            if test.class_names != like.class_names or test.image_shape != like.image_shape:
-                raise InputError(
-                    f"the server's test data has {test.num_classes} classes and images of {test.image_shape}, the "
-                    f"nodes' {len(like.class_names)} and {like.image_shape}; give the same data, or server-data=none"
-                )
+            problem = other_data(like, test)
+            if problem is not None:
+                raise InputError(f"{problem}; give the same data, or server-data=none")
             only_test = replace(
                 test,
                 train_images=test.train_images[:0],
@@ -211,6 +219,19 @@ class RemoteFederation:
         if any(facts.held_back for facts in self.known.values()):
             record["held_back"] = [self.num_held_back(client) for client in clients]
         return record
+
+
+def other_data(facts: ClientFacts, test: ImageDataset) -> str | None:
+    """How a node's classes or images differ from those of the server's test data, or None."""
+    if facts.image_shape != test.image_shape:
+        return f"its images are {facts.image_shape}, those of the server's test data {test.image_shape}"
+    if len(facts.class_names) != test.num_classes:
+        return f"it has {len(facts.class_names)} classes, the server's test data {test.num_classes}"
+    pairs = enumerate(zip(facts.class_names, test.class_names, strict=True))
+    for number, (theirs, ours) in pairs:
+        if theirs != ours:
+            return f"its class {number} is {theirs[:40]!r}, that of the server's test data {ours[:40]!r}"
+    return None
 
 
 def facts_of(record: Mapping[str, Any], settings: str) -> list[ClientFacts]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection
 
-from flwr.app import RecordDict
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedftg.errors import InputError
@@ -16,6 +17,8 @@ Judge = Callable[[ClientFacts], str | None]
 
 _QUERY_SECONDS = 3600.0
 """How long a SuperLink keeps a question for its node; nothing waits for it so long."""
+_REASK_SECONDS = 15.0
+"""While nodes are waited for, those that cannot take part are asked again so often."""
 
 
 class Roster:
@@ -36,8 +39,12 @@ class Roster:
         self._asked: set[int] = set()
         self._sent: dict[str, int] = {}
         self._replaced: dict[int, int] = {}
-        """Nodes whose client another node has taken over, and that client."""
-        self._rounds_started = False
+        """Nodes whose client another node has taken over, and that client; each is asked whether it still lives."""
+        self._rival: dict[int, int] = {}
+        """Nodes that claim a client which a living node has, and that node."""
+        self._told: dict[int, str] = {}
+        self.rounds_started = False
+        """From then on a client that two living nodes claim stays with the first; before, it ends the run."""
 
     def refresh(self) -> None:
         """Looks who came and went, asks those who came, and takes the answers that are there; waits for nothing."""
@@ -46,40 +53,37 @@ class Roster:
             if node not in there:
                 self._say(f"client {client} went away (node {node})")
                 del self.nodes[client]
-                self._asked.difference_update(old for old, lost in self._replaced.items() if lost == client)
-                self._replaced = {old: lost for old, lost in self._replaced.items() if lost != client}
+        self._replaced = {old: client for old, client in self._replaced.items() if old in there}
         self._asked &= there
         self._sent = {name: node for name, node in self._sent.items() if node in there}
-        new = sorted(there - self._asked)
-        self._asked.update(new)
-        self._sent |= mail.post(self._grid, "query", {node: RecordDict() for node in new}, "query", _QUERY_SECONDS)
+        self._ask(sorted(there - self._asked))
         for node, reply in sorted(mail.collect(self._grid, self._sent).items()):
-            problem = mail.trouble(reply)
-            if problem is None:
-                try:
-                    self._admit(node, ClientFacts.of(reply.content.config_records[records.CONFIG]))
-                    continue
-                except InputError as error:
-                    if not self._rounds_started and isinstance(error, _Duplicate):
-                        raise
-                    problem = str(error)
-                except KeyError:
-                    problem = "its answer holds no facts"
-            self._refuse(node, problem)
+            problem = self._answered(node, reply)
+            # A node whose client is on another one by now is expected to be dead.
+            if problem is not None and self._replaced.pop(node, None) is None:
+                self._refuse(node, problem)
 
-    def start(self) -> None:
-        """From now on a second node for a client is one that was started again; before, it is a mistake."""
-        self._rounds_started = True
+    @property
+    def undecided(self) -> bool:
+        """Whether a node that another one claims to follow may still live."""
+        return bool(self._replaced)
 
     def ask_again(self) -> None:
-        """Has nodes asked anew that could not answer; call it once a round."""
-        self._asked -= self.refused.keys()
-        self.refused.clear()
+        """Has nodes asked anew that could not take part; call it once a round."""
+        living = set(self.nodes.values())
+        again = {node for node in self.refused if self._rival.get(node) not in living}
+        self._asked -= again
+        self.refused = {node: problem for node, problem in self.refused.items() if node not in again}
 
     def wait(self, done: Callable[[], bool], seconds: float) -> bool:
         """Looks who is there until ``done()``, for at most ``seconds``; says whether it is."""
+        asked = time.monotonic()
 
         def look() -> bool:
+            nonlocal asked
+            if time.monotonic() - asked > _REASK_SECONDS:
+                self.ask_again()
+                asked = time.monotonic()
             self.refresh()
             return done()
 
@@ -87,7 +91,7 @@ class Roster:
 
     def present(self, clients: Collection[int]) -> int:
         """How many of some clients are there."""
-        return len(self.nodes.keys() & set(clients))
+        return sum(client in clients for client in self.nodes)
 
     def first_refusal(self) -> str:
         """What a line about missing nodes ends with: the first node that cannot take part, if any."""
@@ -98,28 +102,56 @@ class Roster:
         """A reason for the record of a round."""
         return f"no node with partition-id={client} is there{self.first_refusal()}"
 
-    def _admit(self, node: int, facts: ClientFacts) -> None:
-        problem = self._judge(facts)
+    def _ask(self, nodes: list[int]) -> None:
+        """Sends the question; a node whose SuperLink did not take it is asked at the next look."""
+        sent = mail.post(self._grid, "query", {node: RecordDict() for node in nodes}, "query", _QUERY_SECONDS)
+        self._sent |= sent
+        self._asked.update(sent.values())
+
+    def _answered(self, node: int, reply: Message) -> str | None:
+        """Takes a node's answer in; returns why it cannot take part, or None."""
+        problem = mail.trouble(reply)
         if problem is not None:
-            raise InputError(problem)
-        before = self.nodes.get(facts.client)
+            return problem
+        try:
+            facts = ClientFacts.of(reply.content.config_records[records.CONFIG])
+        except KeyError:
+            return "its answer holds no facts"
+        except InputError as error:
+            return str(error)
+        problem = self._judge(facts)
+        if problem is None:
+            self._admit(node, facts)
+        return problem
+
+    def _admit(self, node: int, facts: ClientFacts) -> None:
+        client, before = facts.client, self.nodes.get(facts.client)
+        if self._replaced.pop(node, None) == client and before is not None:
+            self._two_live(client, first=node, second=before)
+            return
         if before is not None and before != node:
-            if not self._rounds_started:
-                raise _Duplicate(
-                    f"nodes {before} and {node} both say partition-id={facts.client}; give each SuperNode another one "
-                    "by --node-config 'partition-id=N'"
-                )
-            # A node that was started again has a new id, and its old one may be listed for another minute.
-            self._say(f"client {facts.client} came back as node {node}, in place of {before}")
-            self._replaced[before] = facts.client
-        else:
-            self._say(f"client {facts.client} is there (node {node}): {facts.num_samples} samples")
-        self.nodes[facts.client] = node
+            # A node that was started again has a new id, and its old one may be listed for another minute: the new one
+            # goes on, and the old one is asked whether it still lives.
+            self._say(f"client {client} came back as node {node}, in place of {before}")
+            self._replaced[before] = client
+            self._ask([before])
+        elif before is None:
+            self._say(f"client {client} is there (node {node}): {facts.num_samples} samples")
+        self.nodes[client] = node
+
+    def _two_live(self, client: int, first: int, second: int) -> None:
+        problem = (
+            f"nodes {first} and {second} both say partition-id={client}; give each SuperNode another one by "
+            "--node-config 'partition-id=N'"
+        )
+        if not self.rounds_started:
+            raise InputError(problem)
+        self._rival[second] = first
+        self.nodes[client] = first
+        self._refuse(second, problem)
 
     def _refuse(self, node: int, problem: str) -> None:
-        self._say(f"node {node} cannot take part: {problem}")
+        if self._told.get(node) != problem:
+            self._say(f"node {node} cannot take part: {problem}")
+            self._told[node] = problem
         self.refused[node] = problem
-
-
-class _Duplicate(InputError):
-    """Two nodes for one client before the first round: a mistake in starting them."""

@@ -25,7 +25,7 @@ from fedftg.errors import InputError
 from fedftg.experiment import Run
 from fedftg.flower.grid_executor import GridExecutor, no_memory
 from fedftg.flower.node_evaluation import evaluate_on_nodes
-from fedftg.flower.remote import ClientFacts, RemoteFederation, facts_of, joint_normalisation
+from fedftg.flower.remote import ClientFacts, RemoteFederation, facts_of, joint_normalisation, other_data
 from fedftg.flower.roster import Roster, Say
 from fedftg.flower.settings import AppSettings, agreement, app_settings, on_server
 from fedftg.progress import PlainLines, Progress
@@ -93,7 +93,8 @@ class RemoteExperiment(Experiment):
     folder: RunFolder
     run_key: str
     wait_seconds: float
-    round_seconds: float
+    evaluate_seconds: float
+    say: Say
     weighed: frozenset[int]
     """The clients whose sizes the weights of the average of all uploads stand on."""
 
@@ -101,21 +102,28 @@ class RemoteExperiment(Experiment):
         """One round with the nodes that are there.
 
         Raises:
-            InputError: too few clients of the round's cohort are there within the bound.
+            InputError: no client at all is there within the bound.
         """
         number = self.state.round + 1
         self.roster.ask_again()
         self.roster.refresh()
-        cohort = sampling.cohort(self.config.cohort, self._candidates, self.config.seed, number)
+        cohort = self._cohort(number)
         enough = min(self.min_results, len(cohort))
         if not self.roster.wait(lambda: self.roster.present(cohort) >= enough, self.wait_seconds):
-            raise InputError(
-                f"round {number}: {self.roster.present(cohort)} of the {len(cohort)} clients drawn are there after "
-                f"{self.wait_seconds:g} s, min-clients is {self.min_results}; start their SuperNodes, and run again "
-                "with resume=true"
-            )
+            there = self.roster.present(cohort)
+            told = f"round {number}: {there} of the {len(cohort)} clients drawn are there after {self.wait_seconds:g} s"
+            if not self.roster.nodes:
+                raise InputError(f"{told}, and no other; start SuperNodes, and run again with resume=true")
+            self.say(f"{told}, min-clients is {self.min_results}: nothing is trained in this round")
         self._take_in_newcomers()
         return super().run_round(progress)
+
+    def _cohort(self, number: int) -> list[int]:
+        """Smaller than ``cohort.size`` where newcomers turned out to hold nothing."""
+        given, candidates = self.config.cohort, self._candidates
+        if given.size is not None and given.size > len(candidates):
+            given = given.model_copy(update={"size": len(candidates)})
+        return sampling.cohort(given, candidates, self.config.seed, number)
 
     @property
     def _candidates(self) -> list[int]:
@@ -124,7 +132,7 @@ class RemoteExperiment(Experiment):
 
     def _evaluate_clients(self, number: int, models: Models, into: Measured) -> None:
         if any(self.remote.num_held_back(client) for client in range(self.remote.num_clients)):
-            evaluate_on_nodes(self.grid, self.roster, self.remote, models, number, self.round_seconds, into)
+            evaluate_on_nodes(self.grid, self.roster, self.remote, models, number, self.evaluate_seconds, into)
 
     def _take_in_newcomers(self) -> None:
         known = frozenset(self.remote.known)
@@ -147,11 +155,22 @@ def prepare(grid: Grid, config: RunConfig, settings: AppSettings, folder: RunFol
     mine = agreement(config)
     remembered = facts_of(before, mine) if before is not None else []
     found: dict[int, ClientFacts] = {facts.client: facts for facts in remembered}
+    known_before = frozenset(found)
+    test = _test_data(config, settings)
 
     def judge(facts: ClientFacts) -> str | None:
         """Before the first round every node is compared with the first; later with the federation."""
         if facts.settings != mine:
             return "its recipe's settings differ from the server's; install the same app and fedftg on both"
+        counted = config.partition.law not in ("natural", "file")
+        if counted and facts.num_clients != config.partition.num_clients:
+            return f"it says {facts.num_clients} clients, the recipe {config.partition.num_clients}"
+        problem = None if test is None else other_data(facts, test)
+        if problem is not None:
+            return f"{problem}; give the same data, or server-data=none"
+        if not roster.rounds_started:
+            for client in found.keys() - roster.nodes.keys() - known_before:
+                del found[client]  # its node left before anything stood on it
         like = RemoteFederation(next(iter(found.values()), facts), facts.mean, facts.std, torch.device("cpu"), None)
         like.known = found
         problem = like.mismatch(facts)
@@ -161,13 +180,12 @@ def prepare(grid: Grid, config: RunConfig, settings: AppSettings, folder: RunFol
 
     roster = Roster(grid, judge, say)
     _gather(roster, found, config, settings, say)
-    roster.start()
+    roster.rounds_started = True
     facts = [found[client] for client in sorted(found)]
-    normalisation = (facts[0].mean, facts[0].std) if before is not None else joint_normalisation(facts)
-    device = torch.device(resolve_device(config.device))
-    remote = RemoteFederation(facts[0], *normalisation, device, _test_data(config, settings))
+    mean, std = joint_normalisation(facts) if before is None else (tuple(before["mean"]), tuple(before["std"]))
+    remote = RemoteFederation(facts[0], mean, std, torch.device(resolve_device(config.device)), test)
     remote.known = found
-    return _assemble(grid, config, settings, folder, roster, remote, before, {one.client for one in remembered})
+    return _assemble(grid, config, settings, folder, roster, remote, say, before, known_before)
 
 
 def _gather(roster: Roster, found: dict[int, ClientFacts], config: RunConfig, settings: AppSettings, say: Say) -> None:
@@ -178,7 +196,7 @@ def _gather(roster: Roster, found: dict[int, ClientFacts], config: RunConfig, se
     def clients() -> range:
         return range(next(iter(found.values())).num_clients if found else expected)
 
-    roster.wait(lambda: roster.present(clients()) == len(clients()), settings.wait_seconds)
+    roster.wait(lambda: roster.present(clients()) == len(clients()) and not roster.undecided, settings.wait_seconds)
     count = len(clients())
     if len(roster.nodes) < min(settings.min_clients, count):
         raise InputError(
@@ -200,8 +218,9 @@ def _assemble(
     folder: RunFolder,
     roster: Roster,
     remote: RemoteFederation,
+    say: Say,
     before: Record | None,
-    remembered: set[int],
+    remembered: frozenset[int],
 ) -> RemoteExperiment:
     run_key = str(before["run"]) if before is not None else secrets.token_hex(8)
     known = remote.known
@@ -209,9 +228,10 @@ def _assemble(
         # The sum that the checkpoint holds may stand on sizes that were known earlier: it is made anew.
         weighed: frozenset[int] = frozenset()
     else:
-        weighed = frozenset(remembered if before is not None else known)
-    may_train = sum(remote.may_train(client) for client in range(remote.num_clients))
-    made = experiment.parts(config, remote, may_train)
+        weighed = remembered if before is not None else frozenset(known)
+    # A run that goes on was possible when it began, whatever has joined since.
+    may_train = [client for client in range(remote.num_clients) if before is not None or remote.may_train(client)]
+    made = experiment.parts(config, remote, len(may_train))
     params, buffers = made.state.params, made.state.buffers
     clients = ClientStore(
         no_memory,
@@ -228,6 +248,7 @@ def _assemble(
         params,
         buffers,
         run=run_key,
+        enough=settings.min_clients,
         checkpoint_every=config.checkpoint.every,
         seconds=settings.round_seconds,
     )
@@ -248,7 +269,8 @@ def _assemble(
         folder=folder,
         run_key=run_key,
         wait_seconds=settings.wait_seconds,
-        round_seconds=settings.round_seconds,
+        evaluate_seconds=settings.evaluate_seconds,
+        say=say,
         weighed=weighed,
     )
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fedftg import config as configs
 from fedftg.config import RunConfig
-from fedftg.errors import unknown
+from fedftg.errors import InputError, unknown
 
 LOCAL_KEYS = ("name", "rounds", "device", "threads", "data.root", "data.cache", "checkpoint", "evaluation", "executor")
 """Settings of a recipe that server and nodes may have differently."""
@@ -40,6 +40,9 @@ class AppSettings(BaseModel):
     round_seconds: float = Field(
         default=3600.0, gt=0, description="the longest wait for a round's replies; who is later is left out"
     )
+    evaluate_seconds: float = Field(
+        default=600.0, gt=0, description="the longest wait for nodes that measure models on what they hold back"
+    )
     server_data: str = Field(
         default="recipe",
         min_length=1,
@@ -57,8 +60,14 @@ class AppSettings(BaseModel):
     )
 
     def overrides(self) -> list[str]:
-        """``set`` as a list of ``key=value``."""
-        return shlex.split(self.set)
+        """``set`` as a list of ``key=value``; raises `InputError` where a quotation mark is left open."""
+        try:
+            return shlex.split(self.set)
+        except ValueError as error:
+            raise InputError(
+                f"app config key 'set' must be key=value pairs separated by blanks, got {self.set!r} ({error}); close "
+                "the quotation mark"
+            ) from None
 
 
 class NodeSettings(BaseModel):
