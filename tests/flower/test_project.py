@@ -1,11 +1,13 @@
 """`fedftg flower new` writes an app that Flower takes, and nothing where it should not."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from flwr.clientapp import ClientApp
@@ -14,7 +16,7 @@ from flwr.serverapp import ServerApp
 import fedftg
 from fedftg import config as configs
 from fedftg.flower import project
-from fedftg.flower.settings import AppSettings, app_settings
+from fedftg.flower.settings import AppSettings, app_settings, node_settings, on_node, on_server
 
 
 def loaded(path: Path) -> ModuleType:
@@ -72,3 +74,42 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr == "fedftg: Flower is not installed; pip install 'fedftg[flower]'\n"
     assert not (tmp_path / "app").exists()
+
+
+def test_an_app_holds_wherever_it_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A saved partition travels with it, a relative data.root becomes absolute, and plugins are named."""
+    monkeypatch.chdir(tmp_path)
+    rows = [list(range(client, 100, 3)) for client in range(3)]
+    Path("mine.json").write_text(json.dumps(rows))
+    overrides = ["partition.law=file", "partition.file=mine.json", "data.name=cifar10", "data.root=somewhere"]
+    project.new(Path("app"), None, [*overrides, "plugins=['json']"])
+    Path("mine.json").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    Path("app").rename(tmp_path / "elsewhere" / "app")
+    package = tmp_path / "elsewhere" / "app" / project.PACKAGE
+    given = on_server(package / "recipe.toml", app_settings({}))
+    assert given.partition.file is not None
+    assert json.loads(given.partition.file.read_text()) == rows
+    assert given.data.root == tmp_path / "somewhere"
+    node = on_node(package / "recipe.toml", app_settings({}), node_settings({"partition-id": 1}))
+    assert node.partition.file == given.partition.file
+    assert "module `json` must be installed" in (tmp_path / "elsewhere" / "app" / "README.md").read_text()
+    with pytest.raises(fedftg.InputError, match=r"cannot read partition\.file gone\.json"):
+        project.new(Path("other"), None, ["partition.law=file", "partition.file=gone.json"])
+    assert not Path("other").exists()
+
+
+def test_what_was_written_goes_when_the_rest_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Path.open
+
+    def full(self: Path, *given: Any, **more: Any) -> Any:
+        if self.name == "recipe.toml":
+            raise OSError(28, "No space left on device")
+        return opened(self, *given, **more)
+
+    monkeypatch.setattr(Path, "open", full)
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('[data]\nname = "digits"\n')
+    with pytest.raises(fedftg.InputError, match="No space left on device"):
+        project.new(tmp_path / "app", str(recipe), [])
+    assert not [path for path in (tmp_path / "app").rglob("*") if path.is_file()]

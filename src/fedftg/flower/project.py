@@ -12,7 +12,7 @@ from fedftg import config as configs
 from fedftg.config import RunConfig
 from fedftg.data.sources import TENSORS
 from fedftg.errors import InputError
-from fedftg.flower.settings import AppSettings
+from fedftg.flower.settings import PARTITION_FILE, AppSettings
 
 PACKAGE = "fedftg_app"
 """The Python package inside an app."""
@@ -38,18 +38,21 @@ def new(folder: Path, recipe: str | None, overrides: Sequence[str]) -> list[Path
             f"cohort.size must be at most partition.num_clients, {config.partition.num_clients}, got "
             f"{config.cohort.size}; set both"
         )
-    name = _project_name(folder)
+    files = _files(_project_name(folder), config)
+    written: list[Path] = []
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"{folder} exists already and is not empty; give a folder that is not there yet")
         (folder / PACKAGE).mkdir(parents=True, exist_ok=True)
-        files = _files(name, config)
         for path, text in files.items():
             with (folder / path).open("x", encoding="utf-8") as file:
+                written.append(folder / path)
                 file.write(text)
     except OSError as error:
+        for path in written:
+            path.unlink(missing_ok=True)
         raise InputError(f"cannot write to {folder}: {error.strerror}; give another folder") from None
-    return [folder / path for path in files]
+    return written
 
 
 def _project_name(folder: Path) -> str:
@@ -60,7 +63,15 @@ def _project_name(folder: Path) -> str:
 
 
 def _files(name: str, config: RunConfig) -> dict[str, str]:
-    return {
+    """What is written, by path; the recipe's paths hold wherever the app runs."""
+    carried: dict[str, str] = {}
+    if config.data.root is not None:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"root": config.data.root.resolve()})})
+    if config.partition.law == "file" and config.partition.file is not None:
+        carried[f"{PACKAGE}/{PARTITION_FILE}"] = _partition(config.partition.file)
+        inside = config.partition.model_copy(update={"file": Path(PARTITION_FILE)})
+        config = config.model_copy(update={"partition": inside})
+    return carried | {
         "pyproject.toml": _pyproject(name, config),
         "README.md": _readme(name, config),
         f"{PACKAGE}/__init__.py": f'"""The Flower app {name}."""\n',
@@ -68,6 +79,15 @@ def _files(name: str, config: RunConfig) -> dict[str, str]:
         f"{PACKAGE}/client_app.py": _app("client"),
         f"{PACKAGE}/recipe.toml": config.to_toml(),
     }
+
+
+def _partition(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"cannot read partition.file {file} ({type(error).__name__}); give a saved partition"
+        ) from None
 
 
 def _app(side: str) -> str:
@@ -124,10 +144,12 @@ def _wrapped(text: str) -> list[str]:
 
 def _readme(name: str, config: RunConfig) -> str:
     count = config.partition.num_clients
+    who = f"{count} clients"
+    plugins = "".join(f" The module `{name}` must be installed on server and nodes." for name in config.plugins)
     return f"""# {name}
 
-A Flower app for {count} clients: {config.algorithm.name} with refiner {config.refiner.name} on data set
-{config.data.name}. Every setting is in `{PACKAGE}/recipe.toml`.
+A Flower app for {who}: {config.algorithm.name} with refiner {config.refiner.name} on data set
+{config.data.name}. Every setting is in `{PACKAGE}/recipe.toml`.{plugins}
 
 Install `fedftg[flower]` {__version__} on the server and on every node, and `flwr[simulation]` where you simulate.
 Switch off what asks the internet where there is none:

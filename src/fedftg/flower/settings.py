@@ -15,7 +15,20 @@ from fedftg import config as configs
 from fedftg.config import RunConfig
 from fedftg.errors import InputError, unknown
 
-LOCAL_KEYS = ("name", "rounds", "device", "threads", "data.root", "data.cache", "checkpoint", "evaluation", "executor")
+PARTITION_FILE = "partition.json"
+"""A saved partition that an app carries beside its recipe."""
+LOCAL_KEYS = (
+    "name",
+    "rounds",
+    "device",
+    "threads",
+    "data.root",
+    "data.cache",
+    "partition.file",
+    "checkpoint",
+    "evaluation",
+    "executor",
+)
 """Settings of a recipe that server and nodes may have differently."""
 
 
@@ -109,7 +122,7 @@ def node_settings(given: Mapping[str, Any]) -> NodeSettings:
 
 def on_server(recipe: Path, settings: AppSettings) -> RunConfig:
     """The recipe with the run's overrides, and the server's own place of the data."""
-    config = configs.load(recipe, settings.overrides())
+    config = _with_partition_file(configs.load(recipe, settings.overrides()), recipe)
     if settings.server_data in ("recipe", "none"):
         return config
     return config.model_copy(update={"data": config.data.model_copy(update={"root": Path(settings.server_data)})})
@@ -122,7 +135,15 @@ def on_node(recipe: Path, settings: AppSettings, node: NodeSettings) -> RunConfi
     pairs = [f"{key}={json.dumps(value)}" for key, value in own.items() if value]
     if node.threads >= 0:
         pairs.append(f"threads={node.threads}")
-    return configs.from_mapping(configs.apply(given, pairs))
+    return _with_partition_file(configs.from_mapping(configs.apply(given, pairs)), recipe)
+
+
+def _with_partition_file(config: RunConfig, recipe: Path) -> RunConfig:
+    """A partition that is named without a folder lies beside the recipe, wherever that was unpacked."""
+    file = config.partition.file
+    if file is None or file != Path(PARTITION_FILE):
+        return config
+    return config.model_copy(update={"partition": config.partition.model_copy(update={"file": recipe.parent / file})})
 
 
 def agreement(config: RunConfig) -> str:

@@ -1,4 +1,4 @@
-"""One client's own data on its node: only its rows are held."""
+"""One client's own data on its node: batches are made of its rows only."""
 
 from __future__ import annotations
 
