@@ -49,8 +49,8 @@ def new(folder: Path, recipe: str | None, overrides: Sequence[str]) -> list[Path
                 written.append(folder / path)
                 file.write(text)
     except OSError as error:
-        for path in written:
-            path.unlink(missing_ok=True)
+        for file_written in written:
+            file_written.unlink(missing_ok=True)
         raise InputError(f"cannot write to {folder}: {error.strerror}; give another folder") from None
     return written
 
