@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,23 @@ def config(algorithm: str, refined: bool) -> RunConfig:
             "executor": {"name": "sequential"},
         }
     )
+
+
+BASE_OPTIONS: dict[str, Any] = {
+    "num_clients": CLIENTS,
+    "seed": 5,
+    "server_lr": 0.9,
+    "local": LocalConfig(lr=0.05, lr_decay=0.9, steps=2, batch_size=16, momentum=0.5),
+}
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """Flower's logger does not propagate."""
+    logger = logging.getLogger("flwr")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
 
 
 class Simulated:
@@ -229,6 +247,67 @@ def test_scaffold_needs_the_change_of_the_control_variates(kind: str, same_cohor
     strategy.start(small.grid_of(here.client_app(), CLIENTS, {cohort[0] + 1: spoil}), here.initial, 1)
     assert isinstance(strategy, Scaffold)
     assert sorted(strategy._counted) == cohort[1:]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("partition-id", 1), ("partition-id", [3]), ("num-examples", 2**60), ("num-examples", 2.5)]
+)
+def test_odd_numbers_in_a_reply_cost_the_clients_that_gave_them(
+    key: str, value: Any, log: pytest.LogCaptureFixture
+) -> None:
+    """Node 3 answers with them; as client 1 it makes both of that name doubtful."""
+    settings = config("scaffold", refined=False)
+    here = Simulated(settings)
+
+    def change(content: RecordDict) -> None:
+        content["metrics"][key] = value
+
+    strategy = here.strategy()
+    strategy.start(small.grid_of(here.client_app(), CLIENTS, {3: change}), here.initial, 1)
+    doubled = value == 1
+    assert isinstance(strategy, Scaffold)
+    assert sorted(strategy._counted) == ([0, 3] if doubled else [0, 1, 3])
+    assert strategy._clients.keys() == ({1, 4} if doubled else {1, 2, 4})
+    assert ("2 nodes are client 1" if doubled else f"'{key}' must be a whole number from 0 to 2**") in log.text
+
+
+def test_a_run_with_other_rules_or_local_training_is_not_resumed(tmp_path: Path) -> None:
+    settings = config("scaffold", refined=True)
+    here = Simulated(settings)
+    kept = {"checkpoint": tmp_path / "server"}
+    here.wrapped(here.strategy(), **kept).start(LocalGrid.of(here.client_app(), CLIENTS), here.initial, 1)
+    cases = ({"num_clients": 9}, {"local": LocalConfig(lr=0.5)}, {"seed": 6}, {"server_lr": 1.0})
+    names = ("num_clients = 4", "local.lr = 0.05", "seed = 5", "algorithm.server_lr = 0.9")
+    for more, name in zip(cases, names, strict=True):
+        base = Scaffold(**{"model": here.module, **BASE_OPTIONS, **more})
+        with pytest.raises(InputError, match=f"of a run with base strategy.0.{name}, this one has"):
+            here.wrapped(base, **kept).restore()
+    found = here.wrapped(Scaffold(model=here.module, **BASE_OPTIONS, min_train_nodes=3), **kept).restore()
+    assert found is not None
+    assert found[0] == 1
+
+
+def replies_of(batches: Any, nodes: dict[int, dict[str, Any]], **more: Any) -> list[Message]:
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return local_train(message, context, model=small.net(), batches=batches, class_counts=[1] * 10, **more)
+
+    grid = LocalGrid(app, nodes)
+    strategy = Scaffold(model=small.net(), num_clients=2, local=LocalConfig(epochs=2))
+    return list(grid.send_and_receive(strategy.configure_train(1, small.initial(), ConfigRecord(), grid)))
+
+
+def test_what_would_go_wrong_without_a_word_is_refused(tmp_path: Path) -> None:
+    nodes: dict[int, dict[str, Any]] = {1: {"partition-id": 0}, 2: {}}
+    data = [small.samples(small.data(2), 0)]
+    named, nameless = replies_of(data, nodes, state_dir=tmp_path)
+    assert named.has_content()
+    assert "needs a partition id" in str(nameless.error.reason)
+    assert all(reply.has_content() for reply in replies_of(data, nodes))
+    for reply in replies_of(iter(data), nodes):
+        assert "batches is an iterator, which ends after one epoch" in str(reply.error.reason)
 
 
 def test_a_data_loader_and_lost_memory(tmp_path: Path) -> None:

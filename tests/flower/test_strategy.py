@@ -29,7 +29,8 @@ from fedftg.distill.distiller import Distiller
 from fedftg.distill.generator import Generator
 from fedftg.distill.teachers import ListedTeachers
 from fedftg.errors import InputError
-from fedftg.flower import FedFTG
+from fedftg.flower import FedDyn, FedFTG
+from fedftg.flower import base_strategies as bases
 from fedftg.flower.local_grid import LocalGrid
 from fedftg.models.functional import FunctionalModel, values
 from fedftg.seeds import SERVER, forked, torch_rng
@@ -68,6 +69,11 @@ def wrapped(base: Strategy, **changes: Any) -> FedFTG:
 
 def run(strategy: Strategy, grid: Grid, rounds: int = 2, **more: Any) -> Result:
     return strategy.start(grid, small.initial(), rounds, **more)
+
+
+def strategy_settings(strategy: FedFTG) -> dict[str, Any]:
+    (settings,) = bases.settings(strategy.strategy)
+    return settings
 
 
 def equal(left: ArrayRecord, right: ArrayRecord) -> bool:
@@ -315,6 +321,19 @@ def set_metric(key: str, value: Any) -> Callable[[RecordDict], None]:
         (two_models, "2 ArrayRecords and none is 'arrays'"),
         (set_metric("num-examples", float("nan")), "'num-examples' is nan"),
         (set_metric("num-examples", -1), "'num-examples' is -1"),
+        (set_metric("num-examples", 2**60), r"numbers from 0 to 2\*\*53"),
+        (set_metric("num-examples", [40]), r"'num-examples' is \[40\]"),
+        (set_metric("partition-id", -1), "'partition-id' must be a whole number from 0"),
+        (set_metric("partition-id", 2.0), "'partition-id' must be a whole number from 0"),
+        (lambda content: content["metrics"].pop("num-examples"), "lacks metric 'num-examples' in 'metrics'$"),
+        (set_metric("more", 1.0), "has metric 'more' in 'metrics'$"),
+        (set_metric("train_loss", [1.0]), "lacks metric 'train_loss'.* has metric 'train_loss' .*of length 1$"),
+        (
+            lambda content: content.update({"more": MetricRecord({"b": 1})}),
+            "has metric 'b' in 'more', a record of metrics 'more'",
+        ),
+        (lambda content: content.update({"more": ArrayRecord()}), "has a record of arrays 'more'$"),
+        (lambda content: content.update({"own": content.pop("arrays")}), "lacks .* 'arrays' and has .* arrays 'own'$"),
     ],
 )
 def test_a_reply_that_does_not_fit_is_as_a_client_that_failed(
@@ -332,15 +351,127 @@ def test_a_reply_that_does_not_fit_is_as_a_client_that_failed(
     assert equal(result.arrays, run(wrapped(BASES["FedAvg"]()), failing, rounds=1).arrays)
 
 
+def test_two_nodes_with_one_partition_id_are_both_left_out(app: ClientApp) -> None:
+    strategy = wrapped(BASES["FedAvg"]())
+    result = run(strategy, small.grid_of(app, CLIENTS, {3: set_metric("partition-id", 1)}), rounds=1)
+    assert strategy.reports[0].teachers == [0, 3]
+    assert strategy.reports[0].left_out == {1: "2 nodes are client 1; give each its own 'partition-id'"}
+    failing = LocalGrid.of(app, CLIENTS)
+    for node in (2, 3):
+        failing.leave(node)
+        failing.join(node, {"partition-id": "no number"})
+    assert equal(result.arrays, run(wrapped(BASES["FedAvg"]()), failing, rounds=1).arrays)
+
+
+def test_of_two_kinds_of_reply_the_complete_one_is_right() -> None:
+    """One of two clients does not tell its examples, the other does: as many, and the incomplete one comes first."""
+    app = small.client_app(small.data(2))
+    strategy = wrapped(flower.FedAvg(**TWO))
+    run(strategy, small.grid_of(app, 2, {1: lambda content: content["metrics"].pop("num-examples")}), rounds=1)
+    assert strategy.reports[0].teachers == [1]
+    assert "lacks metric 'num-examples'" in strategy.reports[0].left_out[0]
+
+
+def test_a_strategy_that_takes_replies_of_several_kinds_gets_them(app: ClientApp) -> None:
+    strategy = wrapped(FedDyn(model=small.net(), num_clients=CLIENTS, fraction_evaluate=0.0))
+    strategy.configure_train(1, small.initial(), ConfigRecord(), LocalGrid.of(app, CLIENTS))
+    asked = flower.FedAvg(**ALL).configure_train(1, small.initial(), ConfigRecord(), LocalGrid.of(app, CLIENTS))
+    strategy.aggregate_train(1, small.grid_of(app, CLIENTS, {2: set_metric("more", 1.0)}).send_and_receive(asked))
+    assert strategy.reports[0].teachers == [0, 1, 2, 3]
+
+
+def test_clients_without_a_single_example_change_nothing(app: ClientApp) -> None:
+    strategy = wrapped(BASES["FedAvg"]())
+    grid = small.grid_of(app, CLIENTS, dict.fromkeys(range(1, CLIENTS + 1), set_metric("num-examples", 0)))
+    assert not run(strategy, grid, rounds=1).arrays
+    assert "no client of the round has a metric 'num-examples' above 0" in strategy.reports[0].left_out[3]
+
+
+class Moody(flower.FedAvgM):
+    """Fails in the rounds of ``bad``, or gives infinity there, with its momentum and a list already changed."""
+
+    def __init__(self, bad: tuple[int, ...], infinite: bool) -> None:
+        super().__init__(server_momentum=0.5, server_learning_rate=0.5, **ALL)
+        self.bad, self.infinite = bad, infinite
+        self.seen: dict[str, list[int]] = {"rounds": []}
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        self.seen["rounds"].append(server_round)
+        if server_round in self.bad:
+            for momentum in self.momentum_vector or []:
+                momentum += 1
+            if not self.infinite:
+                raise RuntimeError("no mood\nat all")
+            assert arrays is not None
+            arrays["head.bias"] = Array(np.full(10, np.inf, np.float32))
+        return arrays, metrics
+
+
+@pytest.mark.parametrize("infinite", [False, True], ids=["fails", "infinite"])
+def test_a_base_that_fails_costs_the_round_and_keeps_nothing_of_it(infinite: bool, app: ClientApp) -> None:
+    """Round 2 goes wrong: model and momentum stay, and round 3 is what it had been as the second good one."""
+    strategy = wrapped(Moody((2,), infinite), config=NO_CHANGE)
+    after: list[ArrayRecord] = []
+    run(strategy, LocalGrid.of(app, CLIENTS), 3, evaluate_fn=lambda _, arrays: after.append(arrays))
+    good = wrapped(Moody((), infinite), config=NO_CHANGE)
+    expected: list[ArrayRecord] = []
+    run(good, LocalGrid.of(app, CLIENTS), 2, evaluate_fn=lambda _, arrays: expected.append(arrays))
+    assert equal(after[1], after[2])
+    assert strategy.strategy.seen == {"rounds": [1, 3]}  # type: ignore[attr-defined]
+    assert equal(after[3], expected[2])
+    reason = (
+        "the aggregate is not finite (head.bias)" if infinite else "the base strategy failed (RuntimeError: no mood)"
+    )
+    assert strategy.reports[1].rolled_back == f"{reason}; the global model stays as it was"
+    assert strategy.reports[1].teachers == []
+
+
+def test_a_base_that_fails_from_the_start_is_told(app: ClientApp) -> None:
+    with pytest.raises(RuntimeError, match="no mood"):
+        run(wrapped(Moody((1,), False)), LocalGrid.of(app, CLIENTS))
+
+
+def test_a_later_round_without_class_counts_is_the_base_s(app: ClientApp) -> None:
+    grid = small.grid_of(app, CLIENTS, {})
+    strategy = wrapped(BASES["FedAvg"](), config=NO_CHANGE)
+
+    def later(number: int, _: ArrayRecord) -> None:
+        if number == 1:
+            grid.faults.update(small.grid_of(app, CLIENTS, dict.fromkeys(range(1, CLIENTS + 1), lose_counts)).faults)
+
+    result = run(strategy, grid, 2, evaluate_fn=later)
+    assert [report.rolled_back for report in strategy.reports] == [None, "there was no teacher"]
+    assert equal(result.arrays, run(wrapped(BASES["FedAvg"](), config=NO_CHANGE), LocalGrid.of(app, CLIENTS), 2).arrays)
+
+
+def test_clients_without_partition_ids_are_told_once(log: pytest.LogCaptureFixture) -> None:
+    app = small.client_app(small.data(2), partition_id=False)
+    run(wrapped(flower.FedAvg(**TWO), absent_weight=1.0), LocalGrid.of(app, 2))
+    told = [r.getMessage() for r in {id(r): r for r in log.records}.values() if "do not tell" in r.getMessage()]
+    assert len(told) == 1
+    assert "clients do not tell 'partition-id'; a node that starts again" in told[0]
+    log.clear()
+    run(wrapped(flower.FedAvg(**TWO)), LocalGrid.of(app, 2))
+    run(wrapped(flower.FedAvg(**TWO), absent_weight=1.0), LocalGrid.of(small.client_app(small.data(2)), 2))
+    assert "do not tell" not in log.text
+
+
 @pytest.mark.parametrize(
     ("counts", "reason"),
-    [([1] * 9, "must be 10 whole numbers"), ([-1] * 10, "whole numbers >= 0"), ([0] * 10, "are all 0"), (3, "a list")],
+    [
+        ([2**53] * 10, "at most 2\\*\\*53 in all"),
+        ([1] * 9, "must be 10 whole numbers"),
+        ([-1] * 10, "whole numbers >= 0"),
+        ([0] * 10, "are all 0"),
+        (3, "a list"),
+    ],
 )
 def test_class_counts_that_are_wrong_are_told(counts: Any, reason: str, app: ClientApp) -> None:
     strategy = wrapped(BASES["FedAvg"]())
     run(strategy, small.grid_of(app, CLIENTS, {1: set_metric("class-counts", counts)}), rounds=1)
     assert strategy.reports[0].teachers == [1, 2, 3]
-    assert reason in strategy.reports[0].left_out[0]
+    assert re.search(reason, strategy.reports[0].left_out[0])
 
 
 def test_a_round_in_which_every_client_fails_leaves_the_model(app: ClientApp) -> None:
@@ -348,7 +479,9 @@ def test_a_round_in_which_every_client_fails_leaves_the_model(app: ClientApp) ->
     grid = small.grid_of(app, 4, dict.fromkeys(range(1, 5), replaced("head.bias", not_a_number)))
     result = strategy.start(grid, small.initial(), 1)
     assert not result.arrays
-    assert strategy.reports == []
+    (report,) = strategy.reports
+    assert report.rolled_back == "the base strategy gave no aggregate; the global model stays as it was"
+    assert sorted(report.left_out) == [0, 1, 2, 3]
 
 
 def test_fine_tuning_that_is_not_finite_or_fails_gives_the_aggregate(
@@ -400,6 +533,17 @@ def test_the_generator_persists_over_rounds(app: ClientApp) -> None:
     assert not torch.equal(weights[2], weights[3])
 
 
+def test_a_round_without_a_usable_reply_is_in_the_checkpoint(app: ClientApp, tmp_path: Path) -> None:
+    checkpoint = {"checkpoint": tmp_path / "run"}
+    one = run(wrapped(BASES["FedAvg"](), **checkpoint), LocalGrid.of(app, CLIENTS), 1)
+    grid = small.grid_of(app, CLIENTS, dict.fromkeys(range(1, CLIENTS + 1), replaced("head.bias", not_a_number)))
+    assert equal(run(wrapped(BASES["FedAvg"](), **checkpoint), grid, 2).arrays, one.arrays)
+    found = wrapped(BASES["FedAvg"](), **checkpoint).restore()
+    assert found is not None
+    assert found[0] == 2
+    assert equal(found[1], one.arrays)
+
+
 @pytest.mark.parametrize("name", ["FedAdam", "FedAvgM"])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     name: str, app: ClientApp, tmp_path: Path, log: pytest.LogCaptureFixture
@@ -419,6 +563,14 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     done = wrapped(BASES[name](), **kept, checkpoint=tmp_path / "run")
     assert equal(run(done, LocalGrid.of(app, CLIENTS), 3).arrays, whole.arrays)
     assert sorted(path.suffix for path in (tmp_path / "run").iterdir()) == [".json", ".safetensors"]
+    assert not {"fraction_train", "min_train_nodes"} & strategy_settings(done).keys()
+    other = BASES[name]()
+    other.weighted_by_key = "size"  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match=r"base strategy\.0\.weighted_by_key = num-examples, this one has size"):
+        run(
+            wrapped(other, **kept, checkpoint=tmp_path / "run"),
+            LocalGrid.of(app, 1),
+        )
     with pytest.raises(InputError, match="of a run with seed = 0, this one has 1"):
         run(wrapped(BASES[name](), **kept, checkpoint=tmp_path / "run", seed=1), LocalGrid.of(app, CLIENTS))
     next((tmp_path / "run").glob("*.safetensors")).write_bytes(b"torn")

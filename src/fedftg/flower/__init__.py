@@ -11,7 +11,8 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError("fedftg.flower needs Flower; pip install 'fedftg[flower]'", name="flwr") from None
 
 from fedftg.flower.local_training import class_counts, local_train
+from fedftg.flower.refine_report import RefineReport
 from fedftg.flower.rule_strategies import FedDyn, Moon, Scaffold
-from fedftg.flower.strategy import FedFTG, RefineReport
+from fedftg.flower.strategy import FedFTG
 
 __all__ = ["FedDyn", "FedFTG", "Moon", "RefineReport", "Scaffold", "class_counts", "local_train"]

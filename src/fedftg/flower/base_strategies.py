@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
@@ -46,6 +47,15 @@ class HasState(Protocol):
         ...
 
 
+@runtime_checkable
+class HasSettings(Protocol):
+    """A strategy that says by itself what a resumed run must have the same."""
+
+    def resume_settings(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        ...
+
+
 def chain(strategy: Strategy) -> list[Strategy]:
     """The strategy and those that it is put around, the outermost first."""
     found = [strategy]
@@ -82,9 +92,9 @@ def check_base(strategy: Strategy, *, accept_privacy_loss: bool) -> None:
 
 
 def weight_keys(strategy: Strategy) -> tuple[str, ...]:
-    """The metrics that updates are weighed by."""
-    names = {vars(one).get(attribute) for one in chain(strategy) for attribute in ("weighted_by_key", "train_loss_key")}
-    return tuple(sorted(name for name in names if isinstance(name, str)))
+    """The metrics that updates are weighed by, that of the number of examples first."""
+    names = [vars(one).get(attribute) for attribute in ("weighted_by_key", "train_loss_key") for one in chain(strategy)]
+    return tuple(dict.fromkeys(name for name in names if isinstance(name, str)))
 
 
 def averages_all_metrics(strategy: Strategy) -> bool:
@@ -156,6 +166,55 @@ def lent(strategy: Strategy, methods: Mapping[str, Callable[..., Any]]) -> Itera
     finally:
         for name in methods:
             delattr(strategy, name)
+
+
+def snapshot(strategy: Strategy) -> Callable[[], None]:
+    """Takes down where a strategy stands, and gives the function that brings it back there.
+
+    All attributes, of containers what is in them, of NumPy arrays the values: strategies overwrite these in place.
+    """
+    before = [(one, {name: _kept(value) for name, value in vars(one).items()}) for one in chain(strategy)]
+
+    def undo() -> None:
+        for one, attributes in before:
+            for name in vars(one).keys() - attributes.keys():
+                delattr(one, name)
+            vars(one).update({name: _kept(value) for name, value in attributes.items()})
+
+    return undo
+
+
+def _kept(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if type(value) is dict:
+        return {key: _kept(item) for key, item in value.items()}
+    return type(value)(map(_kept, value)) if type(value) in (list, set) else value
+
+
+def settings(strategy: Strategy) -> list[dict[str, Any]]:
+    """Per strategy of the chain: its type, and its settings that say how it aggregates.
+
+    Of ours, those of the server rule and of local training; of others, arguments of the constructor that it keeps as
+    numbers or text. Who is asked, and how many, may change from session to session.
+    """
+    return [
+        {"type": type(one).__name__, **(_scalars(one) if not isinstance(one, HasSettings) else one.resume_settings())}
+        for one in chain(strategy)
+    ]
+
+
+def _scalars(strategy: Strategy) -> dict[str, Any]:
+    constructors = [vars(kind)["__init__"] for kind in type(strategy).__mro__ if "__init__" in vars(kind)]
+    arguments = {name for one in constructors if inspect.isfunction(one) for name in inspect.signature(one).parameters}
+    return {
+        name: value
+        for name, value in sorted(vars(strategy).items())
+        if name in arguments
+        and isinstance(value, int | float | str)
+        and name not in _NUMBERS
+        and not name.startswith(("fraction_", "min_"))
+    }
 
 
 def state_tensors(strategy: Strategy) -> Params:

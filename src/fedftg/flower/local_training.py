@@ -111,17 +111,27 @@ def local_train(
         context: likewise; ``node_config["partition-id"]`` names the client, else the node id does.
         model: the classifier, on the device to train on; its structure is used, its values are the message's.
         batches: images ``(B, D, H, W)`` and labels ``(B,)`` of one epoch, such as a ``DataLoader``; gone through once
-            an epoch. Or a function of task and settings that gives the batches of the whole round. Batches of one
-            sample are left out where the model has BatchNorm.
+            an epoch, so no iterator where there are several. Or a function of task and settings that gives the batches
+            of the whole round. Batches of one sample are left out where the model has BatchNorm.
         class_counts: ``C`` whole numbers: how many training samples of each class the client has (`class_counts`).
-        state_dir: a folder of this node for files; None: ``context.state``.
+        state_dir: a folder of this node for files, which are found again by the partition id; None: ``context.state``.
         lost_memory: ``reset`` lets a client whose memory is gone start anew, as one that never took part.
 
     Raises:
         InputError: the message is not of such a strategy, the arrays are not the model's, or the client's memory is
-            gone or damaged.
+            gone or damaged, a ``state_dir`` without a partition id, or an iterator in the place of ``batches``.
     """
     order = _order(message)
+    if state_dir is not None and "partition-id" not in context.node_config:
+        raise InputError(
+            f"state_dir={str(state_dir)!r} needs a partition id: a node id is another one after each start, and the "
+            "files would not be found again; give the SuperNode --node-config 'partition-id=0', or leave state_dir out"
+        )
+    if isinstance(batches, Iterator) and (order.local.steps is not None or order.local.epochs > 1):
+        raise InputError(
+            "batches is an iterator, which ends after one epoch, and the strategy asks for more; pass what can be gone "
+            "through again, such as the DataLoader itself or a list"
+        )
     arrays_key, arrays = _arrays(message.content)
     layout = ModelLayout(model, arrays)
     functional = TrainableModel(model)

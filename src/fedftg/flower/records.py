@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ NUM_EXAMPLES = "num-examples"
 CLASS_COUNTS = "class-counts"
 PARTITION_ID = "partition-id"
 LOSS = "loss"
+
+LARGEST_COUNT = 2**53
+"""Up to here float64 holds every whole number, in which Flower's strategies and ours weigh."""
 
 _STYPE = "numpy.ndarray"
 _HEADER_BYTES = 1024
@@ -125,9 +128,40 @@ def counts_from_list(given: object, num_classes: int) -> Tensor:
     if not whole or not all(isinstance(count, int) and not isinstance(count, bool) for count in given):  # type: ignore[attr-defined]
         raise RecordError(f"class counts must be a list of whole numbers, got {type(given).__name__}")
     counts: list[int] = list(given)  # type: ignore[call-overload]
-    if len(counts) != num_classes or any(count < 0 or count > 2**53 for count in counts):
+    if len(counts) != num_classes or any(count < 0 for count in counts):
         raise RecordError(f"class counts must be {num_classes} whole numbers >= 0, one a class, got {counts[:20]}")
+    if sum(counts) > LARGEST_COUNT:
+        raise RecordError(f"class counts must be at most 2**53 in all, got {sum(counts)}")
     return torch.tensor(counts, dtype=torch.int64)
+
+
+def partition_of(metrics: Mapping[str, object], key: str = PARTITION_ID) -> int | None:
+    """The number that a client goes by, None where its metrics do not tell it.
+
+    Raises:
+        RecordError: no whole number from 0 to 2**63 - 1.
+    """
+    number = metrics.get(key)
+    if number is None:
+        return None
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**63:
+        raise RecordError(f"metric {key!r} must be a whole number from 0 to 2**63 - 1, got {number}")
+    return number
+
+
+def weight_of(metrics: Mapping[str, object], key: str) -> float | None:
+    """What an update is weighed by, None where its metrics do not tell it.
+
+    Raises:
+        RecordError: no number from 0 to 2**53.
+    """
+    weight = metrics.get(key)
+    if weight is None:
+        return None
+    # A larger one would drown every other update, or overflow when they are summed.
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight <= LARGEST_COUNT:
+        raise RecordError(f"metric {key!r} is {weight}; updates can be weighed by numbers from 0 to 2**53 only")
+    return weight
 
 
 def _numpy_type(name: str, tensor: Tensor) -> str:

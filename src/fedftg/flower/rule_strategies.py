@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import secrets
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,7 +29,7 @@ from fedftg.errors import InputError, explain
 from fedftg.flower import records
 from fedftg.flower.local_training import INITIAL, TASK, TrainOrder, client_of
 from fedftg.flower.model_layout import ModelLayout
-from fedftg.flower.records import EXTRA, LOSS, MESSAGE, PARTITION_ID, RecordError
+from fedftg.flower.records import EXTRA, LARGEST_COUNT, LOSS, MESSAGE, PARTITION_ID, RecordError
 from fedftg.params import Params, first_non_finite, prefixed, unprefixed
 
 _log = logging.getLogger("flwr")
@@ -129,23 +130,24 @@ class RuleStrategy(FedAvg):
         if self._state is None or self._layout is None:
             raise InputError("aggregate_train came before configure_train; call configure_train with the model first")
         valid, _ = self._check_and_log_replies(list(replies), is_train=True, validate=False)
-        results: dict[int, ClientResult] = {}
-        contents: list[RecordDict] = []
+        read: list[tuple[ClientResult, Message]] = []
         for message in valid:
-            node = message.metadata.src_node_id
             try:
-                result = self._result(message)
-                if result.client in results:
-                    raise RecordError(f"two nodes are client {result.client}; give each its own partition-id")
+                read.append((self._result(message), message))
             except RecordError as error:
-                _log.warning("%s, round %d: node %d is left out: %s", type(self).__name__, server_round, node, error)
+                self._leave_out(server_round, message, str(error))
+        nodes = Counter(result.client for result, _ in read)
+        used: list[tuple[ClientResult, Message]] = []
+        for result, message in sorted(read, key=lambda pair: pair[0].client):
+            if nodes[result.client] > 1:
+                reason = f"{nodes[result.client]} nodes are client {result.client}; give each its own partition-id"
+                self._leave_out(server_round, message, reason)
                 continue
-            results[result.client] = result
-            self._clients[node] = result.client
-            contents.append(message.content)
-        if not any(result.num_samples > 0 for result in results.values()):
+            used.append((result, message))
+            self._clients[message.metadata.src_node_id] = result.client
+        if not any(result.num_samples > 0 for result, _ in used):
             return None, None
-        ordered = [results[client] for client in sorted(results)]
+        ordered = [result for result, _ in used]
         state, measured = self._rules.server.step(self._state, ordered)
         bad = first_non_finite({**state.params, **state.buffers}) or first_non_finite(state.server)
         if bad is not None:
@@ -157,11 +159,16 @@ class RuleStrategy(FedAvg):
             )
             return None, None
         self._memory = state.server
-        self._counted |= dict.fromkeys(results, server_round)
+        self._counted |= {result.client: server_round for result in ordered}
+        contents = [message.content for _, message in used]
         metrics = MetricRecord(dict(self.train_metrics_aggr_fn(contents, self.weighted_by_key).items()))
         for name, value in measured.items():
             metrics[name.replace("_", "-")] = value
         return self._layout.encode(self._layout.join(state.params, state.buffers)), metrics
+
+    def _leave_out(self, number: int, message: Message, reason: str) -> None:
+        node = message.metadata.src_node_id
+        _log.warning("%s, round %d: node %d is left out: %s", type(self).__name__, number, node, reason)
 
     def state_tensors(self) -> Params:
         """What a resumed run needs: the server's memory, and which round of each client counted last."""
@@ -169,6 +176,10 @@ class RuleStrategy(FedAvg):
         run = torch.tensor(list(self._order.run.encode()), dtype=torch.uint8)
         kept = prefixed(self._memory or {}, "memory/") | prefixed(self._initial, "initial/")
         return {"counted": counted, "run": run, **kept}
+
+    def resume_settings(self) -> dict[str, Any]:
+        """What a resumed run must have the same: rules, local training, seed, size of the federation."""
+        return self._order.model_dump(mode="json", exclude={"run", "round", "counted"})
 
     def load_state_tensors(self, tensors: Params) -> None:
         """Goes on where `state_tensors` was taken."""
@@ -194,16 +205,17 @@ class RuleStrategy(FedAvg):
             )
         params, buffers = self._layout.split(self._layout.decode(arrays[self.arrayrecord_key]))
         size, loss = metrics.get(self.weighted_by_key), metrics.get(LOSS)
-        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-            raise RecordError(f"metric {self.weighted_by_key!r} must be a whole number >= 0, got {size}")
-        client = metrics.get(PARTITION_ID, client_of(message.metadata.src_node_id))
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= LARGEST_COUNT:
+            raise RecordError(f"metric {self.weighted_by_key!r} must be a whole number from 0 to 2**53, got {size}")
+        partition = records.partition_of(metrics)
+        client = client_of(message.metadata.src_node_id) if partition is None else partition
         template = self._extra_template()
         if template and EXTRA not in arrays:
             raise RecordError(f"the reply has no ArrayRecord {EXTRA!r}; reply with what local_train gives")
         extra = records.decode(arrays[EXTRA], template, finite=True) if template else {}
         mean_loss = float(loss) if isinstance(loss, int | float) else math.nan
         no_counts = torch.zeros(0, dtype=torch.int64)
-        return ClientResult(int(client), size, no_counts, params, buffers, extra, {}, mean_loss)  # type: ignore[arg-type]
+        return ClientResult(client, size, no_counts, params, buffers, extra, {}, mean_loss)
 
     def _extra_template(self) -> Params:
         """What the local rule uploads besides the model, by a client that makes no step."""

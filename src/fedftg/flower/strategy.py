@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from fedftg.flower import base_strategies as bases
 from fedftg.flower import strategy_checkpoint
 from fedftg.flower.model_layout import ModelLayout, TrainableModel, num_classes
 from fedftg.flower.records import ARRAYS, CLASS_COUNTS, PARTITION_ID, encode
+from fedftg.flower.refine_report import RefineReport, shifted, with_metrics
 from fedftg.flower.strategy_checkpoint import StrategyState
 from fedftg.flower.train_replies import ReplyReader, TrainReply
 from fedftg.params import Params, first_non_finite, to_device
@@ -41,23 +42,6 @@ _NO_COUNTS = (
 )
 
 
-@dataclass(frozen=True)
-class RefineReport:
-    """What FedFTG did in a round."""
-
-    round: int
-    teachers: list[int] = field(default_factory=list)
-    """The clients whose models were distilled: partition ids, or the low 63 bits of node ids."""
-    left_out: dict[int, str] = field(default_factory=dict)
-    """Per client that was no teacher, why."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    """``discrepancy``, ``fidelity``, ``diversity``, ``student``, ``teacher_agreement``: means over the iterations."""
-    seconds: float = 0.0
-    """Of refining."""
-    rolled_back: str | None = None
-    """Why the round's result is the base strategy's, where it is."""
-
-
 class FedFTG(Strategy):
     """Any Flower strategy, with its aggregate refined by FedFTG in every round.
 
@@ -67,8 +51,9 @@ class FedFTG(Strategy):
     and written through this object.
 
     Replies with errors, NaN or other arrays than the model's are kept from the base too (it sees an error). The result
-    does not depend on the order of replies. A fine-tuning that fails or is not finite gives the base's aggregate; an
-    aggregate that is not finite leaves the global model as it was. Both are logged, and in `reports`.
+    does not depend on the order of replies. A fine-tuning that fails or is not finite gives the base's aggregate. An
+    aggregate that is not finite, or a base that fails after a round that went well, leaves the global model and the
+    base as they were. All of it is logged, and in `reports`.
 
     Args:
         strategy: the base, of ``flwr.serverapp.strategy`` or one of your own.
@@ -82,7 +67,7 @@ class FedFTG(Strategy):
         device: where the server refines; ``auto`` is a GPU where there is one.
         class_counts_key: where the ``MetricRecord`` of a training reply has the class counts, see `class_counts`.
         client_id_key: where it may have a number of the client that stays the same, such as the partition id; without
-            it replies are ordered by node id, which differs from run to run.
+            it replies are ordered by node id, which differs from run to run and when a node starts again.
         teachers: ``all``: every valid reply; ``selected``: those that the base has averaged (Krum, MultiKrum, Bulyan).
         checkpoint: a folder for the state after each round. Where it holds one, `start` goes on after it.
         accept_privacy_loss: run around central differential privacy, whose guarantee does not hold for what is refined.
@@ -129,6 +114,7 @@ class FedFTG(Strategy):
         """Rounds done in earlier sessions: Flower's loop counts from 1."""
         self._base = {name: getattr(strategy, name) for name in _METHODS}
         self._module, shape = model, (int(image_shape[0]), int(image_shape[1]), int(image_shape[2]))
+        self._shape = shape
         place = torch.device(resolve_device(device))
         trainable = TrainableModel(copy.deepcopy(model).to(place))
         self._num_classes = num_classes(trainable, shape, place)
@@ -139,6 +125,11 @@ class FedFTG(Strategy):
         params, _ = trainable.init()
         self._memory = self._refiner.init(params, torch_rng(seed, 0, SERVER, "refiner"))
         self._layout: ModelLayout | None = None
+        self._sent: Params = {}
+        """The global model that the round started from."""
+        self._told_of_ids = False
+        self._went_well = False
+        """Whether a round of the run, or of those before it, had an aggregate and a teacher."""
         self._ready = True
         if teachers == "all" and bases.discards_replies(strategy):
             _log.warning(
@@ -169,6 +160,7 @@ class FedFTG(Strategy):
         """
         if self._layout is None:
             self._layout = ModelLayout(self._module, arrays)
+        self._sent = self._layout.accept(arrays)
         bases.before_configure(self.strategy)
         messages: Iterable[Message] = self._base["configure_train"](server_round + self._offset, arrays, config, grid)
         bases.after_configure(self.strategy)
@@ -180,35 +172,44 @@ class FedFTG(Strategy):
         """The base's aggregate, refined, and its metrics with those of the refining (``fedftg-...``).
 
         Raises:
-            InputError: not one usable reply has class counts; the message says what to add to the ClientApp.
+            InputError: before any round went well, not one usable reply has class counts; the message says what to
+                add to the ClientApp.
+            Exception: before any round went well, whatever the base raises.
         """
         if self._layout is None:
             raise InputError("aggregate_train came before configure_train; call configure_train with the model first")
         number = server_round + self._offset
         read = self._reader(self._layout).read(replies)
-        self._check_counts(number, read)
-        watched = bases.watched_selection(self.strategy) if self._teachers == "selected" else nullcontext(None)
-        with watched as taken:
-            arrays, metrics = self._base["aggregate_train"](number, [reply.for_base for reply in read])
-        if arrays is None:
-            return arrays, metrics
-        aggregate = self._layout.accept(arrays)
-        report = RefineReport(number, left_out={r.client: r.problem for r in read if r.problem is not None})
-        bad = first_non_finite(aggregate)
+        self._check_counts(read, number)
+        undo = bases.snapshot(self.strategy)
+        try:
+            aggregate, metrics, read, taken = self._aggregate(number, read, undo)
+            problem = "the base strategy gave no aggregate" if aggregate is None else None
+        except Exception as error:
+            if not self._went_well:
+                raise
+            aggregate, metrics, taken = None, None, []
+            undo()
+            problem = f"the base strategy failed ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+        bad = first_non_finite(aggregate or {})
         if bad is not None:
-            report = replace(
-                report, rolled_back=f"the aggregate is not finite ({bad}); the global model stays as it was"
-            )
-            refined = None
+            undo()
+            aggregate, metrics, problem = None, None, f"the aggregate is not finite ({bad})"
+        report = RefineReport(number, left_out={r.client: r.problem for r in read if r.problem is not None})
+        refined = None
+        if aggregate is None:
+            report = replace(report, rolled_back=f"{problem}; the global model stays as it was")
         else:
             refined, report = self._refine(report, aggregate, _teachers_of(read, taken))
+            self._went_well = self._went_well or bool(report.teachers)
         self._tell(report)
+        if self._checkpoint is not None:
+            kept = self._sent if refined is None else refined
+            state = StrategyState(number, kept, self._memory, bases.state_tensors(self.strategy))
+            strategy_checkpoint.save(self._checkpoint, state, self._fingerprint())
         if refined is None:
             return None, metrics
-        if self._checkpoint is not None:
-            state = StrategyState(number, refined, self._memory, bases.state_tensors(self.strategy))
-            strategy_checkpoint.save(self._checkpoint, state, self._fingerprint())
-        return self._layout.encode(refined), _with_metrics(metrics, report)
+        return self._layout.encode(refined), with_metrics(metrics, report)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -245,7 +246,7 @@ class FedFTG(Strategy):
         saved = strategy_checkpoint.load(self._checkpoint, self._fingerprint()) if self._checkpoint else None
         if saved is None:
             return None
-        self._memory = saved.refiner
+        self._memory, self._went_well = saved.refiner, True
         bases.load_state_tensors(self.strategy, saved.base)
         arrays = encode(saved.arrays)
         self._layout = ModelLayout(self._module, arrays)
@@ -285,7 +286,9 @@ class FedFTG(Strategy):
         else:
             with bases.lent(self.strategy, {name: getattr(self, name) for name in _METHODS}):
                 result = self.strategy.start(*values)
-        return _shifted(result, self._offset)
+        if found is not None and not result.arrays:
+            result.arrays = initial_arrays  # no round of this session had a result, those before it had
+        return shifted(result, self._offset)
 
     def _reader(self, layout: ModelLayout) -> ReplyReader:
         counts_key, id_key = self._keys
@@ -300,13 +303,38 @@ class FedFTG(Strategy):
             without_integers=bases.works_in_place(self.strategy),
         )
 
-    def _check_counts(self, number: int, read: list[TrainReply]) -> None:
-        for reply in read:
-            if reply.problem is not None:
-                _log.warning("FedFTG, round %d: client %d is no teacher: %s", number, reply.client, reply.problem)
+    def _check_counts(self, read: list[TrainReply], number: int) -> None:
         usable = [reply for reply in read if reply.update_is_usable]
-        if usable and all(reply.lacks_class_counts for reply in usable):
+        if usable and all(reply.lacks_class_counts for reply in usable) and not self._went_well:
             raise InputError(_NO_COUNTS.format(round=number, problem=usable[0].problem))
+        if any(not reply.tells_partition for reply in usable) and self._absent_weight and not self._told_of_ids:
+            self._told_of_ids = True
+            _log.warning(
+                "FedFTG: clients do not tell %r; a node that starts again is taken for a new client beside its old "
+                "self, which counts as absent from then on (docs/flower_strategy.md)",
+                self._keys[1],
+            )
+
+    def _aggregate(
+        self, number: int, read: list[TrainReply], undo: Callable[[], None]
+    ) -> tuple[Params | None, MetricRecord | None, list[TrainReply], list[RecordDict] | None]:
+        """The base's aggregate and metrics, the replies that it was given, and of these the ones that it has taken.
+
+        A base that takes offence at replies of several kinds gets the usual kind alone.
+        """
+        assert self._layout is not None
+        watched = bases.watched_selection(self.strategy) if self._teachers == "selected" else nullcontext(None)
+        try:
+            with watched as taken:
+                arrays, metrics = self._base["aggregate_train"](number, [reply.for_base for reply in read])
+        except Exception:
+            undo()
+            reader = self._reader(self._layout)
+            odd = reader.odd_ones(read)
+            if not odd:
+                raise
+            return self._aggregate(number, reader.again(read, odd), undo)
+        return (None if arrays is None else self._layout.accept(arrays)), metrics, read, taken
 
     def _refine(
         self, report: RefineReport, aggregate: Params, teachers: list[ClientResult]
@@ -341,6 +369,8 @@ class FedFTG(Strategy):
 
     def _tell(self, report: RefineReport) -> None:
         self.reports.append(report)
+        for client, problem in report.left_out.items():
+            _log.warning("FedFTG, round %d: client %d is no teacher: %s", report.round, client, problem)
         if report.rolled_back:
             _log.error("FedFTG, round %d: not refined: %s", report.round, report.rolled_back)
             return
@@ -350,8 +380,10 @@ class FedFTG(Strategy):
 
     def _fingerprint(self) -> dict[str, Any]:
         return {
-            "base strategy": [type(one).__name__ for one in bases.chain(self.strategy)],
+            "base strategy": bases.settings(self.strategy),
             "config": self._settings.model_dump(mode="json"),
+            "image_shape": list(self._shape),
+            "classes": self._num_classes,
             "absent_weight": self._absent_weight,
             "seed": self._seed,
             "teachers": self._teachers,
@@ -365,20 +397,3 @@ def _teachers_of(read: list[TrainReply], taken: list[RecordDict] | None) -> list
         for reply in read
         if reply.result is not None and (taken is None or id(reply.for_base.content) in chosen)
     ]
-
-
-def _with_metrics(metrics: MetricRecord | None, report: RefineReport) -> MetricRecord:
-    """The base's metrics, with those of the refining; none of them depends on the machine's speed."""
-    merged = MetricRecord(dict(metrics or {}))
-    merged["fedftg-teachers"] = len(report.teachers)
-    merged["fedftg-rolled-back"] = int(report.rolled_back is not None)
-    for name, value in report.metrics.items():
-        merged[f"fedftg-{name.replace('_', '-')}"] = value
-    return merged
-
-
-def _shifted(result: Result, offset: int) -> Result:
-    """A result with the true numbers of its rounds."""
-    for name in ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp"):
-        setattr(result, name, {number + offset: value for number, value in getattr(result, name).items()})
-    return result

@@ -69,7 +69,7 @@ def load(folder: Path, settings: dict[str, Any]) -> StrategyState | None:
         raise InputError(f"{path} cannot be read ({error}); empty the folder to start anew") from error
     if index.get("format") != _FORMAT:
         raise InputError(f"{path} has format {index.get('format')}, this version reads {_FORMAT}; use its version")
-    here = json.loads(json.dumps(settings))
+    saved, here = _flat(saved), _flat(json.loads(json.dumps(settings)))
     for key in (*here, *saved):
         if saved.get(key) != here.get(key):
             raise InputError(
@@ -78,3 +78,14 @@ def load(folder: Path, settings: dict[str, Any]) -> StrategyState | None:
             )
     tensors = read_tensors(folder / Path(name).name)
     return StrategyState(number, *(unprefixed(tensors, part + "/") for part in _PARTS))
+
+
+def _flat(nested: Any, name: str = "") -> dict[str, Any]:
+    """Each value under the way to it, such as ``base strategy.0.eta``."""
+    if not isinstance(nested, dict | list):
+        return {name: nested}
+    items = nested.items() if isinstance(nested, dict) else enumerate(nested)
+    found: dict[str, Any] = {}
+    for key, value in items:
+        found |= _flat(value, f"{name}.{key}" if name else str(key))
+    return found

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDict
@@ -14,7 +16,7 @@ from torch import Tensor
 from fedftg.algorithms.base import ClientResult
 from fedftg.flower.local_training import client_of
 from fedftg.flower.model_layout import ModelLayout
-from fedftg.flower.records import CLASS_COUNTS, PARTITION_ID, RecordError, counts_from_list
+from fedftg.flower.records import CLASS_COUNTS, PARTITION_ID, RecordError, counts_from_list, partition_of, weight_of
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class TrainReply:
     """A copy for the base strategy, or an error in its place."""
     client: int
     """The partition id where the reply tells it, else from the node id."""
+    tells_partition: bool
     result: ClientResult | None
     """The client's model and class counts; None where it cannot be a teacher."""
     problem: str | None
@@ -46,7 +49,8 @@ class ReplyReader:
         arrays_key: the record that holds the model where a reply has several ``ArrayRecord``s.
         class_counts_key: where a reply's metrics have the class counts.
         client_id_key: where they may have a number that stays the same from round to round.
-        weight_keys: metrics that the base weighs updates by; one that is no finite number >= 0 spoils them all.
+        weight_keys: metrics that the base weighs updates by, that of the number of examples first; one that is no
+            number from 0 to 2**53 spoils them all.
         hidden: further metrics that the base strategy is not to see.
         without_integers: give it integers as float64, as which Flower averages them anyway.
     """
@@ -65,42 +69,81 @@ class ReplyReader:
 
         Replies arrive in the order in which clients finish; sums of floats depend on their order.
         """
-        replies = [(self._order(message), self._read(message)) for message in messages]
-        return [reply for _, reply in sorted(replies, key=lambda pair: pair[0])]
+        replies = sorted(map(self._read, messages), key=_order)
+        told = Counter(reply.client for reply in replies if reply.tells_partition)
+        replies = [
+            refused(
+                reply, f"{told[reply.client]} nodes are client {reply.client}; give each its own {self.client_id_key!r}"
+            )
+            if reply.tells_partition and told[reply.client] > 1
+            else reply
+            for reply in replies
+        ]
+        usable = [reply for reply in replies if reply.update_is_usable]
+        if self.weight_keys and usable and not any(self._weighs(reply) for reply in usable):
+            reason = f"no client of the round has a metric {self.weight_keys[0]!r} above 0"
+            return [refused(reply, reason) if reply.update_is_usable else reply for reply in replies]
+        return replies
 
-    def _order(self, message: Message) -> tuple[bool, int, int]:
-        partition = self._partition(message)
-        return partition is None, partition or 0, client_of(message.metadata.src_node_id)
+    def again(self, replies: list[TrainReply], left_out: dict[int, str]) -> list[TrainReply]:
+        """The same replies with new copies for the base, those whose index is in ``left_out`` refused for a reason."""
+        return [
+            refused(reply, left_out[index])
+            if index in left_out
+            else replace(reply, for_base=self._for_base(reply.message))
+            if reply.update_is_usable
+            else reply
+            for index, reply in enumerate(replies)
+        ]
 
-    def _partition(self, message: Message) -> int | None:
-        if not message.has_content():
-            return None
-        for metrics in message.content.metric_records.values():
-            value = metrics.get(self.client_id_key)
-            if isinstance(value, int) and not isinstance(value, bool):
-                return value
-        return None
+    def odd_ones(self, replies: list[TrainReply]) -> dict[int, str]:
+        """Which replies (by index) hold other records or metrics than most do, and in what they differ.
+
+        Flower's strategies take replies that are all alike, or none. Of two kinds that are as frequent, the one that
+        tells what updates are weighed by and has one record of each sort is right, then the one with the first client.
+        """
+        kinds = {i: _parts(self._for_base(r.message)) for i, r in enumerate(replies) if r.update_is_usable}
+        if not kinds:
+            return {}
+        counted = Counter(kinds.values())
+        usual = max(counted, key=lambda kind: (self._is_complete(kind), counted[kind]))  # max takes the first of equals
+        return {
+            index: "its reply is not made as most are: it " + _difference(kind, usual)
+            for index, kind in kinds.items()
+            if kind != usual
+        }
+
+    def _is_complete(self, kind: frozenset[_Part]) -> bool:
+        sorts = Counter(part.sort for part in kind)
+        keys = {part.key for part in kind if part.sort == "metric"}
+        return sorts["arrays"] == sorts["metrics"] == 1 and keys.issuperset(self.weight_keys)
+
+    def _weighs(self, reply: TrainReply) -> bool:
+        weight = weight_of(_metrics(reply.message.content), self.weight_keys[0])
+        return weight is None or weight > 0  # whether it may be missing is for the base to say
 
     def _read(self, message: Message) -> TrainReply:
-        partition = self._partition(message)
-        client = client_of(message.metadata.src_node_id) if partition is None else partition
+        client = client_of(message.metadata.src_node_id)
         if message.has_error():
             reason = str(message.error.reason).partition("\n")[0] or f"error {message.error.code}"
-            return TrainReply(message, message, client, None, reason, False, False)
-        metrics = self._metrics(message.content)
+            return TrainReply(message, message, client, False, None, reason, False, False)
+        metrics = _metrics(message.content)
+        tells = False
         try:
+            partition = partition_of(metrics, self.client_id_key)
+            client, tells = (client, False) if partition is None else (partition, True)
             params, buffers = self.layout.split(self.layout.decode(self._arrays(message.content)))
-            self._check_weights(metrics)
+            for key in self.weight_keys:
+                weight_of(metrics, key)
         except RecordError as error:
-            reason = str(error)
-            return TrainReply(message, _refused(message, reason), client, None, reason, False, False)
+            return refused(TrainReply(message, message, client, tells, None, None, False, False), str(error))
         counts, problem = self._counts(metrics)
         result = None
         if counts is not None:
             total = int(counts.sum())
             result = ClientResult(client, total, counts, params, buffers, {}, {}, float("nan"))
         lacks = self.class_counts_key not in metrics
-        return TrainReply(message, self._for_base(message), client, result, problem, True, lacks)
+        return TrainReply(message, self._for_base(message), client, tells, result, problem, True, lacks)
 
     def _arrays(self, content: RecordDict) -> ArrayRecord:
         records: dict[str, ArrayRecord] = dict(content.array_records)
@@ -112,19 +155,6 @@ class ReplyReader:
             f"the reply holds {len(records)} ArrayRecords and none is {self.arrays_key!r}; reply with the model as "
             f"content[{self.arrays_key!r}]"
         )
-
-    def _metrics(self, content: RecordDict) -> MetricRecord:
-        merged = MetricRecord()
-        for record in content.metric_records.values():
-            for key, value in record.items():
-                merged[key] = value
-        return merged
-
-    def _check_weights(self, metrics: MetricRecord) -> None:
-        for key in self.weight_keys:
-            value = metrics.get(key, 0)
-            if not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                raise RecordError(f"metric {key!r} is {value}; updates can be weighed by finite numbers >= 0 only")
 
     def _counts(self, metrics: MetricRecord) -> tuple[Tensor | None, str | None]:
         if self.class_counts_key not in metrics:
@@ -163,9 +193,54 @@ def floating(record: ArrayRecord) -> ArrayRecord:
     return ArrayRecord(arrays)
 
 
-def _refused(message: Message, reason: str) -> Message:
-    """The reply of a client whose update is not used, as a base strategy knows it: an error."""
-    refused = copy.copy(message)
-    refused.__dict__["_content"] = None
-    refused.error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
-    return refused
+def refused(reply: TrainReply, reason: str) -> TrainReply:
+    """The reply of a client whose update is not used; a base strategy knows such as an error."""
+    error = copy.copy(reply.message)
+    error.__dict__["_content"] = None
+    error.error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
+    return replace(reply, for_base=error, result=None, problem=reason, update_is_usable=False)
+
+
+def _order(reply: TrainReply) -> tuple[bool, int, int]:
+    return not reply.tells_partition, reply.client, client_of(reply.message.metadata.src_node_id)
+
+
+def _metrics(content: RecordDict) -> MetricRecord:
+    merged = MetricRecord()
+    for record in content.metric_records.values():
+        for key, value in record.items():
+            merged[key] = value
+    return merged
+
+
+class _Part(NamedTuple):
+    """A record of a reply, or a metric in one."""
+
+    sort: Literal["arrays", "metrics", "metric"]
+    record: str
+    key: str = ""
+    length: int = -1
+    """Of a list; -1 is a single number."""
+
+    def __str__(self) -> str:
+        if self.sort != "metric":
+            return f"a record of {self.sort} {self.record!r}"
+        return f"metric {self.key!r} in {self.record!r}" + (f" of length {self.length}" if self.length >= 0 else "")
+
+
+def _parts(message: Message) -> frozenset[_Part]:
+    """What a reply holds, values aside."""
+    parts: list[_Part] = []
+    for name, record in message.content.items():
+        if isinstance(record, ArrayRecord):
+            parts.append(_Part("arrays", name))
+        elif isinstance(record, MetricRecord):
+            parts.append(_Part("metrics", name))
+            for key, value in record.items():
+                parts.append(_Part("metric", name, key, len(value) if isinstance(value, list) else -1))
+    return frozenset(parts)
+
+
+def _difference(kind: frozenset[_Part], usual: frozenset[_Part]) -> str:
+    found = (("lacks", usual - kind), ("has", kind - usual))
+    return " and ".join(f"{word} {', '.join(map(str, sorted(parts)))}" for word, parts in found if parts)
