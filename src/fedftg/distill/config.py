@@ -136,7 +136,6 @@ _OFFICIAL: dict[str, Any] = {
 
 # Chosen by pilots on CIFAR-10, docs/results.md; in a federation, `absent_weight` goes with it.
 _FEDFTG: dict[str, Any] = {
-    "discrepancy_mask": "transferable",
     "generator_steps": 2,
     "generator_lr": 0.003,
     "generator_optimizer_state": "kept",
