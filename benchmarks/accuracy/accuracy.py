@@ -114,7 +114,7 @@ def run(cell: Cell, seed: int, data_root: Path | None, rounds: int | None) -> bo
 
 
 def collect(folder: Path, cell: Cell, seed: int) -> dict[str, Any]:
-    """What is kept of a run: its summary, the accuracies by round, and what it was run on."""
+    """What is kept of a run: its summary, accuracies and what refining measured by round, and what it was run on."""
     session = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["sessions"][-1]
     rows = [json.loads(line) for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
     evaluated = [row for row in rows if row["accuracy"]]
@@ -127,6 +127,9 @@ def collect(folder: Path, cell: Cell, seed: int) -> dict[str, Any]:
         "summary": json.loads((folder / "summary.json").read_text(encoding="utf-8")),
         "rounds": [row["round"] for row in evaluated],
         "accuracy": {kind: [row["accuracy"][kind] for row in evaluated] for kind in kinds},
+        "refine": {
+            name: [row.get("refine", {}).get(name) for row in evaluated] for name in evaluated[-1].get("refine", {})
+        },
         "rolled_back": [row["round"] for row in rows if "rolled_back" in row],
     }
 

@@ -55,6 +55,7 @@ def test_a_cell_is_run_kept_and_not_run_again(
 ) -> None:
     small = (
         "data.name=digits", "partition.num_clients=4", "cohort.size=2", "local.epochs=1", "rounds=3",
+        "refiner.name=fedftg", "refiner.iterations=1", "refiner.generator_width=4",
     )  # fmt: skip
     cell = bench.Cell("tiny", small)
     assert not bench.is_there(cell, 1)
@@ -66,6 +67,8 @@ def test_a_cell_is_run_kept_and_not_run_again(
     kept = json.loads(bench.result_file(cell, 1).read_text())
     assert kept["rounds"] == [2, 3]
     assert kept["summary"]["seed"] == 1
+    assert len(kept["refine"]["discrepancy"]) == 2
+    assert all(value > 0 for value in kept["refine"]["discrepancy"])
     assert kept["accuracy"]["selected"][-1] == kept["summary"]["accuracy"]["selected"]["final"]
     bench.result_file(cell, 1).write_text('{"cell"')
     assert not bench.is_there(cell, 1)
