@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +63,6 @@ BASE_OPTIONS: dict[str, Any] = {
     "server_lr": 0.9,
     "local": LocalConfig(lr=0.05, lr_decay=0.9, steps=2, batch_size=16, momentum=0.5),
 }
-
-
-@pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """Flower's logger does not propagate."""
-    logger = logging.getLogger("flwr")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 class Simulated:

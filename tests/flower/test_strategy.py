@@ -54,15 +54,6 @@ def app() -> ClientApp:
     return small.client_app(small.data(CLIENTS))
 
 
-@pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """Flower's logger does not propagate."""
-    logger = logging.getLogger("flwr")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
-
-
 def wrapped(base: Strategy, **changes: Any) -> FedFTG:
     return FedFTG(base, **{"model": small.net(), "image_shape": small.IMAGE_SHAPE, "config": CONFIG, **changes})
 
