@@ -119,6 +119,7 @@ def collect(folder: Path, cell: Cell, seed: int) -> dict[str, Any]:
     rows = [json.loads(line) for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
     evaluated = [row for row in rows if row["accuracy"]]
     kinds = list(evaluated[-1]["accuracy"])
+    measured = dict.fromkeys(name for row in evaluated for name in row.get("refine", {}))
     return {
         "cell": cell.name,
         "seed": seed,
@@ -127,9 +128,7 @@ def collect(folder: Path, cell: Cell, seed: int) -> dict[str, Any]:
         "summary": json.loads((folder / "summary.json").read_text(encoding="utf-8")),
         "rounds": [row["round"] for row in evaluated],
         "accuracy": {kind: [row["accuracy"][kind] for row in evaluated] for kind in kinds},
-        "refine": {
-            name: [row.get("refine", {}).get(name) for row in evaluated] for name in evaluated[-1].get("refine", {})
-        },
+        "refine": {name: [row.get("refine", {}).get(name) for row in evaluated] for name in measured},
         "rolled_back": [row["round"] for row in rows if "rolled_back" in row],
     }
 

@@ -138,8 +138,8 @@ def reachable(port: int) -> bool:
     return False
 
 
-def written_app(folder: Path, machines: Loopback) -> Path:
-    chosen = list(SETTINGS)
+def written_app(folder: Path, machines: Loopback, *more: str) -> Path:
+    chosen = [*SETTINGS, *more]
     if machines.tls:
         # The same digits from a file: two seconds less of imports in each of a dozen processes.
         images, labels = load_digits(return_X_y=True)
@@ -180,7 +180,7 @@ def test_three_nodes_train_as_in_the_simulator(loopback: Loopback, tmp_path: Pat
     out = tmp_path / "served"
     told = loopback.flwr("run", str(app), "here", "--stream", "-c", f'out="{out}" wait-seconds={BOUND}')
     assert (out / "summary.json").exists(), told.stdout + told.stderr
-    rows = [{key: row[key] for key in row if key != "seconds"} for row in records.read(out / "rounds.jsonl")]
+    rows = rows_of(out)
     assert rows == simulated(app / "fedftg_app" / "recipe.toml", tmp_path / "simulated")
     assert [row["clients"] for row in rows] == [[1, 2], [0, 2], [1, 2]]
     assert not any("rejected" in row for row in rows)
@@ -191,11 +191,64 @@ def test_three_nodes_train_as_in_the_simulator(loopback: Loopback, tmp_path: Pat
         assert len(listed["nodes"]) == CLIENTS
 
 
+@pytest.fixture
+def plain(tmp_path: Path) -> Iterator[Loopback]:
+    machines = Loopback(tmp_path, tls=False)
+    try:
+        yield machines
+    finally:
+        machines.stop()
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the process to kill in /proc")
+def test_a_killed_server_and_a_killed_node_go_on_from_what_is_on_disk(plain: Loopback, tmp_path: Path) -> None:
+    """SCAFFOLD, whose clients keep a control variate: kill -9 of ServerApp and of a node in mid-run; both again."""
+    app = written_app(tmp_path, plain, "algorithm.name=scaffold", "rounds=4")
+    plain.superlink()
+    nodes = [plain.supernode(client, f"node{client}") for client in range(CLIENTS)]
+    out = tmp_path / "served"
+    run = ["run", str(app), "here", "--stream", "-c"]
+    plain.start("first", "flwr", *run, f'out="{out}" wait-seconds={BOUND}')
+    plain.wait_until(lambda: len(rows_of(out)) >= 1, "first")
+    servers = processes_of(plain.folder, "serverapp")
+    assert servers
+    for process in servers:
+        os.kill(process, signal.SIGKILL)
+    os.killpg(nodes[0].pid, signal.SIGKILL)
+    done = len(rows_of(out))
+    assert 1 <= done < 4
+    assert not (out / "summary.json").exists()
+    plain.ports += free_ports(1)
+    plain.supernode(0, "node0-again")
+    told = plain.flwr(*run, f'out="{out}" resume=true wait-seconds={BOUND}')
+    assert (out / "summary.json").exists(), told.stdout + told.stderr
+    rows = rows_of(out)
+    assert rows == simulated(app / "fedftg_app" / "recipe.toml", tmp_path / "simulated")
+    assert not any("rejected" in row for row in rows)
+
+
+def processes_of(folder: Path, name: str) -> list[int]:
+    """Those that have this folder's FLWR_HOME, with ``name`` in their command."""
+    mark = f"FLWR_HOME={folder / 'flwr'}".encode()
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            command = path.with_name("cmdline").read_bytes()
+            if mark in path.read_bytes().split(b"\0") and name.encode() in command:
+                found.append(int(path.parent.name))
+    return found
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    path = out / "rounds.jsonl"
+    return [{key: row[key] for key in row if key != "seconds"} for row in records.read(path)] if path.exists() else []
+
+
 def simulated(recipe: Path, out: Path) -> list[dict[str, Any]]:
     import fedftg
 
     fedftg.run(configs.load(recipe), out=out)
-    return [{key: row[key] for key in row if key != "seconds"} for row in records.read(out / "rounds.jsonl")]
+    return rows_of(out)
 
 
 def key_pair(folder: Path, name: str) -> Path:

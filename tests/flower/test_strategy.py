@@ -375,7 +375,7 @@ def test_clients_without_a_single_example_change_nothing(app: ClientApp) -> None
     strategy = wrapped(BASES["FedAvg"]())
     grid = small.grid_of(app, CLIENTS, dict.fromkeys(range(1, CLIENTS + 1), set_metric("num-examples", 0)))
     assert not run(strategy, grid, rounds=1).arrays
-    assert "no client of the round has a metric 'num-examples' above 0" in strategy.reports[0].left_out[3]
+    assert strategy.reports[0].left_out[3] == "no client has a metric 'num-examples' above 0"
 
 
 class Moody(flower.FedAvgM):

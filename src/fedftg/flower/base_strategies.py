@@ -16,7 +16,7 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from fedftg.errors import InputError
 from fedftg.flower.train_replies import floating
-from fedftg.params import Params, prefixed, unprefixed
+from fedftg.params import Params, first_non_finite, prefixed, unprefixed
 
 _PRIVATE = (
     flower.DifferentialPrivacyServerSideFixedClipping,
@@ -30,8 +30,11 @@ _IN_PLACE = (
     flower.DifferentialPrivacyServerSideAdaptiveClipping,
 )
 _TREES = (flower.FedXgbBagging, flower.FedXgbCyclic)
-_NUMBERS = ("clipping_norm",)
-"""Settings that a strategy moves from round to round (adaptive clipping)."""
+_ADAPTIVE = (
+    flower.DifferentialPrivacyServerSideAdaptiveClipping,
+    flower.DifferentialPrivacyClientSideAdaptiveClipping,
+)
+"""They move their ``clipping_norm`` from round to round."""
 
 
 @runtime_checkable
@@ -92,9 +95,15 @@ def check_base(strategy: Strategy, *, accept_privacy_loss: bool) -> None:
 
 
 def weight_keys(strategy: Strategy) -> tuple[str, ...]:
-    """The metrics that updates are weighed by, that of the number of examples first."""
+    """The metrics that updates are weighed by."""
     names = [vars(one).get(attribute) for attribute in ("weighted_by_key", "train_loss_key") for one in chain(strategy)]
     return tuple(dict.fromkeys(name for name in names if isinstance(name, str)))
+
+
+def examples_key(strategy: Strategy) -> str | None:
+    """The metric that has the number of examples, where updates are weighed by it."""
+    names = (vars(one).get("weighted_by_key") for one in chain(strategy))
+    return next((name for name in names if isinstance(name, str)), None)
 
 
 def averages_all_metrics(strategy: Strategy) -> bool:
@@ -168,53 +177,35 @@ def lent(strategy: Strategy, methods: Mapping[str, Callable[..., Any]]) -> Itera
             delattr(strategy, name)
 
 
-def snapshot(strategy: Strategy) -> Callable[[], None]:
-    """Takes down where a strategy stands, and gives the function that brings it back there.
-
-    All attributes, of containers what is in them, of NumPy arrays the values: strategies overwrite these in place.
-    """
-    before = [(one, {name: _kept(value) for name, value in vars(one).items()}) for one in chain(strategy)]
-
-    def undo() -> None:
-        for one, attributes in before:
-            for name in vars(one).keys() - attributes.keys():
-                delattr(one, name)
-            vars(one).update({name: _kept(value) for name, value in attributes.items()})
-
-    return undo
-
-
-def _kept(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return value.copy()
-    if type(value) is dict:
-        return {key: _kept(item) for key, item in value.items()}
-    return type(value)(map(_kept, value)) if type(value) in (list, set) else value
-
-
 def settings(strategy: Strategy) -> list[dict[str, Any]]:
-    """Per strategy of the chain: its type, and its settings that say how it aggregates.
+    """Per strategy of the chain: its type, and what a resumed run must have the same of its settings.
 
-    Of ours, those of the server rule and of local training; of others, arguments of the constructor that it keeps as
-    numbers or text. Who is asked, and how many, may change from session to session.
+    That is what `HasSettings.resume_settings` gives; else, of the arguments that Flower's own classes take, those kept
+    as numbers or text that say how replies are aggregated. Who is asked, and how many, may change.
     """
     return [
-        {"type": type(one).__name__, **(_scalars(one) if not isinstance(one, HasSettings) else one.resume_settings())}
+        {"type": type(one).__name__, **(one.resume_settings() if isinstance(one, HasSettings) else _scalars(one))}
         for one in chain(strategy)
     ]
 
 
 def _scalars(strategy: Strategy) -> dict[str, Any]:
-    constructors = [vars(kind)["__init__"] for kind in type(strategy).__mro__ if "__init__" in vars(kind)]
-    arguments = {name for one in constructors if inspect.isfunction(one) for name in inspect.signature(one).parameters}
+    kinds = [kind for kind in type(strategy).__mro__ if kind.__module__.startswith("flwr.")]
+    constructors = [vars(kind)["__init__"] for kind in kinds if "__init__" in vars(kind)]
+    arguments = {name for one in constructors for name in inspect.signature(one).parameters}
+    moving = {"clipping_norm"} if isinstance(strategy, _ADAPTIVE) else set()
     return {
         name: value
         for name, value in sorted(vars(strategy).items())
-        if name in arguments
+        if name in arguments - moving
         and isinstance(value, int | float | str)
-        and name not in _NUMBERS
         and not name.startswith(("fraction_", "min_"))
     }
+
+
+def not_finite(strategy: Strategy) -> set[str]:
+    """Names of those `state_tensors` that hold NaN or infinity."""
+    return {name for name, tensor in state_tensors(strategy).items() if first_non_finite({name: tensor}) is not None}
 
 
 def state_tensors(strategy: Strategy) -> Params:
@@ -225,9 +216,8 @@ def state_tensors(strategy: Strategy) -> Params:
     tensors: Params = {}
     for depth, one in enumerate(chain(strategy)):
         found: Params = dict(one.state_tensors()) if isinstance(one, HasState) else _arrays_of(one)
-        for name in _NUMBERS:
-            if isinstance(value := vars(one).get(name), float):
-                found[f"{name}#number"] = torch.tensor(value, dtype=torch.float64)
+        if isinstance(one, _ADAPTIVE):
+            found["clipping_norm#number"] = torch.tensor(one.clipping_norm, dtype=torch.float64)
         tensors |= prefixed(found, f"{depth}/")
     return tensors
 

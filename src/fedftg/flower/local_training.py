@@ -127,7 +127,7 @@ def local_train(
             f"state_dir={str(state_dir)!r} needs a partition id: a node id is another one after each start, and the "
             "files would not be found again; give the SuperNode --node-config 'partition-id=0', or leave state_dir out"
         )
-    if isinstance(batches, Iterator) and (order.local.steps is not None or order.local.epochs > 1):
+    if isinstance(batches, Iterator) and order.local.steps is None and order.local.epochs > 1:
         raise InputError(
             "batches is an iterator, which ends after one epoch, and the strategy asks for more; pass what can be gone "
             "through again, such as the DataLoader itself or a list"
@@ -207,8 +207,13 @@ def _epochs(batches: Batches, settings: LocalConfig) -> Iterator[tuple[Tensor, T
         for batch in itertools.islice(batches, left):
             left -= 1
             yield batch
-        if left == before:
+        if left == before == settings.steps:
             return  # a client without data
+        if left == before:
+            raise InputError(
+                f"batches is an iterator that ended after {settings.steps - left} of {settings.steps} steps; pass what "
+                "can be gone through again, such as the DataLoader itself or a list"
+            )
 
 
 def _metrics(result: ClientResult, context: Context) -> MetricRecord:

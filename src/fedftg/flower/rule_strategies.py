@@ -179,7 +179,8 @@ class RuleStrategy(FedAvg):
 
     def resume_settings(self) -> dict[str, Any]:
         """What a resumed run must have the same: rules, local training, seed, size of the federation."""
-        return self._order.model_dump(mode="json", exclude={"run", "round", "counted"})
+        keys = {"weighted_by_key": self.weighted_by_key, "arrayrecord_key": self.arrayrecord_key}
+        return self._order.model_dump(mode="json", exclude={"run", "round", "counted"}) | keys
 
     def load_state_tensors(self, tensors: Params) -> None:
         """Goes on where `state_tensors` was taken."""
@@ -325,8 +326,9 @@ def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricReco
     """The weighted mean of each metric over the clients that have a finite number for it, without ids and lists."""
     sums: dict[str, tuple[float, float]] = {}
     for content in contents:
+        told = [record[weighted_by_key] for record in content.metric_records.values() if weighted_by_key in record]
+        weight = told[-1] if told and isinstance(told[-1], int | float) else 0
         for record in content.metric_records.values():
-            weight = float(record.get(weighted_by_key, 0))  # type: ignore[arg-type]
             for key, value in record.items():
                 if isinstance(value, list) or key in (weighted_by_key, PARTITION_ID) or not math.isfinite(value):
                     continue

@@ -6,7 +6,6 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +24,7 @@ from fedftg.engine.machine import resolve_device
 from fedftg.errors import InputError
 from fedftg.flower import base_strategies as bases
 from fedftg.flower import strategy_checkpoint
+from fedftg.flower.guarded_base import aggregate, evaluated
 from fedftg.flower.model_layout import ModelLayout, TrainableModel, num_classes
 from fedftg.flower.records import ARRAYS, CLASS_COUNTS, PARTITION_ID, encode
 from fedftg.flower.refine_report import RefineReport, shifted, with_metrics
@@ -36,6 +36,8 @@ from fedftg.seeds import SERVER, torch_rng
 _log = logging.getLogger("flwr")
 
 EvaluateFunction = Callable[[int, ArrayRecord], MetricRecord | None]
+_FAILURES = 3
+"""A base that fails so often without a round between will go on failing."""
 _METHODS = ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
 _NO_COUNTS = (
     "no client told its class counts in round {round}: {problem} (docs/flower_strategy.md says what clients must send)"
@@ -113,8 +115,8 @@ class FedFTG(Strategy):
         self._offset = 0
         """Rounds done in earlier sessions: Flower's loop counts from 1."""
         self._base = {name: getattr(strategy, name) for name in _METHODS}
-        self._module, shape = model, (int(image_shape[0]), int(image_shape[1]), int(image_shape[2]))
-        self._shape = shape
+        shape = int(image_shape[0]), int(image_shape[1]), int(image_shape[2])
+        self._module, self._image_shape = model, shape
         place = torch.device(resolve_device(device))
         trainable = TrainableModel(copy.deepcopy(model).to(place))
         self._num_classes = num_classes(trainable, shape, place)
@@ -126,8 +128,11 @@ class FedFTG(Strategy):
         self._memory = self._refiner.init(params, torch_rng(seed, 0, SERVER, "refiner"))
         self._layout: ModelLayout | None = None
         self._sent: Params = {}
-        """The global model that the round started from."""
+        """The global model that the round started from, where it may have to go into a checkpoint."""
         self._told_of_ids = False
+        self._failures = 0
+        """Rounds in a row in which the base has failed."""
+        self._fingerprint_kept: dict[str, Any] | None = None
         self._went_well = False
         """Whether a round of the run, or of those before it, had an aggregate and a teacher."""
         self._ready = True
@@ -160,7 +165,9 @@ class FedFTG(Strategy):
         """
         if self._layout is None:
             self._layout = ModelLayout(self._module, arrays)
-        self._sent = self._layout.accept(arrays)
+        if self._checkpoint is not None:
+            self._sent = self._layout.accept(arrays)
+            self._fingerprint()  # before a setting is moved, and before anything is trained in vain
         bases.before_configure(self.strategy)
         messages: Iterable[Message] = self._base["configure_train"](server_round + self._offset, arrays, config, grid)
         bases.after_configure(self.strategy)
@@ -174,42 +181,41 @@ class FedFTG(Strategy):
         Raises:
             InputError: before any round went well, not one usable reply has class counts; the message says what to
                 add to the ClientApp.
-            Exception: before any round went well, whatever the base raises.
+            Exception: what the base raises, before any round went well, in the third round in a row, or where its
+                privacy budget is spent.
         """
         if self._layout is None:
             raise InputError("aggregate_train came before configure_train; call configure_train with the model first")
         number = server_round + self._offset
-        read = self._reader(self._layout).read(replies)
+        reader = self._reader(self._layout)
+        read = reader.read(replies)
         self._check_counts(read, number)
-        undo = bases.snapshot(self.strategy)
-        try:
-            aggregate, metrics, read, taken = self._aggregate(number, read, undo)
-            problem = "the base strategy gave no aggregate" if aggregate is None else None
-        except Exception as error:
-            if not self._went_well:
-                raise
-            aggregate, metrics, taken = None, None, []
-            undo()
-            problem = f"the base strategy failed ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
-        bad = first_non_finite(aggregate or {})
-        if bad is not None:
-            undo()
-            aggregate, metrics, problem = None, None, f"the aggregate is not finite ({bad})"
-        report = RefineReport(number, left_out={r.client: r.problem for r in read if r.problem is not None})
+        self._warn_of_ids(read)
+        got = aggregate(
+            self.strategy,
+            lambda messages: self._base["aggregate_train"](number, messages),
+            self._layout,
+            reader,
+            read,
+            watch=self._teachers == "selected",
+        )
+        self._failures = 0 if got.error is None else self._failures + 1
+        if got.error is not None and (not self._went_well or self._failures == _FAILURES):
+            raise got.error
+        report = RefineReport(number, left_out={r.client: r.problem for r in got.read if r.problem is not None})
         refined = None
-        if aggregate is None:
-            report = replace(report, rolled_back=f"{problem}; the global model stays as it was")
+        if got.arrays is None:
+            report = replace(report, rolled_back=f"{got.problem}; the global model stays as it was")
         else:
-            refined, report = self._refine(report, aggregate, _teachers_of(read, taken))
+            refined, report = self._refine(report, got.arrays, _teachers_of(got.read, got.taken))
             self._went_well = self._went_well or bool(report.teachers)
         self._tell(report)
         if self._checkpoint is not None:
             kept = self._sent if refined is None else refined
-            state = StrategyState(number, kept, self._memory, bases.state_tensors(self.strategy))
+            base = bases.state_tensors(self.strategy)
+            state = StrategyState(number, kept, self._memory, base, self._went_well)
             strategy_checkpoint.save(self._checkpoint, state, self._fingerprint())
-        if refined is None:
-            return None, metrics
-        return self._layout.encode(refined), with_metrics(metrics, report)
+        return None if refined is None else self._layout.encode(refined), with_metrics(got.metrics, report)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -221,9 +227,8 @@ class FedFTG(Strategy):
         return messages
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """The base's."""
-        metrics: MetricRecord | None = self._base["aggregate_evaluate"](server_round + self._offset, replies)
-        return metrics
+        """The base's; None where it fails."""
+        return evaluated(lambda: self._base["aggregate_evaluate"](server_round + self._offset, replies))
 
     def summary(self) -> None:
         """Logs the settings, FedFTG's first."""
@@ -246,7 +251,7 @@ class FedFTG(Strategy):
         saved = strategy_checkpoint.load(self._checkpoint, self._fingerprint()) if self._checkpoint else None
         if saved is None:
             return None
-        self._memory, self._went_well = saved.refiner, True
+        self._memory, self._went_well = saved.refiner, saved.went_well
         bases.load_state_tensors(self.strategy, saved.base)
         arrays = encode(saved.arrays)
         self._layout = ModelLayout(self._module, arrays)
@@ -286,6 +291,8 @@ class FedFTG(Strategy):
         else:
             with bases.lent(self.strategy, {name: getattr(self, name) for name in _METHODS}):
                 result = self.strategy.start(*values)
+        if not isinstance(result, Result):
+            return result  # a loop of the base's own may give something else
         if found is not None and not result.arrays:
             result.arrays = initial_arrays  # no round of this session had a result, those before it had
         return shifted(result, self._offset)
@@ -299,6 +306,8 @@ class FedFTG(Strategy):
             class_counts_key=counts_key,
             client_id_key=id_key,
             weight_keys=bases.weight_keys(self.strategy),
+            examples_key=bases.examples_key(self.strategy),
+            selects=bases.discards_replies(self.strategy),
             hidden=(id_key,) if bases.averages_all_metrics(self.strategy) else (),
             without_integers=bases.works_in_place(self.strategy),
         )
@@ -307,7 +316,10 @@ class FedFTG(Strategy):
         usable = [reply for reply in read if reply.update_is_usable]
         if usable and all(reply.lacks_class_counts for reply in usable) and not self._went_well:
             raise InputError(_NO_COUNTS.format(round=number, problem=usable[0].problem))
-        if any(not reply.tells_partition for reply in usable) and self._absent_weight and not self._told_of_ids:
+
+    def _warn_of_ids(self, read: list[TrainReply]) -> None:
+        nameless = any(reply.update_is_usable and not reply.tells_partition for reply in read)
+        if nameless and self._absent_weight and not self._told_of_ids:
             self._told_of_ids = True
             _log.warning(
                 "FedFTG: clients do not tell %r; a node that starts again is taken for a new client beside its old "
@@ -315,55 +327,30 @@ class FedFTG(Strategy):
                 self._keys[1],
             )
 
-    def _aggregate(
-        self, number: int, read: list[TrainReply], undo: Callable[[], None]
-    ) -> tuple[Params | None, MetricRecord | None, list[TrainReply], list[RecordDict] | None]:
-        """The base's aggregate and metrics, the replies that it was given, and of these the ones that it has taken.
-
-        A base that takes offence at replies of several kinds gets the usual kind alone.
-        """
-        assert self._layout is not None
-        watched = bases.watched_selection(self.strategy) if self._teachers == "selected" else nullcontext(None)
-        try:
-            with watched as taken:
-                arrays, metrics = self._base["aggregate_train"](number, [reply.for_base for reply in read])
-        except Exception:
-            undo()
-            reader = self._reader(self._layout)
-            odd = reader.odd_ones(read)
-            if not odd:
-                raise
-            return self._aggregate(number, reader.again(read, odd), undo)
-        return (None if arrays is None else self._layout.accept(arrays)), metrics, read, taken
-
-    def _refine(
-        self, report: RefineReport, aggregate: Params, teachers: list[ClientResult]
-    ) -> tuple[Params, RefineReport]:
+    def _refine(self, report: RefineReport, mixed: Params, teachers: list[ClientResult]) -> tuple[Params, RefineReport]:
         if not teachers:
-            return aggregate, replace(report, rolled_back="there was no teacher")
+            return mixed, replace(report, rolled_back="there was no teacher")
         assert self._layout is not None
         report = replace(report, teachers=[result.client for result in teachers])
         start = time.perf_counter()
-        placed = [
-            replace(
-                result, params=to_device(result.params, self._device), buffers=to_device(result.buffers, self._device)
-            )
-            for result in teachers
-        ]
-        params, buffers = (to_device(part, self._device) for part in self._layout.split(aggregate))
-        state = ServerState(report.round - 1, params, buffers, {}, to_device(self._memory, self._device))
         try:
+            placed = [
+                replace(one, params=to_device(one.params, self._device), buffers=to_device(one.buffers, self._device))
+                for one in teachers
+            ]
+            params, buffers = (to_device(part, self._device) for part in self._layout.split(mixed))
+            state = ServerState(report.round - 1, params, buffers, {}, to_device(self._memory, self._device))
             rng = torch_rng(self._seed, report.round, SERVER, "refine")
             state, metrics = self._refiner.refine(state, placed, rng)
         except Exception as error:
             reason = f"fine-tuning failed ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
-            return aggregate, replace(report, rolled_back=reason)
+            return mixed, replace(report, rolled_back=reason)
         bad = first_non_finite({**state.params, **state.buffers}) or first_non_finite(state.refiner)
         refined = self._layout.join(state.params, state.buffers)
         bad = bad or first_non_finite(refined)
         report = replace(report, seconds=time.perf_counter() - start, metrics=metrics)
         if bad is not None:
-            return aggregate, replace(report, rolled_back=f"fine-tuning was not finite ({bad})")
+            return mixed, replace(report, rolled_back=f"fine-tuning was not finite ({bad})")
         self._memory = to_device(state.refiner, "cpu")
         return refined, report
 
@@ -379,15 +366,19 @@ class FedFTG(Strategy):
         )
 
     def _fingerprint(self) -> dict[str, Any]:
-        return {
-            "base strategy": bases.settings(self.strategy),
-            "config": self._settings.model_dump(mode="json"),
-            "image_shape": list(self._shape),
-            "classes": self._num_classes,
-            "absent_weight": self._absent_weight,
-            "seed": self._seed,
-            "teachers": self._teachers,
-        }
+        """What a resumed run must have the same, as it was when the run was started or taken up."""
+        if self._fingerprint_kept is None:
+            self._fingerprint_kept = {
+                "base strategy": bases.settings(self.strategy),
+                "config": self._settings.model_dump(mode="json"),
+                "image_shape": list(self._image_shape),
+                "classes": self._num_classes,
+                "absent_weight": self._absent_weight,
+                "seed": self._seed,
+                "teachers": self._teachers,
+            }
+            strategy_checkpoint.check_settings(self._fingerprint_kept)
+        return self._fingerprint_kept
 
 
 def _teachers_of(read: list[TrainReply], taken: list[RecordDict] | None) -> list[ClientResult]:

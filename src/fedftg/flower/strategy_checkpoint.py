@@ -9,10 +9,10 @@ from typing import Any
 
 from fedftg.errors import InputError
 from fedftg.params import Params, prefixed, unprefixed
-from fedftg.rundir.records import write_json
+from fedftg.rundir.records import finite, write_json
 from fedftg.rundir.tensors import read_tensors, write_tensors
 
-_FORMAT = 1
+_FORMAT = 2
 _INDEX = "fedftg.json"
 _PARTS = ("arrays", "refiner", "base")
 
@@ -29,6 +29,8 @@ class StrategyState:
     """The generator, and Adam's moments where they are kept."""
     base: Params
     """What the base strategy keeps from round to round."""
+    went_well: bool
+    """Whether a round had an aggregate and a teacher yet."""
 
 
 def save(folder: Path, state: StrategyState, settings: dict[str, Any]) -> None:
@@ -47,7 +49,8 @@ def save(folder: Path, state: StrategyState, settings: dict[str, Any]) -> None:
     for part in _PARTS:
         tensors |= prefixed(getattr(state, part), part + "/")
     write_tensors(folder / name, tensors)
-    write_json(folder / _INDEX, {"format": _FORMAT, "round": state.round, "state": name, "settings": settings})
+    index = {"format": _FORMAT, "round": state.round, "went_well": state.went_well, "state": name}
+    write_json(folder / _INDEX, {**index, "settings": settings})
     for path in folder.glob("fedftg-*.safetensors*"):
         if path.name != name:
             path.unlink()
@@ -64,12 +67,16 @@ def load(folder: Path, settings: dict[str, Any]) -> StrategyState | None:
         return None
     try:
         index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = index.get("format")
+        if version != _FORMAT:
+            raise InputError(f"{path} has format {version}, this version reads {_FORMAT}; use its version")
         number, name, saved = int(index["round"]), str(index["state"]), dict(index["settings"])
+        went_well = bool(index["went_well"])
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} cannot be read ({error}); empty the folder to start anew") from error
-    if index.get("format") != _FORMAT:
-        raise InputError(f"{path} has format {index.get('format')}, this version reads {_FORMAT}; use its version")
-    saved, here = _flat(saved), _flat(json.loads(json.dumps(settings)))
+    saved, here = _flat(saved), _flat(json.loads(json.dumps(finite(settings))))
     for key in (*here, *saved):
         if saved.get(key) != here.get(key):
             raise InputError(
@@ -77,7 +84,20 @@ def load(folder: Path, settings: dict[str, Any]) -> StrategyState | None:
                 "another folder"
             )
     tensors = read_tensors(folder / Path(name).name)
-    return StrategyState(number, *(unprefixed(tensors, part + "/") for part in _PARTS))
+    arrays, refiner, base = (unprefixed(tensors, part + "/") for part in _PARTS)
+    return StrategyState(number, arrays, refiner, base, went_well)
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Refuses settings that cannot be kept, which only a strategy of someone else's gives.
+
+    Raises:
+        InputError: they are not what JSON takes.
+    """
+    try:
+        json.dumps(finite(settings))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"resume_settings() must give what JSON takes: {error}") from None
 
 
 def _flat(nested: Any, name: str = "") -> dict[str, Any]:

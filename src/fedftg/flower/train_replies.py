@@ -6,7 +6,6 @@ import copy
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDict
@@ -17,6 +16,7 @@ from fedftg.algorithms.base import ClientResult
 from fedftg.flower.local_training import client_of
 from fedftg.flower.model_layout import ModelLayout
 from fedftg.flower.records import CLASS_COUNTS, PARTITION_ID, RecordError, counts_from_list, partition_of, weight_of
+from fedftg.flower.reply_kinds import kind_of, odd_ones
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,9 @@ class ReplyReader:
         arrays_key: the record that holds the model where a reply has several ``ArrayRecord``s.
         class_counts_key: where a reply's metrics have the class counts.
         client_id_key: where they may have a number that stays the same from round to round.
-        weight_keys: metrics that the base weighs updates by, that of the number of examples first; one that is no
-            number from 0 to 2**53 spoils them all.
+        weight_keys: metrics that the base weighs updates by; one that is no number from 0 to 2**53 spoils them all.
+        examples_key: the one that holds the number of examples.
+        selects: the base averages some of the updates; one of no weight might then be alone.
         hidden: further metrics that the base strategy is not to see.
         without_integers: give it integers as float64, as which Flower averages them anyway.
     """
@@ -61,6 +62,8 @@ class ReplyReader:
     class_counts_key: str = CLASS_COUNTS
     client_id_key: str = PARTITION_ID
     weight_keys: tuple[str, ...] = ()
+    examples_key: str | None = None
+    selects: bool = False
     hidden: tuple[str, ...] = ()
     without_integers: bool = False
 
@@ -70,24 +73,17 @@ class ReplyReader:
         Replies arrive in the order in which clients finish; sums of floats depend on their order.
         """
         replies = sorted(map(self._read, messages), key=_order)
-        told = Counter(reply.client for reply in replies if reply.tells_partition)
-        replies = [
-            refused(
-                reply, f"{told[reply.client]} nodes are client {reply.client}; give each its own {self.client_id_key!r}"
-            )
-            if reply.tells_partition and told[reply.client] > 1
-            else reply
-            for reply in replies
-        ]
-        usable = [reply for reply in replies if reply.update_is_usable]
-        if self.weight_keys and usable and not any(self._weighs(reply) for reply in usable):
-            reason = f"no client of the round has a metric {self.weight_keys[0]!r} above 0"
-            return [refused(reply, reason) if reply.update_is_usable else reply for reply in replies]
-        return replies
+        nodes = Counter(reply.client for reply in replies if reply.update_is_usable)
+        for index, reply in enumerate(replies):
+            count = nodes[reply.client]
+            if reply.update_is_usable and count > 1:
+                reason = f"{count} nodes are client {reply.client}; give each its own {self.client_id_key!r}"
+                replies[index] = refused(reply, reason)
+        return self._without_empty(replies)
 
     def again(self, replies: list[TrainReply], left_out: dict[int, str]) -> list[TrainReply]:
         """The same replies with new copies for the base, those whose index is in ``left_out`` refused for a reason."""
-        return [
+        fresh = [
             refused(reply, left_out[index])
             if index in left_out
             else replace(reply, for_base=self._for_base(reply.message))
@@ -95,32 +91,29 @@ class ReplyReader:
             else reply
             for index, reply in enumerate(replies)
         ]
+        return self._without_empty(fresh)
 
-    def odd_ones(self, replies: list[TrainReply]) -> dict[int, str]:
-        """Which replies (by index) hold other records or metrics than most do, and in what they differ.
+    def odd_ones(self, replies: list[TrainReply]) -> list[dict[int, str]]:
+        """Ways to make replies alike, as indices to leave out and why; see `fedftg.flower.reply_kinds.odd_ones`."""
+        hidden = (self.class_counts_key, *self.hidden)
+        kinds = {i: kind_of(r.message.content, hidden) for i, r in enumerate(replies) if r.update_is_usable}
+        return odd_ones(kinds, self.weight_keys)
 
-        Flower's strategies take replies that are all alike, or none. Of two kinds that are as frequent, the one that
-        tells what updates are weighed by and has one record of each sort is right, then the one with the first client.
-        """
-        kinds = {i: _parts(self._for_base(r.message)) for i, r in enumerate(replies) if r.update_is_usable}
-        if not kinds:
-            return {}
-        counted = Counter(kinds.values())
-        usual = max(counted, key=lambda kind: (self._is_complete(kind), counted[kind]))  # max takes the first of equals
-        return {
-            index: "its reply is not made as most are: it " + _difference(kind, usual)
-            for index, kind in kinds.items()
-            if kind != usual
-        }
-
-    def _is_complete(self, kind: frozenset[_Part]) -> bool:
-        sorts = Counter(part.sort for part in kind)
-        keys = {part.key for part in kind if part.sort == "metric"}
-        return sorts["arrays"] == sorts["metrics"] == 1 and keys.issuperset(self.weight_keys)
-
-    def _weighs(self, reply: TrainReply) -> bool:
-        weight = weight_of(_metrics(reply.message.content), self.weight_keys[0])
-        return weight is None or weight > 0  # whether it may be missing is for the base to say
+    def _without_empty(self, replies: list[TrainReply]) -> list[TrainReply]:
+        """Refuses replies of no weight where the base would divide by 0."""
+        if self.examples_key is None:
+            return replies
+        weights = [
+            weight_of(_metrics(r.message.content), self.examples_key) if r.update_is_usable else None for r in replies
+        ]
+        nobody = 0 in weights and not any(weights)
+        reason = (
+            f"no client has a metric {self.examples_key!r} above 0" if nobody else f"its {self.examples_key!r} is 0"
+        )
+        return [
+            refused(reply, reason) if reply.update_is_usable and (nobody or (self.selects and weight == 0)) else reply
+            for reply, weight in zip(replies, weights, strict=True)
+        ]
 
     def _read(self, message: Message) -> TrainReply:
         client = client_of(message.metadata.src_node_id)
@@ -132,9 +125,10 @@ class ReplyReader:
         try:
             partition = partition_of(metrics, self.client_id_key)
             client, tells = (client, False) if partition is None else (partition, True)
-            params, buffers = self.layout.split(self.layout.decode(self._arrays(message.content)))
+            params, buffers = self.layout.split(self.layout.decode(message.content.array_records[self._model(message)]))
             for key in self.weight_keys:
                 weight_of(metrics, key)
+            for_base = self._for_base(message)
         except RecordError as error:
             return refused(TrainReply(message, message, client, tells, None, None, False, False), str(error))
         counts, problem = self._counts(metrics)
@@ -143,14 +137,14 @@ class ReplyReader:
             total = int(counts.sum())
             result = ClientResult(client, total, counts, params, buffers, {}, {}, float("nan"))
         lacks = self.class_counts_key not in metrics
-        return TrainReply(message, self._for_base(message), client, tells, result, problem, True, lacks)
+        return TrainReply(message, for_base, client, tells, result, problem, True, lacks)
 
-    def _arrays(self, content: RecordDict) -> ArrayRecord:
-        records: dict[str, ArrayRecord] = dict(content.array_records)
+    def _model(self, message: Message) -> str:
+        records = list(message.content.array_records)
         if self.arrays_key in records:
-            return records[self.arrays_key]
+            return self.arrays_key
         if len(records) == 1:
-            return next(iter(records.values()))
+            return records[0]
         raise RecordError(
             f"the reply holds {len(records)} ArrayRecords and none is {self.arrays_key!r}; reply with the model as "
             f"content[{self.arrays_key!r}]"
@@ -169,11 +163,17 @@ class ReplyReader:
         return (counts, None) if int(counts.sum()) else (None, "its class counts are all 0, so it taught nothing")
 
     def _for_base(self, message: Message) -> Message:
-        """A message of its own with records of its own, for strategies empty and overwrite them."""
-        content = RecordDict()
+        """A message of its own with records of its own, for strategies empty and overwrite them.
+
+        The model's arrays are in the order in which they were sent: some strategies go by their places.
+        """
+        content, model = RecordDict(), self._model(message)
         for name, record in message.content.items():
-            if isinstance(record, ArrayRecord):
-                content[name] = floating(record) if self.without_integers else ArrayRecord(dict(record.items()))
+            if name == model:
+                ordered = ArrayRecord({key: record[key] for key in self.layout.template})
+                content[name] = floating(ordered) if self.without_integers else ordered
+            elif isinstance(record, ArrayRecord):
+                content[name] = ArrayRecord(dict(record.items()))
             elif isinstance(record, MetricRecord):
                 hidden = (self.class_counts_key, *self.hidden)
                 content[name] = MetricRecord({key: value for key, value in record.items() if key not in hidden})
@@ -211,36 +211,3 @@ def _metrics(content: RecordDict) -> MetricRecord:
         for key, value in record.items():
             merged[key] = value
     return merged
-
-
-class _Part(NamedTuple):
-    """A record of a reply, or a metric in one."""
-
-    sort: Literal["arrays", "metrics", "metric"]
-    record: str
-    key: str = ""
-    length: int = -1
-    """Of a list; -1 is a single number."""
-
-    def __str__(self) -> str:
-        if self.sort != "metric":
-            return f"a record of {self.sort} {self.record!r}"
-        return f"metric {self.key!r} in {self.record!r}" + (f" of length {self.length}" if self.length >= 0 else "")
-
-
-def _parts(message: Message) -> frozenset[_Part]:
-    """What a reply holds, values aside."""
-    parts: list[_Part] = []
-    for name, record in message.content.items():
-        if isinstance(record, ArrayRecord):
-            parts.append(_Part("arrays", name))
-        elif isinstance(record, MetricRecord):
-            parts.append(_Part("metrics", name))
-            for key, value in record.items():
-                parts.append(_Part("metric", name, key, len(value) if isinstance(value, list) else -1))
-    return frozenset(parts)
-
-
-def _difference(kind: frozenset[_Part], usual: frozenset[_Part]) -> str:
-    found = (("lacks", usual - kind), ("has", kind - usual))
-    return " and ".join(f"{word} {', '.join(map(str, sorted(parts)))}" for word, parts in found if parts)
