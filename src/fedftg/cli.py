@@ -122,7 +122,8 @@ def main() -> None:
         click.echo(error.format_message())
         sys.exit(0)
     except click.ClickException as error:
-        _fail(f"{error.format_message().rstrip('.')}; see 'fedftg --help'", 2)
+        command = getattr(getattr(error, "ctx", None), "command_path", "fedftg")
+        _fail(f"{error.format_message().rstrip('.')}; see '{command} --help'", 2)
     except InputError as error:
         _fail(str(error), 2)
     except ClientError as error:

@@ -13,6 +13,7 @@ from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDic
 
 import fedftg
 from fedftg.flower import records
+from fedftg.flower.server_app import server_app
 
 SCAFFOLD = ("algorithm.name=scaffold", "refiner.name=none")
 ALL = ("cohort.probability=1",)
@@ -443,7 +444,7 @@ def test_a_late_node_with_a_number_that_is_taken_is_refused(
     fed.serve(grid)
     for row in fed.rows("served"):
         assert "rejected" not in row
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert told.count("node 9 cannot take part: nodes 2 and 9 both say partition-id=1") == 1
 
 
@@ -540,3 +541,28 @@ def test_a_question_that_was_not_taken_or_failed_is_asked_again(
     fed.serve(grid, **{"wait-seconds": 20.0})
     (row,) = fed.rows("served")
     assert "rejected" not in row
+
+
+def test_an_operator_s_mistakes_end_in_one_line_in_flower_s_terms(
+    federation: Callable[..., Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that is taken, and no node at all; the recipe is a string, as one writes it."""
+    here = federation()
+    taken = here.folder / "taken"
+    taken.mkdir()
+    (taken / "config.toml").write_text("")
+    app = server_app(str(here.recipe))
+    told = r"taken exists already; go on with it by resume=true, or give another out$"
+    with pytest.raises(fedftg.InputError, match=told):
+        here.grid(out=str(taken)).run_server(app)
+    monkeypatch.setattr("fedftg.flower.server_app._TELL_SECONDS", 0.05)
+    empty = here.grid([], out=str(here.folder / "new"))
+    with pytest.raises(fedftg.InputError, match=r"0 of 4 clients .* 0.2 s.*they may still be starting") as caught:
+        empty.run_server(app)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+    printed = capsys.readouterr().out
+    assert "fedftg: " + str(caught.value) in printed
+    assert "0 of 4 clients are there\n" in printed
+    assert "--resume" not in printed
+    assert not (here.folder / "new").exists()

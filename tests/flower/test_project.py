@@ -52,7 +52,7 @@ def test_nothing_is_overwritten_and_nothing_half_done(tmp_path: Path) -> None:
     with pytest.raises(fedftg.InputError, match="not empty"):
         project.new(tmp_path / "taken", None, [])
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(fedftg.InputError, match="exists already"):
+    with pytest.raises(fedftg.InputError, match="is a file"):
         project.new(tmp_path / "file", None, [])
     for overrides in (["local.lrr=1"], ["data.name=tensors"], ["cohort.size=9", "partition.num_clients=3"]):
         with pytest.raises(fedftg.InputError):

@@ -26,13 +26,13 @@ from fedftg.params import Params, first_non_finite, to_device
 from fedftg.seeds import SERVER, seed_for
 
 
-def client_app(recipe: Path) -> ClientApp:
+def client_app(recipe: str | Path) -> ClientApp:
     """The app that a SuperNode runs; it answers ``query``, ``train`` and ``evaluate`` of `fedftg.flower.server_app`.
 
     Args:
         recipe: a TOML recipe, the same as the server's.
     """
-    app = ClientApp()
+    app, recipe = ClientApp(), Path(recipe)
 
     @app.query()
     def query(message: Message, context: Context) -> Message:

@@ -41,7 +41,9 @@ def new(folder: Path, recipe: str | None, overrides: Sequence[str]) -> list[Path
     files = _files(_project_name(folder), config)
     written: list[Path] = []
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder} is a file; give a folder that is not there yet")
+        if folder.exists() and any(folder.iterdir()):
             raise InputError(f"{folder} exists already and is not empty; give a folder that is not there yet")
         (folder / PACKAGE).mkdir(parents=True, exist_ok=True)
         for path, text in files.items():
@@ -151,15 +153,19 @@ def _readme(name: str, config: RunConfig) -> str:
 A Flower app for {who}: {config.algorithm.name} with refiner {config.refiner.name} on data set
 {config.data.name}. Every setting is in `{PACKAGE}/recipe.toml`.{plugins}
 
-Install `fedftg[flower]` {__version__} on the server and on every node, and `flwr[simulation]` where you simulate.
-Switch off what asks the internet where there is none:
+Install `fedftg[flower]` {__version__} on the server and on every node, and `fedftg[simulation]` where you simulate.
+Before anything is started, switch off what asks the internet where there is none, and updates of packages:
 
     export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
+    export RAY_USAGE_STATS_ENABLED=0
 
 In Flower's simulation, in this folder, all {count} clients on one machine:
 
     flwr run . --stream -c "out=\\"$PWD/runs/first\\"" \\
         --federation-config 'num-supernodes={count} client-resources-num-cpus=1'
+
+It starts a SuperLink on this machine that stays, with the environment of the first call; `pkill -f flower-superlink`
+ends it.
 
 On machines: a SuperLink, and one SuperNode for each client with its number from 0 to {count - 1}:
 
@@ -167,13 +173,17 @@ On machines: a SuperLink, and one SuperNode for each client with its number from
     flower-supernode --insecure --superlink SERVER:8000 --port 8001 --node-config 'partition-id=0'
     flwr run . NAME --stream -c 'out="/folder/on/the/server"'
 
+Several SuperNodes on one machine need a `--port` each.
+
 `NAME` stands for the SuperLink in Flower's own `config.toml`:
 
     [superlink.NAME]
     address = "SERVER:8000"
     insecure = true
 
-A run that was stopped goes on by the same `flwr run` with `resume=true` in `-c`. The run folder is one of `fedftg`:
+`flwr list NAME` has the runs and how they ended, `flwr stop RUN NAME` stops one. A run that was stopped goes on by the
+same command with `resume=true` in `-c`: `-c 'out="/folder/on/the/server" resume=true'`. Another number of clients is
+another app: write it anew. The run folder is one of `fedftg`:
 `fedftg report`, `fedftg compare` and `fedftg export` read it. TLS, authentication of nodes, GPUs and what every message
 holds are in `docs/flower.md` of fedftg.
 """

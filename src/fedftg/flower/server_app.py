@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +36,11 @@ from fedftg.rundir.folder import RunFolder
 from fedftg.rundir.records import Record
 
 RUNS = Path("runs")
+_TELL_SECONDS = 20.0
+"""How often a server that waits says how many are there."""
 
 
-def server_app(recipe: Path) -> ServerApp:
+def server_app(recipe: str | Path) -> ServerApp:
     """The app that a SuperLink runs; its nodes run `fedftg.flower.client_app` on the same recipe.
 
     Args:
@@ -49,10 +52,11 @@ def server_app(recipe: Path) -> ServerApp:
     def main(grid: Grid, context: Context) -> None:
         console = Console(soft_wrap=True)
         try:
-            run = serve(grid, recipe, context.run_config, PlainLines(console))
+            run = serve(grid, Path(recipe), context.run_config, PlainLines(console))
         except InputError as error:
-            console.print(f"fedftg: {' '.join(str(error).split())}", highlight=False, markup=False)
-            raise
+            told = " ".join(str(error).replace("--resume", "resume=true").replace("--out", "out").split())
+            console.print(f"fedftg: {told}", highlight=False, markup=False)
+            raise InputError(told) from None  # Flower shows where it was raised: a few lines, not the whole way
         console.print(f"run folder: {run.folder.resolve()}", highlight=False, markup=False)
 
     return app
@@ -196,12 +200,22 @@ def _gather(roster: Roster, found: dict[int, ClientFacts], config: RunConfig, se
     def clients() -> range:
         return range(next(iter(found.values())).num_clients if found else expected)
 
-    roster.wait(lambda: roster.present(clients()) == len(clients()) and not roster.undecided, settings.wait_seconds)
+    told = time.monotonic()
+
+    def complete() -> bool:
+        nonlocal told
+        if time.monotonic() - told > _TELL_SECONDS:
+            told = time.monotonic()
+            say(f"{roster.present(clients())} of {len(clients())} clients are there{roster.first_refusal()}")
+        return roster.present(clients()) == len(clients()) and not roster.undecided
+
+    roster.wait(complete, settings.wait_seconds)
     count = len(clients())
     if len(roster.nodes) < min(settings.min_clients, count):
+        starting = "" if roster.nodes else " (they may still be starting: a node needs some seconds)"
         raise InputError(
             f"{len(roster.nodes)} of {count} clients are there after {settings.wait_seconds:g} s, min-clients is "
-            f"{settings.min_clients}; start more SuperNodes, or raise wait-seconds{roster.first_refusal()}"
+            f"{settings.min_clients}; start more SuperNodes, or raise wait-seconds{starting}{roster.first_refusal()}"
         )
     if not sum(facts.num_samples for facts in found.values()):
         raise InputError("no client that is there holds training data; look at the nodes' data-root and partition-id")
