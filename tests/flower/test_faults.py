@@ -444,7 +444,7 @@ def test_a_late_node_with_a_number_that_is_taken_is_refused(
     fed.serve(grid)
     for row in fed.rows("served"):
         assert "rejected" not in row
-    printed = capsys.readouterr().out
+    told = capsys.readouterr().out
     assert told.count("node 9 cannot take part: nodes 2 and 9 both say partition-id=1") == 1
 
 
