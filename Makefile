@@ -8,13 +8,17 @@ TEST_WORKERS ?= 2
 # What `make bench` measures; one process with so many threads, beside executors with processes of their own.
 BENCH_THREADS ?= 2
 
-.PHONY: run test lint bench clean
+.PHONY: run test test-all lint bench clean
 
 run: $(VENV)/run.stamp
 	$(BIN)/fedftg compare default_base default
 
 test: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS)
+
+# With what takes minutes or needs Ray: processes that are killed, and Flower's own simulation.
+test-all: $(VENV)/all.stamp
+	OMP_NUM_THREADS=1 FEDFTG_TEST_ALL=1 $(BIN)/python -m pytest -n $(TEST_WORKERS)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -35,6 +39,10 @@ $(VENV)/run.stamp: $(VENV)/bin/pip pyproject.toml constraints.txt
 
 $(VENV)/dev.stamp: $(VENV)/run.stamp
 	$(BIN)/pip install --quiet -c constraints.txt -e .[dev]
+	touch $@
+
+$(VENV)/all.stamp: $(VENV)/dev.stamp
+	$(BIN)/pip install --quiet -c constraints.txt -e .[dev,simulation]
 	touch $@
 
 $(VENV)/bench.stamp: $(VENV)/dev.stamp

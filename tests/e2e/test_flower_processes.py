@@ -200,6 +200,7 @@ def plain(tmp_path: Path) -> Iterator[Loopback]:
         machines.stop()
 
 
+@pytest.mark.skipif("FEDFTG_TEST_ALL" not in os.environ, reason="takes minutes; make test-all")
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the process to kill in /proc")
 def test_a_killed_server_and_a_killed_node_go_on_from_what_is_on_disk(plain: Loopback, tmp_path: Path) -> None:
     """SCAFFOLD, whose clients keep a control variate: kill -9 of ServerApp and of a node in mid-run; both again."""
