@@ -122,16 +122,7 @@ def local_train(
             gone or damaged, a ``state_dir`` without a partition id, or an iterator in the place of ``batches``.
     """
     order = _order(message)
-    if state_dir is not None and "partition-id" not in context.node_config:
-        raise InputError(
-            f"state_dir={str(state_dir)!r} needs a partition id: a node id is another one after each start, and the "
-            "files would not be found again; give the SuperNode --node-config 'partition-id=0', or leave state_dir out"
-        )
-    if isinstance(batches, Iterator) and order.local.steps is None and order.local.epochs > 1:
-        raise InputError(
-            "batches is an iterator, which ends after one epoch, and the strategy asks for more; pass what can be gone "
-            "through again, such as the DataLoader itself or a list"
-        )
+    _check(order, context, batches, state_dir)
     arrays_key, arrays = _arrays(message.content)
     layout = ModelLayout(model, arrays)
     functional = TrainableModel(model)
@@ -170,6 +161,20 @@ def local_train(
         content[EXTRA] = records.encode(result.extra)
     content[METRICS] = _metrics(result, context)
     return Message(content, reply_to=message)
+
+
+def _check(order: TrainOrder, context: Context, batches: object, state_dir: str | Path | None) -> None:
+    """Refuses what would go wrong without a word."""
+    if state_dir is not None and "partition-id" not in context.node_config:
+        raise InputError(
+            f"state_dir={str(state_dir)!r} needs a partition id: a node id is another one after each start, and the "
+            "files would not be found again; give the SuperNode --node-config 'partition-id=0', or leave state_dir out"
+        )
+    if isinstance(batches, Iterator) and order.local.steps is None and order.local.epochs > 1:
+        raise InputError(
+            "batches is an iterator, which ends after one epoch, and the strategy asks for more; pass what can be gone "
+            "through again, such as the DataLoader itself or a list"
+        )
 
 
 def _order(message: Message) -> TrainOrder:
