@@ -161,7 +161,7 @@ class FedFTG(Strategy):
         """The base's messages, after its server optimiser was told that ``arrays`` is what clients start from.
 
         Raises:
-            InputError: the arrays are not those of the model.
+            InputError: the arrays are not those of the model, or the base's ``resume_settings()`` cannot be kept.
         """
         if self._layout is None:
             self._layout = ModelLayout(self._module, arrays)
@@ -227,7 +227,7 @@ class FedFTG(Strategy):
         return messages
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """The base's; None where it fails."""
+        """The base's; None where the replies cannot be averaged."""
         return evaluated(lambda: self._base["aggregate_evaluate"](server_round + self._offset, replies))
 
     def summary(self) -> None:

@@ -42,10 +42,10 @@ def _watch(value: Any, undos: list[Callable[[], Any]], seen: dict[int, Any]) -> 
     inner: list[Any] = []
     undo: Callable[[], Any] | None = None
     if isinstance(value, Strategy):
-        undo, inner = _of_mapping(vars(value), dict(vars(value)))
+        undo = _of_mapping(vars(value))
         inner = [item for name, item in vars(value).items() if name not in _RENEWED]
     elif isinstance(value, dict | ArrayRecord):
-        undo, inner = _of_mapping(value, dict(value.items()))
+        undo, inner = _of_mapping(value), list(value.values())
     elif isinstance(value, list | set | deque | tuple):
         undo, inner = _of_items(value), list(value)
     elif isinstance(value, nn.Module):
@@ -63,12 +63,14 @@ def _watch(value: Any, undos: list[Callable[[], Any]], seen: dict[int, Any]) -> 
         _watch(item, undos, seen)
 
 
-def _of_mapping(value: Any, kept: dict[Any, Any]) -> tuple[Callable[[], Any], list[Any]]:
+def _of_mapping(value: Any) -> Callable[[], Any]:
+    kept = dict(value.items())
+
     def undo() -> None:
         value.clear()
         value.update(kept)
 
-    return undo, list(kept.values())
+    return undo
 
 
 def _of_items(value: Any) -> Callable[[], Any] | None:
