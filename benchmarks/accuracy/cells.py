@@ -166,6 +166,8 @@ def _masked(skew: str) -> Cell:
     return cell(refiner="fedftg", skew=skew, change="masked", settings=settings)
 
 
+_SMALL_STEPS = cell("scaffold", "fedftg", change="student_lr0.01", settings=("refiner.student_lr=0.01",))
+"""For SCAFFOLD, whose good aggregates fine-tuning pulls down to its teachers: a third of the student's rate."""
 _CANDIDATES_BN: dict[str, tuple[str, ...]] = {
     "train_mode": ("student_mode=train",),
     "restored": ("student_mode=train", "restore_buffers=true"),
@@ -201,6 +203,7 @@ TABLES: dict[str, Rows] = {
             *_changed("paper", {}),
             *_changed("fedftg", _CANDIDATES),
             *(_masked(skew) for skew in _SKEWS),
+            _SMALL_STEPS,
             *_changed("fedftg", _CANDIDATES_BN, model="bn"),
             _interpolation("gn"),
             _interpolation("bn"),
