@@ -1,15 +1,17 @@
 """Runs the cells of the accuracy tables, and writes the tables: one command, which goes on where it was stopped.
 
-    python benchmarks/accuracy/accuracy.py --data-root FOLDER [--tables A,B,C] [--seeds 0,1,2] [--jobs 2] [--minutes 90]
+    python benchmarks/accuracy/accuracy.py --data-root FOLDER [--tables A,B,S,C] [--seeds 0,1,2] [--jobs 2]
 
 Runs lie in ``runs/accuracy`` and are resumed after an interruption; of each finished one a small file is kept in
 ``benchmarks/results/accuracy``, from which the tables are made. A cell whose file is there and was made with the same
-settings is not run again. One thread a run; ``--jobs`` runs are side by side.
+settings is not run again; what lies in ``runs`` of other code is not taken up. One thread a run; ``--jobs`` runs are
+side by side.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -24,6 +26,8 @@ from cells import PROTOCOL, SEEDS, TABLES, Cell, fingerprint, fits, settings
 from figures import write_figures
 from tables import PAGE, fill_page, read, write_tables
 
+import fedftg
+
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "accuracy"
 RUNS = Path("runs") / "accuracy"
@@ -33,7 +37,7 @@ def main() -> None:
     """Runs what is missing, then writes the tables of what is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", type=Path, help="CIFAR-10 as parquet; without it, it comes from the hub")
-    parser.add_argument("--tables", default="A,B,C")
+    parser.add_argument("--tables", default="A,B,S,C")
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so many minutes")
@@ -83,10 +87,13 @@ def is_there(cell: Cell, seed: int) -> bool:
 def run(cell: Cell, seed: int, data_root: Path | None, rounds: int | None) -> bool:
     """One run to its end, and its result kept; whether that went well, else it is told."""
     # Taken before the run: what is changed or committed meanwhile is not what was run.
-    made_of = {"made_with": settings(cell), "commit": _commit()}
+    made_of = {"made_with": settings(cell), "commit": _commit(), "code": code()}
     folder = RUNS / (f"trial-{rounds}" if rounds else "whole") / fingerprint(cell) / cell.name / f"seed{seed}"
-    if rounds:
-        shutil.rmtree(folder, ignore_errors=True)  # a trial is of the code as it is now
+    of_code = folder.parent / f"{folder.name}.code"
+    if rounds or not of_code.is_file() or of_code.read_text(encoding="utf-8") != made_of["code"]:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    of_code.write_text(made_of["code"], encoding="utf-8")
     given = [*cell.settings, f"seed={seed}", f"name={cell.name}"]
     given += [f"data.root={data_root}"] if data_root else []
     given += [f"rounds={rounds}"] if rounds else []
@@ -133,9 +140,23 @@ def collect(folder: Path, cell: Cell, seed: int) -> dict[str, Any]:
     }
 
 
+def code() -> str:
+    """A digest of what a run is made of: all modules of the package, and the plugin of the controls."""
+    digest = hashlib.sha256()
+    package = Path(fedftg.__file__).parent
+    for path in [*sorted(package.rglob("*.py")), HERE / "controls.py"]:
+        digest.update(f"{path.name}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def _commit() -> str:
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    """The commit, and whether the package differs from it; results and pages written meanwhile do not count."""
+    git = ["git", "-C", str(HERE)]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "--", "../../src", "controls.py"], capture_output=True, text=True, check=False
+    )
+    return commit.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
 
 
 if __name__ == "__main__":

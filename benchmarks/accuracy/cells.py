@@ -77,6 +77,8 @@ class Rows:
 
     title: str
     cells: tuple[Cell, ...]
+    until: int | None = None
+    """The round after which evaluations are left out, in every row; None for none."""
 
 
 def cell(
@@ -87,54 +89,64 @@ def cell(
     model: str = "gn",
     change: str = "",
     settings: tuple[str, ...] = (),
+    unchanged: str = "",
 ) -> Cell:
-    """A cell by what it is made of; ``change`` names what ``settings`` alter of the refiner."""
+    """A cell by what it is made of; ``change`` names what ``settings`` alter of the refiner.
+
+    ``unchanged`` is the change of the cell that it is compared with: none, the preset as it is, unless given.
+    """
     base = "-".join((algorithm, "base", skew, model))
     shared = (f"algorithm.name={algorithm}", *_SKEWS[skew], *_MODELS[model])
     if refiner == "base":
         return Cell(base, shared)
-    unchanged = "-".join((algorithm, refiner, skew, model))
+    preset = "-".join((algorithm, refiner, skew, model))
     refined = (*shared, "refiner.name=fedftg", f"refiner.preset={refiner}", _WIDTH)
     if not change:
-        return Cell(unchanged, refined, base)
-    return Cell(f"{unchanged}-{change}", (*refined, *settings), base, unchanged)
+        return Cell(preset, refined, base)
+    return Cell(f"{preset}-{change}", (*refined, *settings), base, f"{preset}-{unchanged}" if unchanged else preset)
 
 
-_SHORT = "rounds=24"
-"""Of cells that change one thing of a preset: a longer run's first rounds, for no schedule knows the end."""
+_SHORT = 24
+"""Rounds of table S. They are those of the climb: the mask won there, and lost by round 50."""
 
 
-def _interpolation(model: str) -> Cell:
-    """Halfway between the aggregate and the model before: what smoothing over rounds gives without distillation."""
-    base = cell(model=model)
-    settings = (*base.settings, 'plugins=["controls"]', "refiner.name=interpolation", _SHORT)
-    return Cell(f"fedavg-interpolation-b0.1-{model}", settings, base.name)
-
-
-def _changed(refiner: str, changes: dict[str, tuple[str, ...]], model: str = "gn") -> tuple[Cell, ...]:
+def _changed(
+    refiner: str, changes: dict[str, tuple[str, ...]], model: str = "gn", rounds: int | None = None
+) -> tuple[Cell, ...]:
     """The base, the preset as it is, and with each change."""
+    shortened = () if rounds is None else (f"rounds={rounds}",)
     variants = tuple(
         cell(
             refiner=refiner,
             model=model,
             change=name,
-            settings=(_SHORT, *(f"refiner.{key}" for key in settings)),
+            settings=(*shortened, *(f"refiner.{key}" for key in settings)),
         )
         for name, settings in changes.items()
     )
     return cell(model=model), cell(refiner=refiner, model=model), *variants
 
 
-_ABLATION: dict[str, tuple[str, ...]] = {
+_PARTS: dict[str, tuple[str, ...]] = {
     "no_cls": ("lambda_cls=0",),
     "no_dis": ("lambda_dis=0",),
     "no_md": ("lambda_md=0",),
+    "samples_ensemble": ("ensemble=samples",),
+    "no_absent": ("absent_weight=0",),
+}
+
+_PAPER_LABELS = cell(
+    refiner="fedftg",
+    change="no_absent-paper_labels",
+    settings=("refiner.absent_weight=0", "refiner.label_sampling=iid"),
+    unchanged="no_absent",
+)
+"""Labels from p_t(y) against all classes alike; without the absent, as with them p_t(y) is nearly even itself."""
+
+_AMOUNTS: dict[str, tuple[str, ...]] = {
     "md3": ("lambda_md=3",),
     "cls0.3": ("lambda_cls=0.3",),
     "dis10": ("lambda_dis=10",),
-    "iid_labels": ("label_sampling=iid",),
-    "uniform_ensemble": ("ensemble=uniform",),
-    "no_absent": ("absent_weight=0",),
     "absent0.3": ("absent_weight=0.3",),
     "I5": ("iterations=5",),
     "I20": ("iterations=20",),
@@ -146,33 +158,54 @@ _ABLATION: dict[str, tuple[str, ...]] = {
     "student_lr0.1": ("student_lr=0.1",),
     "generator_lr0.01": ("generator_lr=0.01",),
     "generator_lr0.001": ("generator_lr=0.001",),
+    "warmup20": ("generator_warmup=20",),
+    "fresh": ("fresh_batches=true",),
+    "temperature3": ("temperature=3",),
 }
 _STATISTICS: dict[str, tuple[str, ...]] = {
     "eval": ("student_mode=eval",),
     "restored": ("restore_buffers=true",),
 }
+_RATES: dict[str, tuple[str, ...]] = {
+    "student_lr0.03": ("student_lr=0.03",),
+    "student_lr0.01": ("student_lr=0.01",),
+}
+"""``paper`` with the rate that ``fedftg`` was given by its pilots, and a smaller one."""
+
 _CANDIDATES: dict[str, tuple[str, ...]] = {
-    "warmup20": ("generator_warmup=20",),
     "reset_optimiser": ("generator_optimizer_state=reset",),
     "ema": ("generator_ema=0.5",),
-    "fresh": ("fresh_batches=true",),
-    "temperature3": ("temperature=3",),
 }
-
-
-def _masked(skew: str) -> Cell:
-    """With hard samples only where the ensemble is right, which shows its price in long runs only."""
-    settings = ("refiner.discrepancy_mask=transferable",)
-    return cell(refiner="fedftg", skew=skew, change="masked", settings=settings)
-
-
-_SMALL_STEPS = cell("scaffold", "fedftg", change="student_lr0.01", settings=("refiner.student_lr=0.01",))
-"""For SCAFFOLD, whose good aggregates fine-tuning pulls down to its teachers: a third of the student's rate."""
 _CANDIDATES_BN: dict[str, tuple[str, ...]] = {
     "train_mode": ("student_mode=train",),
-    "restored": ("student_mode=train", "restore_buffers=true"),
+    "train_mode-restored": ("student_mode=train", "restore_buffers=true"),
     "no_absent": ("absent_weight=0",),
 }
+
+
+def _masked(skew: str) -> tuple[Cell, ...]:
+    """With hard samples only where the ensemble is right, which shows its price in long runs only."""
+    changed = cell(refiner="fedftg", skew=skew, change="masked", settings=("refiner.discrepancy_mask=transferable",))
+    return cell(skew=skew), cell(refiner="fedftg", skew=skew), changed
+
+
+def _small_steps() -> tuple[Cell, ...]:
+    """For SCAFFOLD, whose gain is the smallest: a third of the student's rate. Chosen after table A was seen."""
+    changed = cell("scaffold", "fedftg", change="student_lr0.01", settings=("refiner.student_lr=0.01",))
+    return cell("scaffold"), cell("scaffold", "fedftg"), changed
+
+
+def _interpolation(model: str) -> Cell:
+    """Halfway between the aggregate and the model before: what smoothing over rounds gives without distillation."""
+    base = cell(model=model)
+    settings = (*base.settings, 'plugins=["controls"]', "refiner.name=interpolation")
+    return Cell(f"fedavg-interpolation-b0.1-{model}", settings, base.name)
+
+
+def _once(*cells: Cell) -> tuple[Cell, ...]:
+    """Without those that stand above already."""
+    return tuple(dict.fromkeys(cells))
+
 
 _EXECUTION = (
     "model.name=cnn", "rounds=20", "local.epochs=1", "evaluation.every=4", "data.max_test=2000",
@@ -195,17 +228,18 @@ TABLES: dict[str, Rows] = {
             *(cell(refiner=kind, model="plain") for kind in ("base", "fedftg")),
         ),
     ),
-    "B": Rows("Ablation of the preset fedftg", _changed("fedftg", _ABLATION)),
+    "B": Rows("What each part of the preset fedftg does", (*_changed("fedftg", _PARTS), _PAPER_LABELS)),
+    "S": Rows("Amounts, and candidates, in the first 24 rounds", _changed("fedftg", _AMOUNTS, rounds=_SHORT), _SHORT),
     "C": Rows(
         "Accuracy right after fine-tuning, and what may mend it",
-        (
-            *_changed("paper", _STATISTICS, model="bn"),
-            *_changed("paper", {}),
+        _once(
+            *_changed("paper", _RATES),
             *_changed("fedftg", _CANDIDATES),
-            *(_masked(skew) for skew in _SKEWS),
-            _SMALL_STEPS,
-            *_changed("fedftg", _CANDIDATES_BN, model="bn"),
             _interpolation("gn"),
+            *(cell for skew in _SKEWS for cell in _masked(skew)),
+            *_small_steps(),
+            *_changed("paper", _STATISTICS, model="bn"),
+            *_changed("fedftg", _CANDIDATES_BN, model="bn"),
             _interpolation("bn"),
         ),
     ),
@@ -217,5 +251,4 @@ TABLES: dict[str, Rows] = {
             _executed("compiled_teachers", "refiner.compile_teachers=true"),
         ),
     ),
-    "P": Rows("Pilots of the bases", tuple(cell(name) for name in ALGORITHMS)),
 }

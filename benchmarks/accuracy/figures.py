@@ -10,15 +10,15 @@ from typing import Any
 from cells import PRESETS, TABLES, Cell
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tables import differences, load
+from tables import CELLS, differences, load
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "figures"
 # Okabe and Ito's colours: told apart with any colour vision.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _OF_PRESET = dict(zip(PRESETS, _COLOURS, strict=False))
-_BY_NAME = {cell.name: cell for rows in TABLES.values() for cell in rows.cells}
 
-Results = dict[int, dict[str, Any]]
+Runs = dict[int, dict[str, Any]]
+"""A cell's kept results by seed."""
 
 
 def write_figures(results: Path, folder: Path = FOLDER) -> list[Path]:
@@ -26,6 +26,7 @@ def write_figures(results: Path, folder: Path = FOLDER) -> list[Path]:
     drawn = (
         _gains(results, folder / "accuracy_gains.png"),
         _curves(results, folder / "accuracy_rounds.png"),
+        _trends(results, folder / "accuracy_trends.png"),
         _after(results, folder / "accuracy_after.png"),
     )
     return [path for path in drawn if path is not None]
@@ -51,7 +52,8 @@ def _gains(results: Path, path: Path) -> Path | None:
             mean = statistics.mean(gains)
             axes.plot([mean] * 2, [height - 0.11, height + 0.11], color=_OF_PRESET[preset], linewidth=3)
     for preset in PRESETS:
-        axes.plot([], [], "o", color=_OF_PRESET[preset], label=preset)
+        if any(preset == shown for presets in rows.values() for shown, _ in presets):
+            axes.plot([], [], "o", color=_OF_PRESET[preset], label=preset)
     axes.set_yticks(range(len(rows)), list(rows))
     axes.invert_yaxis()
     axes.set_xlabel("accuracy of the deployed model minus that of the base, same seed, in points")
@@ -61,21 +63,68 @@ def _gains(results: Path, path: Path) -> Path | None:
 
 
 def _curves(results: Path, path: Path) -> Path | None:
-    """Accuracy over rounds of FedAvg at beta 0.1, base and each preset, mean over the seeds that both have."""
-    runs = {kind: load(results, _BY_NAME[f"fedavg-{kind}-b0.1-gn"]) for kind in ("base", *PRESETS)}
-    if not runs["base"]:
+    """Accuracy over rounds of FedAvg at beta 0.1, base and each preset that ran, mean over the seeds that all have."""
+    found = {kind: load(results, CELLS[f"fedavg-{kind}-b0.1-gn"]) for kind in ("base", *PRESETS)}
+    runs = _of_common_seeds({kind: of_kind for kind, of_kind in found.items() if of_kind})
+    if not runs.get("base"):
         return None
     figure = Figure(figsize=(9, 5), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     _line(axes, runs["base"], "selected", "black", "base: aggregate, deployed", "-")
     _line(axes, runs["base"], "all", "black", "base: average of all clients' last uploads", ":")
-    for preset in PRESETS:
+    for preset in [kind for kind in runs if kind != "base"]:
         _line(axes, runs[preset], "refined", _OF_PRESET[preset], f"{preset}: refined, deployed", "-")
         _line(axes, runs[preset], "selected", _OF_PRESET[preset], f"{preset}: aggregate", "--")
     axes.set(xlabel="round", ylabel="test accuracy in %")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return _save(figure, path)
+
+
+def _of_common_seeds(runs: dict[str, Runs]) -> dict[str, Runs]:
+    """Without the seeds that one of them lacks."""
+    common = set.intersection(*map(set, runs.values())) if runs else set()
+    return {name: {seed: run for seed, run in of_name.items() if seed in common} for name, of_name in runs.items()}
+
+
+_SMOOTHED = 5
+"""Evaluations that a point of a trend is the mean of; it is drawn at the last one's round."""
+
+
+def _trends(results: Path, path: Path) -> Path | None:
+    """Gain of the preset fedftg over each base by round: does it last? Mean over the seeds that both have."""
+    figure = Figure(figsize=(9, 5), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    axes.axhline(0, color="black", linewidth=0.8)
+    cells = [cell for cell in TABLES["A"].cells if cell.base is not None and "-fedftg-" in cell.name]
+    for place, cell in enumerate(cells):
+        pair = _of_common_seeds({"base": load(results, CELLS[str(cell.base)]), "refined": load(results, cell)})
+        if not pair["base"]:
+            continue
+        by_seed = [
+            [
+                100 * (theirs - ours)
+                for ours, theirs in zip(*(_deployed(pair[kind][seed]) for kind in pair), strict=True)
+            ]
+            for seed in pair["base"]
+        ]
+        gain = [statistics.mean(values) for values in zip(*by_seed, strict=True)]
+        smooth = [statistics.mean(gain[end - _SMOOTHED : end]) for end in range(_SMOOTHED, len(gain) + 1)]
+        rounds = next(iter(pair["base"].values()))["rounds"][_SMOOTHED - 1 :]
+        style = "-" if place < len(_COLOURS) else "--"
+        label = f"{_label(str(cell.base))} ({_seeds(len(by_seed))})"
+        axes.plot(rounds, smooth, style, color=_COLOURS[place % len(_COLOURS)], label=label)
+    if len(axes.lines) == 1:
+        return None
+    axes.set(xlabel="round", ylabel=f"gain of fedftg in points, mean of {_SMOOTHED} evaluations")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return _save(figure, path)
+
+
+def _deployed(run: dict[str, Any]) -> list[float]:
+    values: list[float] = run["accuracy"]["refined"]
+    return values
 
 
 def _after(results: Path, path: Path) -> Path | None:
@@ -96,8 +145,9 @@ def _after(results: Path, path: Path) -> Path | None:
             rounds = next(iter(runs.values()))["rounds"]
             mean = [statistics.mean(values) for values in zip(*changes, strict=True)]
             style = "-" if place < len(_COLOURS) else "--"
-            name = cell.name.removeprefix("fedavg-").replace(f"-b0.1-{model}", "")
-            axes.plot(rounds, mean, style, color=_COLOURS[place % len(_COLOURS)], label=name)
+            name = cell.name.removeprefix("fedavg-").replace(f"-b0.1-{model}", "").replace(f"-{model}", "")
+            label = f"{name} ({_seeds(len(runs))})"
+            axes.plot(rounds, mean, style, color=_COLOURS[place % len(_COLOURS)], label=label)
         axes.set(title=model, xlabel="round", ylabel="refined minus aggregate, points" if number == 1 else "")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7, ncols=2)
@@ -108,15 +158,17 @@ def _both(run: dict[str, Any]) -> tuple[list[float], list[float]]:
     return run["accuracy"]["selected"], run["accuracy"]["refined"]
 
 
-def _line(axes: Axes, runs: Results, kind: str, colour: str, label: str, style: str) -> None:
+def _line(axes: Axes, runs: Runs, kind: str, colour: str, label: str, style: str) -> None:
     if not runs:
         return
     by_seed: Sequence[Sequence[float]] = [run["accuracy"][kind] for run in runs.values()]
     rounds = next(iter(runs.values()))["rounds"]
     mean = [100 * statistics.mean(values) for values in zip(*by_seed, strict=True)]
-    axes.plot(
-        rounds, mean, style, color=colour, label=f"{label} ({len(runs)} seed{'s' * (len(runs) > 1)})", linewidth=1.6
-    )
+    axes.plot(rounds, mean, style, color=colour, label=f"{label} ({_seeds(len(runs))})", linewidth=1.6)
+
+
+def _seeds(number: int) -> str:
+    return f"{number} seed{'s' * (number > 1)}"
 
 
 def _label(base: str) -> str:

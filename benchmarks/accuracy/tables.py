@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cells import TABLES, Cell, fits
+from cells import SEEDS, TABLES, Cell, Rows, fits
 
-_CELLS = {cell.name: cell for rows in TABLES.values() for cell in rows.cells}
+CELLS = {cell.name: cell for rows in TABLES.values() for cell in rows.cells}
+"""By name."""
 KINDS = ("selected", "all", "refined")
 
 
@@ -18,9 +20,9 @@ def write_tables(results: Path) -> Path:
     """Writes ``tables.md`` beside the results; tables without any result are left out."""
     parts = ["# Accuracy tables", "", "Made by `benchmarks/accuracy/accuracy.py` from the files beside it.", ""]
     for name, rows in TABLES.items():
-        lines = [line for cell in rows.cells if (line := _line(results, cell)) is not None]
-        if lines:
-            parts += [f"## {name}. {rows.title}", "", *_HEAD, *lines, ""]
+        lines = _table(results, rows, _COLUMNS)
+        if len(lines) > 2:
+            parts += [f"## {name}. {rows.title}", "", *lines, ""]
     path = results / "tables.md"
     results.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(parts), encoding="utf-8")
@@ -35,29 +37,26 @@ def fill_page(text: str, results: Path) -> str:
     """The page's text with its tables, each between two comments, made anew from the results."""
 
     def filled(block: re.Match[str]) -> str:
-        lines = [line for cell in TABLES[block[2]].cells if (line := _short_line(results, cell)) is not None]
-        return block[1] + "\n".join([*_SHORT_HEAD, *lines]) + "\n" + block[4]
+        return block[1] + "\n".join(_table(results, TABLES[block[2]], _ON_PAGE)) + "\n" + block[4]
 
     return _BLOCK.sub(filled, text)
 
 
 _COLUMNS = (
-    "cell", "seeds", "rounds", "selected", "all", "refined", "final", "best", "gain over base", "over the preset",
-    "right after fine-tuning", "s", "commit",
+    "cell", "seeds", "round", "selected", "all", "refined", "final", "best", "gain over base", "over the preset",
+    "right after fine-tuning", "a perfect guard adds", "s", "commit",
 )  # fmt: skip
-_HEAD = ("| " + " | ".join(_COLUMNS) + " |", "|---|" + "---|" * (len(_COLUMNS) - 1))
-
-
-_SHORT_COLUMNS = (
-    "cell",
-    "seeds",
-    "`selected`",
-    "`all`",
-    "`refined`",
-    "over its base, by seed",
-    "over the preset, by seed",
-)
-_SHORT_HEAD = ("| " + " | ".join(_SHORT_COLUMNS) + " |", "|---|" + "---|" * (len(_SHORT_COLUMNS) - 1))
+_ON_PAGE = {
+    "cell": "cell",
+    "seeds": "seeds",
+    "selected": "`selected`",
+    "all": "`all`",
+    "refined": "`refined`",
+    "gain over base": "over its base, by seed",
+    "over the preset": "over the preset, by seed",
+    "right after fine-tuning": "right after fine-tuning",
+}
+"""The columns of the page, and what they are called there."""
 
 
 def read(path: Path) -> dict[str, Any] | None:
@@ -86,70 +85,62 @@ EVALUATIONS = 10
 """Whose mean is a run's accuracy in the tables."""
 
 
-def last(result: dict[str, Any], kind: str, until: int | None = None) -> float:
-    """The mean of the last ten evaluations, or of those up to the round ``until``."""
-    pairs = zip(result["rounds"], result["accuracy"][kind], strict=True)
-    return statistics.mean([value for round, value in pairs if until is None or round <= until][-EVALUATIONS:])
+def last(result: dict[str, Any], *kinds: str, until: int | None = None) -> float:
+    """The mean of the last ten evaluations, or of those up to the round ``until``; the best kind at each of them."""
+    values = zip(*(result["accuracy"][kind] for kind in kinds), strict=True)
+    taken = [max(of) for round, of in zip(result["rounds"], values, strict=True) if until is None or round <= until]
+    return statistics.mean(taken[-EVALUATIONS:])
 
 
-def differences(results: Path, cell: Cell, other: str | None) -> dict[int, float]:
+def differences(results: Path, cell: Cell, other: str | None, until: int | None = None) -> dict[int, float]:
     """By seed: the deployed model's accuracy minus that of the other cell, over the rounds that both have."""
     if other is None:
         return {}
-    theirs = load(results, _CELLS[other])
+    theirs = load(results, CELLS[other])
     found = {}
     for seed, run in load(results, cell).items():
         if seed in theirs:
-            until = min(run["rounds"][-1], theirs[seed]["rounds"][-1])
-            found[seed] = last(run, "refined", until) - last(theirs[seed], "refined", until)
+            end = min(run["rounds"][-1], theirs[seed]["rounds"][-1], until or run["rounds"][-1])
+            found[seed] = last(run, "refined", until=end) - last(theirs[seed], "refined", until=end)
     return found
 
 
-def _paired(gains: list[float]) -> str:
-    return f"{spread(gains, sign=True)} ({', '.join(f'{100 * gain:+.1f}' for gain in gains)})" if gains else ""
+def _table(results: Path, rows: Rows, columns: Iterable[str] | Mapping[str, str]) -> list[str]:
+    """The lines of a table with these columns, whose values in a mapping are what they are called."""
+    titles = columns if isinstance(columns, Mapping) else {name: name for name in columns}
+    found = [_row(results, cell, rows.until) for cell in rows.cells if load(results, cell)]
+    cells = [list(titles.values()), ["---"] * len(titles), *([row[name] for name in titles] for row in found)]
+    return ["| " + " | ".join(row) + " |" for row in cells]
 
 
-def _short_line(results: Path, cell: Cell) -> str | None:
-    runs = load(results, cell)
-    if not runs:
-        return None
-    return "| " + " | ".join((cell.name, str(len(runs)), *_means(runs), *_differences(results, cell))) + " |"
+def _row(results: Path, cell: Cell, until: int | None) -> dict[str, str]:
+    """By column: what is said of a cell that has results, up to the round ``until``."""
+    by_seed = load(results, cell)
+    runs = list(by_seed.values())
+    end = min([run["rounds"][-1] for run in runs] + ([until] if until else []))
+    to_end = [[v for r, v in zip(run["rounds"], run["accuracy"]["refined"], strict=True) if r <= end] for run in runs]
+    after = [last(run, "refined", until=end) - last(run, "selected", until=end) for run in runs]
+    guarded = [last(run, "selected", "refined", until=end) - last(run, "refined", until=end) for run in runs]
+    return {
+        "cell": cell.name,
+        "seeds": str(len(runs)),
+        "round": str(end),
+        **{kind: spread([last(run, kind, until=end) for run in runs]) for kind in KINDS},
+        "final": spread([values[-1] for values in to_end]),
+        "best": spread([max(values) for values in to_end]),
+        "gain over base": _paired(differences(results, cell, cell.base, end)),
+        "over the preset": _paired(differences(results, cell, cell.unchanged, end)),
+        "right after fine-tuning": spread(after, sign=True) if cell.base else "",
+        "a perfect guard adds": spread(guarded, sign=True) if cell.base else "",
+        "s": f"{statistics.median(run['summary']['seconds']['total'] for run in runs):.0f}",
+        "commit": ", ".join(sorted({run["commit"] for run in runs})),
+    }
 
 
-def _means(runs: dict[int, dict[str, Any]]) -> list[str]:
-    return [spread([last(run, kind) for run in runs.values()]) for kind in KINDS]
-
-
-def _differences(results: Path, cell: Cell) -> list[str]:
-    return [_paired(list(differences(results, cell, other).values())) for other in (cell.base, cell.unchanged)]
-
-
-def _line(results: Path, cell: Cell) -> str | None:
-    runs = load(results, cell)
-    if not runs:
-        return None
-    refined = [run["accuracy"]["refined"] for run in runs.values()]
-    ends = [spread([values[-1] for values in refined]), spread([max(values) for values in refined])]
-    rounds = str(next(iter(runs.values()))["rounds"][-1])
-    after = [
-        statistics.mean(
-            right - before
-            for before, right in zip(run["accuracy"]["selected"], run["accuracy"]["refined"], strict=True)
-        )
-        for run in runs.values()
-    ]
-    change = spread(after, sign=True) if cell.base else ""
-    seconds = statistics.median(run["summary"]["seconds"]["total"] for run in runs.values())
-    commits = ", ".join(sorted({run["commit"] for run in runs.values()}))
-    columns = (
-        cell.name,
-        str(len(runs)),
-        rounds,
-        *_means(runs),
-        *ends,
-        *_differences(results, cell),
-        change,
-        f"{seconds:.0f}",
-        commits,
-    )
-    return "| " + " | ".join(columns) + " |"
+def _paired(gains: dict[int, float]) -> str:
+    """Mean, deviation, and each seed's in order; seeds are named where not all are there."""
+    if not gains:
+        return ""
+    named = sorted(gains) != list(range(len(SEEDS)))
+    each = (f"{f'seed {seed}: ' if named else ''}{100 * gain:+.1f}" for seed, gain in sorted(gains.items()))
+    return f"{spread(list(gains.values()), sign=True)} ({', '.join(each)})"

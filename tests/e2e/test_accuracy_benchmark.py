@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks" / "accuracy"
 def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """The scripts, which keep runs and results in ``tmp_path``."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    for name in ("accuracy", "cells", "tables", "figures", "controls"):
+    for name in ("accuracy", "cells", "tables", "figures"):  # not controls, which registers itself
         sys.modules.pop(name, None)
     import accuracy  # type: ignore[import-not-found]
 
@@ -27,6 +27,8 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 def test_every_cell_is_a_config_and_every_base_a_cell_without_refiner(bench: Any) -> None:
+    from tables import CELLS  # type: ignore[import-not-found]
+
     settings: dict[str, tuple[str, ...]] = {}
     for rows in bench.TABLES.values():
         for cell in rows.cells:
@@ -46,8 +48,12 @@ def test_every_cell_is_a_config_and_every_base_a_cell_without_refiner(bench: Any
             if cell.unchanged is not None:
                 whole = configs.load(FOLDER / "protocol.toml", settings[cell.unchanged])
                 assert whole.rounds >= own.rounds
-                assert whole.refiner.preset == own.refiner.preset
                 assert whole.refiner != own.refiner
+                assert whole == own.model_copy(update={"refiner": whole.refiner, "rounds": whole.rounds})
+                assert own.rounds >= (rows.until or whole.rounds)
+                as_it_was = bench.settings(CELLS[cell.unchanged])
+                names = {key for key, value in bench.settings(cell).items() if value != as_it_was[key]} - {"rounds"}
+                assert len(names) == 1 or cell.name.endswith("train_mode-restored"), (cell.name, names)
 
 
 def test_a_cell_is_run_kept_and_not_run_again(
@@ -111,10 +117,10 @@ def test_tables_pair_seeds(bench: Any, tmp_path: Path) -> None:
     for (name, seed), result in written.items():
         path = tmp_path / "results" / name / f"seed{seed}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        of_now = {"seed": seed, "commit": f"c{seed}", "made_with": bench.settings(tables._CELLS[name])}
+        of_now = {"seed": seed, "commit": f"c{seed}", "made_with": bench.settings(tables.CELLS[name])}
         path.write_text(json.dumps({**of_now, **result}))
     old = tmp_path / "results" / "fedavg-base-b0.1-gn" / "seed2.json"
-    before = {**bench.settings(tables._CELLS["fedavg-base-b0.1-gn"]), "local.lr": 1.0}
+    before = {**bench.settings(tables.CELLS["fedavg-base-b0.1-gn"]), "local.lr": 1.0}
     old.write_text(json.dumps({"seed": 2, "commit": "old", "made_with": before, **kept([0.1], [0.1])}))
     (tmp_path / "results" / "fedavg-paper-b0.1-gn" / "seed3.json").write_text('{"cell"')  # killed while writing
     text = bench.write_tables(tmp_path / "results").read_text()
@@ -122,26 +128,82 @@ def test_tables_pair_seeds(bench: Any, tmp_path: Path) -> None:
     (line,) = {line for line in text.splitlines() if line.startswith("| fedavg-paper-b0.1-gn |")}
     cells = [part.strip() for part in line.strip("|").split("|")]
     assert cells[1] == "3"
-    assert cells[8] == "+2.00 ± 2.83 (+4.0, +0.0)"
+    assert cells[8] == "+2.00 ± 2.83 (seed 0: +4.0, seed 1: +0.0)"
     assert cells[10].startswith("+0.33 ± 1.5")
+    assert cells[11] == "+0.33 ± 0.58"  # a guard would keep .51 instead of .50 with seed 1
     assert cells[-1] == "c0, c1, c2"
     assert "fedprox" not in text
     assert "old" not in text
 
 
-def test_the_page_shows_what_the_kept_results_say(bench: Any) -> None:
+def test_the_page_shows_what_the_kept_results_say(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import tables  # type: ignore[import-not-found]
 
-    text = tables.PAGE.read_text()
-    assert tables.fill_page(text, FOLDER.parent / "results" / "accuracy") == text, "run: accuracy.py --minutes 0"
-    assert "| fedavg-fedftg-b0.1-gn | " in text
+    text, results = tables.PAGE.read_text(), FOLDER.parent / "results" / "accuracy"
+    assert tables.fill_page(text, results) == text, "run: accuracy.py --minutes 0"
+    assert set(re.findall(r"<!-- table (\w):", text)) == {"A", "B", "S", "C"}
+    monkeypatch.setattr(tables.Path, "write_text", lambda path, text, **_: written.append(text))
+    written: list[str] = []
+    tables.write_tables(results)
+    assert written == [(results / "tables.md").read_text()], "run: accuracy.py --minutes 0"
     assert all((tables.PAGE.parent / name).is_file() for name in re.findall(r"\]\((figures/[^)]+)\)", text))
 
 
-def test_a_shorter_run_is_compared_over_the_rounds_that_both_have(bench: Any, tmp_path: Path) -> None:
+def test_accuracy_is_the_mean_of_the_last_ten_evaluations(bench: Any) -> None:
+    import tables  # type: ignore[import-not-found]
+
+    values = [number / 100 for number in range(12)]  # .00 to .11, after rounds 2 to 24
+    run = kept(values, values[::-1])
+    assert tables.last(run, "selected") == pytest.approx(0.065)
+    assert tables.last(run, "selected", until=22) == pytest.approx(0.055)
+    assert tables.last(run, "selected", until=4) == pytest.approx(0.005)
+    # The better of .02 to .11 and of .09 to .00.
+    assert tables.last(run, "selected", "refined") == pytest.approx((9 + 8 + 7 + 6 + 6 + 7 + 8 + 9 + 10 + 11) / 1000)
+
+
+def test_a_run_of_other_code_is_begun_anew(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = (
+        "data.name=digits", "partition.num_clients=4", "cohort.size=2", "local.epochs=1", "rounds=2",
+        "refiner.name=none",
+    )  # fmt: skip
+    cell = bench.Cell("tiny", small)
+    assert bench.run(cell, 0, None, None)
+    (marks,) = bench.RUNS.rglob("environment.json")
+    marks.with_name("mark").touch()
+    bench.result_file(cell, 0).unlink()
+    assert bench.run(cell, 0, None, None)
+    assert marks.with_name("mark").exists()  # the finished run was taken up
+    monkeypatch.setattr(bench, "code", lambda: "other")
+    assert bench.run(cell, 0, None, None)
+    assert not marks.with_name("mark").exists()
+    assert json.loads(bench.result_file(cell, 0).read_text())["code"] == "other"
+
+
+def test_the_control_is_between_the_aggregate_and_what_it_gave_before(bench: Any) -> None:
+    """Weight .25: from nothing the aggregate 4 as it is; then .75 x 8 + .25 x 4 = 7."""
+    import torch
+    from controls import Interpolation  # type: ignore[import-not-found]
+
+    from fedftg.algorithms.base import ServerState
+
+    def state(value: float, memory: dict[str, torch.Tensor]) -> ServerState:
+        params, buffers = {"w": torch.tensor([value])}, {"b": torch.tensor([-value]), "n": torch.tensor(int(value))}
+        return ServerState(round=1, params=params, buffers=buffers, server={}, refiner=memory)
+
+    control = Interpolation(0.25)
+    first, _ = control.refine(state(4.0, {}), [], torch.Generator())
+    assert float(first.params["w"]) == 4.0
+    second, _ = control.refine(state(8.0, dict(first.refiner)), [], torch.Generator())
+    assert (float(second.params["w"]), float(second.buffers["b"]), int(second.buffers["n"])) == (7.0, -7.0, 8)
+
+
+def test_a_shorter_run_is_compared_over_the_rounds_that_both_have(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The cell ends after round 4: refined (.3 + .5) / 2 = .4 there, beside .2 of the base up to round 4 and .35 of the
     unchanged preset: +20 and +5 points. A base that only has later rounds would give .9."""
     import figures  # type: ignore[import-not-found]
+    import tables  # type: ignore[import-not-found]
 
     short = "fedavg-fedftg-b0.1-gn-I5"
     written = {
@@ -152,12 +214,17 @@ def test_a_shorter_run_is_compared_over_the_rounds_that_both_have(bench: Any, tm
     for name, result in written.items():
         path = tmp_path / "results" / name / "seed0.json"
         path.parent.mkdir(parents=True)
-        of_now = {"seed": 0, "commit": "c", "made_with": bench.settings(figures._BY_NAME[name])}
+        of_now = {"seed": 0, "commit": "c", "made_with": bench.settings(tables.CELLS[name])}
         path.write_text(json.dumps({**of_now, **result}))
     text = bench.write_tables(tmp_path / "results").read_text()
     (line,) = {line for line in text.splitlines() if line.startswith(f"| {short} |")}
     cells = [part.strip() for part in line.strip("|").split("|")]
-    assert (cells[2], cells[8], cells[9]) == ("4", "+20.00 (+20.0)", "+5.00 (+5.0)")
+    assert (cells[2], cells[8], cells[9]) == ("4", "+20.00 (seed 0: +20.0)", "+5.00 (seed 0: +5.0)")
+    monkeypatch.setitem(tables.TABLES, "S", tables.Rows("until 4", tables.TABLES["S"].cells, 4))
+    part_s = tables.write_tables(tmp_path / "results").read_text().split("## S. ")[1].split("## ")[0]
+    (line,) = {line for line in part_s.splitlines() if line.startswith("| fedavg-fedftg-b0.1-gn |")}
+    cells = [part.strip() for part in line.strip("|").split("|")]
+    assert (cells[2], cells[5], cells[6], cells[8]) == ("4", "35.00", "40.00", "+15.00 (seed 0: +15.0)")
     drawn = figures.write_figures(tmp_path / "results", tmp_path)
-    assert [path.name for path in drawn] == ["accuracy_gains.png", "accuracy_rounds.png", "accuracy_after.png"]
+    assert [path.name for path in drawn] == [f"accuracy_{what}.png" for what in ("gains", "rounds", "trends", "after")]
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in drawn)
