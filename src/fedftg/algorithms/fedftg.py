@@ -12,7 +12,8 @@ the fields of `fedftg.distill.config.DistillConfig`, and ours of a federation, `
 
 Clients that sit a round out take what they know with them: the aggregate forgets the classes of the absent. The model
 that the round before ended with still knows them, so it is one more teacher, with class counts ``absent_weight`` times
-the sum of those that clients gave when they last took part. ``a_k(y)`` and ``p_t(y)`` then follow as always.
+the sum of those that clients gave when they last took part. ``a_k(y)``, ``p_t(y)`` and the set of held classes then
+follow as always.
 """
 
 from __future__ import annotations
