@@ -162,21 +162,28 @@ def test_accuracy_is_the_mean_of_the_last_ten_evaluations(bench: Any) -> None:
 
 
 def test_a_run_of_other_code_is_begun_anew(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = (
-        "data.name=digits", "partition.num_clients=4", "cohort.size=2", "local.epochs=1", "rounds=2",
-        "refiner.name=none",
-    )  # fmt: skip
-    cell = bench.Cell("tiny", small)
-    assert bench.run(cell, 0, None, None)
-    (marks,) = bench.RUNS.rglob("environment.json")
-    marks.with_name("mark").touch()
-    bench.result_file(cell, 0).unlink()
-    assert bench.run(cell, 0, None, None)
-    assert marks.with_name("mark").exists()  # the finished run was taken up
+    """A run that is killed after it has written its config: the next one of the same code goes on with it."""
+    resumed: list[bool] = []
+
+    def killed(command: list[str], **_: Any) -> Any:
+        if command[0] != sys.executable:
+            return real(command, **_)
+        folder = Path(command[command.index("--out") + 1])
+        resumed.append("--resume" in command)
+        assert resumed[-1] == folder.exists()
+        folder.mkdir(exist_ok=True)
+        (folder / "config.toml").touch()
+        return bench.subprocess.CompletedProcess(command, -9, "", "killed")
+
+    real = bench.subprocess.run
+    monkeypatch.setattr(bench.subprocess, "run", killed)
+    cell = bench.Cell("tiny", ("refiner.name=none",))
+    for _ in range(2):
+        assert not bench.run(cell, 0, None, None)
     monkeypatch.setattr(bench, "code", lambda: "other")
-    assert bench.run(cell, 0, None, None)
-    assert not marks.with_name("mark").exists()
-    assert json.loads(bench.result_file(cell, 0).read_text())["code"] == "other"
+    for rounds in (None, None, 1, 1):
+        assert not bench.run(cell, 0, None, rounds)
+    assert resumed == [False, True, False, True, False, False]  # a trial is always of the code as it is
 
 
 def test_the_control_is_between_the_aggregate_and_what_it_gave_before(bench: Any) -> None:
