@@ -37,21 +37,16 @@ def main() -> None:
     """Runs what is missing, then writes the tables of what is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", type=Path, help="CIFAR-10 as parquet; without it, it comes from the hub")
-    parser.add_argument("--tables", default="A,B,S,C")
-    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
+    parser.add_argument("--tables", type=_tables, default="A,B,S,C", help=f"of {','.join(TABLES)}")
+    parser.add_argument("--seeds", type=_seeds, default=",".join(map(str, SEEDS)))
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so many minutes")
     parser.add_argument("--only", default="", help="only cells whose names contain this")
     parser.add_argument("--rounds", type=int, help="for a trial: fewer rounds, and no result is kept")
     arguments = parser.parse_args()
     until = time.monotonic() + 60 * arguments.minutes
-    cells = {cell.name: cell for name in arguments.tables.split(",") for cell in TABLES[name].cells}
-    jobs = [
-        (cell, int(seed))
-        for seed in arguments.seeds.split(",")
-        for cell in cells.values()
-        if arguments.only in cell.name
-    ]
+    cells = {cell.name: cell for name in arguments.tables for cell in TABLES[name].cells}
+    jobs = [(cell, seed) for seed in arguments.seeds for cell in cells.values() if arguments.only in cell.name]
     missing = [(cell, seed) for cell, seed in jobs if arguments.rounds or not is_there(cell, seed)]
     print(f"{len(jobs)} runs, {len(missing)} of them to do", flush=True)
 
@@ -71,6 +66,21 @@ def main() -> None:
         write_figures(RESULTS)
         PAGE.write_text(fill_page(PAGE.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
     sys.exit(0 if all(went_well) else 1)
+
+
+def _tables(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in TABLES:
+            raise argparse.ArgumentTypeError(f"no table {name!r}; there are {', '.join(TABLES)}, such as A,B")
+    return names
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}; give whole numbers with commas, such as 0,1,2") from None
 
 
 def result_file(cell: Cell, seed: int) -> Path:

@@ -135,7 +135,7 @@ def _after(results: Path, path: Path) -> Path | None:
             panels.setdefault(cell.base.rsplit("-", 1)[1], []).append(cell)
     if not panels:
         return None
-    figure = Figure(figsize=(11, 4.6), dpi=100, layout="constrained")
+    figure = Figure(figsize=(11, 5.6), dpi=100, layout="constrained")
     for number, (model, found) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(1, len(panels), number)
         axes.axhline(0, color="black", linewidth=0.8)
@@ -150,7 +150,7 @@ def _after(results: Path, path: Path) -> Path | None:
             axes.plot(rounds, mean, style, color=_COLOURS[place % len(_COLOURS)], label=label)
         axes.set(title=model, xlabel="round", ylabel="refined minus aggregate, points" if number == 1 else "")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7, ncols=2)
+        axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
     return _save(figure, path)
 
 

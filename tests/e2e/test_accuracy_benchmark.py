@@ -149,6 +149,18 @@ def test_the_page_shows_what_the_kept_results_say(bench: Any, monkeypatch: pytes
     assert all((tables.PAGE.parent / name).is_file() for name in re.findall(r"\]\((figures/[^)]+)\)", text))
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "told"), [("--tables", "A,Z", "no table 'Z'; there are A, B"), ("--seeds", "0;1", "got '0;1'")]
+)
+def test_wrong_input_is_one_line(
+    bench: Any, option: str, value: str, told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", option, value])
+    with pytest.raises(SystemExit, match="2"):
+        bench.main()
+    assert told in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_accuracy_is_the_mean_of_the_last_ten_evaluations(bench: Any) -> None:
     import tables  # type: ignore[import-not-found]
 
