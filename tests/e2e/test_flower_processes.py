@@ -153,7 +153,11 @@ def written_app(folder: Path, machines: Loopback, *more: str) -> Path:
     return folder / "app"
 
 
-@pytest.fixture(params=[False, True], ids=["plain", "tls"])
+takes_minutes = pytest.mark.skipif("FEDFTG_TEST_ALL" not in os.environ, reason="takes minutes; make test-all")
+
+
+# With TLS is all that there is without it, and more: `make test` does with that one.
+@pytest.fixture(params=[pytest.param(False, id="plain", marks=takes_minutes), pytest.param(True, id="tls")])
 def loopback(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Loopback]:
     machines = Loopback(tmp_path, request.param)
     try:
@@ -201,7 +205,7 @@ def plain(tmp_path: Path) -> Iterator[Loopback]:
         machines.stop()
 
 
-@pytest.mark.skipif("FEDFTG_TEST_ALL" not in os.environ, reason="takes minutes; make test-all")
+@takes_minutes
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the process to kill in /proc")
 def test_a_killed_server_and_a_killed_node_go_on_from_what_is_on_disk(plain: Loopback, tmp_path: Path) -> None:
     """SCAFFOLD, whose clients keep a control variate: kill -9 of ServerApp and of a node in mid-run; both again."""

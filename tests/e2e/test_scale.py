@@ -31,9 +31,9 @@ fedftg.run("default", overrides=[*settings, f"rounds={rounds + 2}"], out=out, da
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_clients_that_took_part(tmp_path: Path) -> None:
-    """Two rounds and twenty at a bound of 10 MB; 20 rounds of 100 clients of SCAFFOLD keep 500 MB or so altogether."""
+    """Two rounds and twelve at a bound of 10 MB; 14 rounds of 100 clients of SCAFFOLD keep 240 MB altogether."""
     peaks, kept = [], 0
-    for rounds in (2, 20):
+    for rounds in (2, 12):
         out = tmp_path / str(rounds)
         command = [sys.executable, "-c", RUN, str(rounds), "10", str(out)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
@@ -41,6 +41,6 @@ def test_memory_does_not_grow_with_the_clients_that_took_part(tmp_path: Path) ->
         peaks.append(json.loads((out / "summary.json").read_text())["peak_memory_mb"])
         kept = sum(path.stat().st_size for path in (out / "checkpoint").glob("clients-*")) / 1e6
         assert len((out / "rounds.jsonl").read_text().splitlines()) == rounds + 2
-    assert kept > 250
-    assert peaks[1] < peaks[0] + 150
+    assert kept > 200
+    assert peaks[1] < peaks[0] + 100
     assert peaks[1] < 1200
