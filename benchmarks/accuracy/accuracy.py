@@ -47,6 +47,8 @@ def main() -> None:
     until = time.monotonic() + 60 * arguments.minutes
     cells = {cell.name: cell for name in arguments.tables for cell in TABLES[name].cells}
     jobs = [(cell, seed) for seed in arguments.seeds for cell in cells.values() if arguments.only in cell.name]
+    if not jobs:
+        parser.error(f"no cell of tables {','.join(arguments.tables)} has {arguments.only!r} in its name")
     missing = [(cell, seed) for cell, seed in jobs if arguments.rounds or not is_there(cell, seed)]
     print(f"{len(jobs)} runs, {len(missing)} of them to do", flush=True)
 

@@ -150,7 +150,12 @@ def test_the_page_shows_what_the_kept_results_say(bench: Any, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "told"), [("--tables", "A,Z", "no table 'Z'; there are A, B"), ("--seeds", "0;1", "got '0;1'")]
+    ("option", "value", "told"),
+    [
+        ("--tables", "A,Z", "no table 'Z'; there are A, B"),
+        ("--seeds", "0;1", "got '0;1'"),
+        ("--only", "fedavq", "no cell of tables A,B,S,C has 'fedavq' in its name"),
+    ],
 )
 def test_wrong_input_is_one_line(
     bench: Any, option: str, value: str, told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
