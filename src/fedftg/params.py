@@ -111,14 +111,18 @@ def to_device(params: Params, device: torch.device | str) -> Params:
 
 
 def first_non_finite(params: Params) -> str | None:
-    """The name of the first tensor that holds a NaN or an infinity, or None if all are finite."""
-    # The extremes of a tensor are finite if and only if all of it is; `isfinite` takes nine times as long on a CPU.
+    """The name of the first tensor that holds a NaN or an infinity, or None if all are finite.
+
+    Tensors may lie on several devices: Adam's count of steps stays on the CPU.
+    """
     floats = {name: tensor for name, tensor in params.items() if tensor.is_floating_point() and tensor.numel()}
-    if not floats:
-        return None
-    extremes = [torch.stack(torch.aminmax(tensor.detach())).double() for tensor in floats.values()]
-    finite = torch.stack(extremes).isfinite().all(dim=1).tolist()
-    return next((name for name, good in zip(floats, finite, strict=True) if not good), None)
+    finite: dict[str, bool] = {}
+    for device in {tensor.device for tensor in floats.values()}:  # one wait for each
+        there = {name: tensor for name, tensor in floats.items() if tensor.device == device}
+        # The extremes of a tensor are finite if and only if all of it is; `isfinite` takes nine times as long on a CPU.
+        extremes = [torch.stack(torch.aminmax(tensor.detach())).double() for tensor in there.values()]
+        finite |= zip(there, torch.stack(extremes).isfinite().all(dim=1).tolist(), strict=True)
+    return next((name for name in floats if not finite[name]), None)
 
 
 def norm(params: Params) -> float:

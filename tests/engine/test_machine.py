@@ -2,6 +2,7 @@
 
 import ctypes
 import platform
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 
@@ -45,3 +46,14 @@ def test_other_libraries_are_left_alone(asked: list[tuple[int, int]], monkeypatc
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     machine.keep_freed_memory()
     assert asked == []
+
+
+def test_versions_of_what_is_installed_and_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(package: str) -> str:
+        if package == "fedftg":
+            raise PackageNotFoundError(package)
+        return "9.9"
+
+    monkeypatch.setattr(machine, "version", version)
+    packages = machine.environment(1, "cpu")["packages"]
+    assert (packages["fedftg"], packages["torch"]) == ("not installed", "9.9")

@@ -1,0 +1,30 @@
+"""On an NVIDIA GPU, where there is one: every algorithm and preset runs there, and goes on after a stop."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+@pytest.mark.parametrize("preset", ["paper", "official", "fedftg"])
+@pytest.mark.parametrize("algorithm", ["fedavg", "fedprox", "feddyn", "scaffold", "moon"])
+def test_recorded_steps_and_fine_tuning(
+    python_m_fedftg: Any, tiny: list[str], tmp_path: Path, read_records: Callable[..., Any], algorithm: str, preset: str
+) -> None:
+    """The preset fedftg keeps Adam's count of steps on the CPU, among tensors of the GPU."""
+    given = [*tiny, "--set", "device=cuda", "--set", "executor.name=auto", "--set", f"algorithm.name={algorithm}"]
+    given += ["--set", f"refiner.preset={preset}"]
+    for rounds, more in ((1, ()), (3, ("--resume",))):
+        done = python_m_fedftg("run", *given, "--set", f"rounds={rounds}", "--out", "r", *more)
+        assert done.returncode == 0, done.stderr
+    rows = read_records(tmp_path / "r")
+    assert [row["round"] for row in rows] == [1, 2, 3]
+    assert not any("rolled_back" in row or "rejected" in row for row in rows)
+    sessions = json.loads((tmp_path / "r" / "environment.json").read_text())["sessions"]
+    assert sessions[-1]["executor"].startswith("cuda_graph")
+    assert "NVIDIA" in sessions[-1]["device"]
