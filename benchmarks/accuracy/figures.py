@@ -14,8 +14,8 @@ from tables import CELLS, differences, load
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "figures"
 # Okabe and Ito's colours: told apart with any colour vision.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-_OF_PRESET = dict(zip(PRESETS, _COLOURS, strict=False))
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+OF_PRESET = dict(zip(PRESETS, COLOURS, strict=False))
 
 Runs = dict[int, dict[str, Any]]
 """A cell's kept results by seed."""
@@ -48,18 +48,18 @@ def _gains(results: Path, path: Path) -> Path | None:
     for place, presets in enumerate(rows.values()):
         for preset, gains in presets:
             height = place + 0.25 * (PRESETS.index(preset) - 1)
-            axes.plot(gains, [height] * len(gains), "o", color=_OF_PRESET[preset], markersize=4, alpha=0.7)
+            axes.plot(gains, [height] * len(gains), "o", color=OF_PRESET[preset], markersize=4, alpha=0.7)
             mean = statistics.mean(gains)
-            axes.plot([mean] * 2, [height - 0.11, height + 0.11], color=_OF_PRESET[preset], linewidth=3)
+            axes.plot([mean] * 2, [height - 0.11, height + 0.11], color=OF_PRESET[preset], linewidth=3)
     for preset in PRESETS:
         if any(preset == shown for presets in rows.values() for shown, _ in presets):
-            axes.plot([], [], "o", color=_OF_PRESET[preset], label=preset)
+            axes.plot([], [], "o", color=OF_PRESET[preset], label=preset)
     axes.set_yticks(range(len(rows)), list(rows))
     axes.invert_yaxis()
     axes.set_xlabel("accuracy of the deployed model minus that of the base, same seed, in points")
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside upper center", ncols=len(PRESETS), frameon=False)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _curves(results: Path, path: Path) -> Path | None:
@@ -73,12 +73,12 @@ def _curves(results: Path, path: Path) -> Path | None:
     _line(axes, runs["base"], "selected", "black", "base: aggregate, deployed", "-")
     _line(axes, runs["base"], "all", "black", "base: average of all clients' last uploads", ":")
     for preset in [kind for kind in runs if kind != "base"]:
-        _line(axes, runs[preset], "refined", _OF_PRESET[preset], f"{preset}: refined, deployed", "-")
-        _line(axes, runs[preset], "selected", _OF_PRESET[preset], f"{preset}: aggregate", "--")
+        _line(axes, runs[preset], "refined", OF_PRESET[preset], f"{preset}: refined, deployed", "-")
+        _line(axes, runs[preset], "selected", OF_PRESET[preset], f"{preset}: aggregate", "--")
     axes.set(xlabel="round", ylabel="test accuracy in %")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _of_common_seeds(runs: dict[str, Runs]) -> dict[str, Runs]:
@@ -111,15 +111,15 @@ def _trends(results: Path, path: Path) -> Path | None:
         gain = [statistics.mean(values) for values in zip(*by_seed, strict=True)]
         smooth = [statistics.mean(gain[end - _SMOOTHED : end]) for end in range(_SMOOTHED, len(gain) + 1)]
         rounds = next(iter(pair["base"].values()))["rounds"][_SMOOTHED - 1 :]
-        style = "-" if place < len(_COLOURS) else "--"
+        style = "-" if place < len(COLOURS) else "--"
         label = f"{_label(str(cell.base))} ({_seeds(len(by_seed))})"
-        axes.plot(rounds, smooth, style, color=_COLOURS[place % len(_COLOURS)], label=label)
+        axes.plot(rounds, smooth, style, color=COLOURS[place % len(COLOURS)], label=label)
     if len(axes.lines) == 1:
         return None
     axes.set(xlabel="round", ylabel=f"gain of fedftg in points, mean of {_SMOOTHED} evaluations")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _deployed(run: dict[str, Any]) -> list[float]:
@@ -144,14 +144,14 @@ def _after(results: Path, path: Path) -> Path | None:
             changes = [[100 * (right - left) for left, right in zip(*_both(run), strict=True)] for run in runs.values()]
             rounds = next(iter(runs.values()))["rounds"]
             mean = [statistics.mean(values) for values in zip(*changes, strict=True)]
-            style = "-" if place < len(_COLOURS) else "--"
+            style = "-" if place < len(COLOURS) else "--"
             name = cell.name.removeprefix("fedavg-").replace(f"-b0.1-{model}", "").replace(f"-{model}", "")
             label = f"{name} ({_seeds(len(runs))})"
-            axes.plot(rounds, mean, style, color=_COLOURS[place % len(_COLOURS)], label=label)
+            axes.plot(rounds, mean, style, color=COLOURS[place % len(COLOURS)], label=label)
         axes.set(title=model, xlabel="round", ylabel="refined minus aggregate, points" if number == 1 else "")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _both(run: dict[str, Any]) -> tuple[list[float], list[float]]:
@@ -176,7 +176,8 @@ def _label(base: str) -> str:
     return f"{algorithm}, {skew.replace('b0', 'beta 0')}, {model}"
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Writes a figure, without what would differ from one machine to the next."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
     return path

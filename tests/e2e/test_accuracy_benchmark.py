@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks" / "accuracy"
 def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """The scripts, which keep runs and results in ``tmp_path``."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    for name in ("accuracy", "cells", "tables", "figures"):  # not controls, which registers itself
+    for name in ("accuracy", "cells", "tables", "figures", "headline"):  # not controls, which registers itself
         sys.modules.pop(name, None)
     import accuracy  # type: ignore[import-not-found]
 
@@ -147,6 +147,50 @@ def test_the_page_shows_what_the_kept_results_say(bench: Any, monkeypatch: pytes
     tables.write_tables(results)
     assert written == [(results / "tables.md").read_text()], "run: accuracy.py --minutes 0"
     assert all((tables.PAGE.parent / name).is_file() for name in re.findall(r"\]\((figures/[^)]+)\)", text))
+
+
+def test_headline_runs_are_kept_before_their_end(
+    bench: Any,
+    fedftg: Any,
+    tiny: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import headline  # type: ignore[import-not-found]
+
+    page, results = headline.PAGE.read_text(), headline.load(headline.RESULTS)
+    assert headline.fill(page, results) == page, "run: headline.py"
+    assert "| `paper/cifar10_iid_fedavg` |" in page
+    done = fedftg("run", *tiny, "--set", "name=some_fedftg", "--set", "evaluation.every=2", "--out", "r")
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "r" / "summary.json").unlink()
+    rows = [json.loads(line) for line in (tmp_path / "r" / "rounds.jsonl").read_text().splitlines()]
+    (tmp_path / "r" / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))  # stopped there
+    monkeypatch.setattr(headline, "RESULTS", tmp_path / "kept")
+    monkeypatch.setattr(headline, "FIGURES", tmp_path)
+    monkeypatch.setattr(headline, "PAGE", tmp_path / "page.md")
+    (tmp_path / "page.md").write_text("before\n<!-- headline: made by it -->\n<!-- end of headline -->\nafter\n")
+    monkeypatch.setattr(sys, "argv", ["headline.py", str(tmp_path / "r"), "--commit", "c0"])
+    headline.main()
+    kept = json.loads((tmp_path / "kept" / "some_fedftg-fedftg.json").read_text())
+    assert (kept["rounds_done"], kept["rounds_planned"], kept["rounds"], kept["commit"]) == (3, 4, [2], "c0")
+    assert kept["accuracy"]["refined"] == [rows[1]["accuracy"]["refined"]]
+    shown = (tmp_path / "page.md").read_text().splitlines()
+    assert (shown[0], shown[-1]) == ("before", "after")
+    (line,) = [line for line in shown if line.startswith("| `paper/some_fedftg` | fedftg | 3 |")]
+    accuracy = rows[1]["accuracy"]
+    after = 100 * (accuracy["refined"] - accuracy["selected"])
+    assert line.split(" | ")[3:8] == [*(f"{100 * accuracy[kind]:.1f}" for kind in headline.KINDS), "", f"{after:+.1f}"]
+    assert (tmp_path / "headline_rounds.png").read_bytes()[:4] == b"\x89PNG"
+    for wrong, told in (
+        (["headline.py", str(tmp_path)], "--commit"),
+        (["h.py", "--commit", "c", "no"], "no rounds.jsonl"),
+    ):
+        monkeypatch.setattr(sys, "argv", wrong)
+        with pytest.raises(SystemExit, match="2"):
+            headline.main()
+        assert told in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
