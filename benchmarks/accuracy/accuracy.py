@@ -114,7 +114,9 @@ def run(cell: Cell, seed: int, data_root: Path | None, rounds: int | None) -> bo
     command = [sys.executable, "-m", "fedftg.cli", "run", str(PROTOCOL), *options, "--out", str(folder), *resume]
     start = time.monotonic()
     paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]  # where a cell's plugins are
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    # The tables are of one thread on a CPU, also where there is a GPU.
+    on_cpu = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, **on_cpu, "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         print(f"FAILED {cell.name} seed {seed}: {done.stderr.strip().splitlines()[-1:]}", flush=True)

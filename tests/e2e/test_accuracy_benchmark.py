@@ -230,6 +230,7 @@ def test_a_run_of_other_code_is_begun_anew(bench: Any, monkeypatch: pytest.Monke
         if command[0] != sys.executable:
             return real(command, **_)
         folder = Path(command[command.index("--out") + 1])
+        assert _["env"]["CUDA_VISIBLE_DEVICES"] == ""
         resumed.append("--resume" in command)
         assert resumed[-1] == folder.exists()
         folder.mkdir(exist_ok=True)
