@@ -18,7 +18,7 @@ from typing import Any
 from figures import FOLDER as FIGURES
 from figures import OF_PRESET, save
 from matplotlib.figure import Figure
-from tables import PAGE, read
+from tables import KINDS, PAGE, last, read
 
 from fedftg.rundir.folder import RunFolder
 
@@ -26,7 +26,6 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "headline"
 EVALUATIONS = 5
 """Whose mean stands in the table: these curves still climb, so ten of them would reach far back."""
-KINDS = ("selected", "all", "refined")
 
 _BLOCK = re.compile(r"(<!-- headline: [^>]*-->\n)(.*?)(<!-- end of headline -->)", re.DOTALL)
 _COLOUR = {"base": "black", **OF_PRESET}
@@ -95,25 +94,23 @@ def federation(result: Result) -> str:
     return str(result["recipe"]).removeprefix("paper/").removesuffix("_fedftg")
 
 
-def mean(result: Result, kind: str, end: int) -> float:
-    """The mean of the last evaluations up to a round."""
-    values = [v for r, v in zip(result["rounds"], result["accuracy"][kind], strict=True) if r <= end]
-    return 100 * statistics.mean(values[-EVALUATIONS:])
-
-
 def table(results: list[Result]) -> list[str]:
     """Its lines: every run up to the last round that all of them have evaluated."""
     end = min(result["rounds"][-1] for result in results)
+
+    def mean(result: Result, kind: str) -> float:
+        return 100 * last(result, kind, until=end, evaluations=EVALUATIONS)
+
     bases = {federation(result): result for result in results if result["preset"] == "base"}
     titles = ("recipe", "preset", "rounds done", *(f"`{kind}`" for kind in KINDS), "over its base", "right after", "s")
     lines = [titles, ("---",) * len(titles)]
     for result in results:
-        means = {kind: mean(result, kind, end) for kind in KINDS}
+        means = {kind: mean(result, kind) for kind in KINDS}
         refines, base = result["preset"] != "base", bases.get(federation(result))
         lines.append((
             f"`{result['recipe']}`", result["preset"] if refines else "", str(result["rounds_done"]),
             *(f"{means[kind]:.1f}" for kind in KINDS),
-            f"{means['refined'] - mean(base, 'refined', end):+.1f}" if refines and base else "",
+            f"{means['refined'] - mean(base, 'refined'):+.1f}" if refines and base else "",
             f"{means['refined'] - means['selected']:+.1f}" if refines else "",
             f"{sum(result['seconds'].values()):.1f}",
         ))  # fmt: skip

@@ -85,11 +85,11 @@ EVALUATIONS = 10
 """Whose mean is a run's accuracy in the tables."""
 
 
-def last(result: dict[str, Any], *kinds: str, until: int | None = None) -> float:
-    """The mean of the last ten evaluations, or of those up to the round ``until``; the best kind at each of them."""
+def last(result: dict[str, Any], *kinds: str, until: int | None = None, evaluations: int = EVALUATIONS) -> float:
+    """The mean of the last evaluations, or of those up to the round ``until``; the best kind at each of them."""
     values = zip(*(result["accuracy"][kind] for kind in kinds), strict=True)
     taken = [max(of) for round, of in zip(result["rounds"], values, strict=True) if until is None or round <= until]
-    return statistics.mean(taken[-EVALUATIONS:])
+    return statistics.mean(taken[-evaluations:])
 
 
 def differences(results: Path, cell: Cell, other: str | None, until: int | None = None) -> dict[int, float]:

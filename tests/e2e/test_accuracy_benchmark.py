@@ -226,11 +226,11 @@ def test_a_run_of_other_code_is_begun_anew(bench: Any, monkeypatch: pytest.Monke
     """A run that is killed after it has written its config: the next one of the same code goes on with it."""
     resumed: list[bool] = []
 
-    def killed(command: list[str], **_: Any) -> Any:
+    def killed(command: list[str], **options: Any) -> Any:
         if command[0] != sys.executable:
-            return real(command, **_)
+            return real(command, **options)
         folder = Path(command[command.index("--out") + 1])
-        assert _["env"]["CUDA_VISIBLE_DEVICES"] == ""
+        assert options["env"]["CUDA_VISIBLE_DEVICES"] == ""
         resumed.append("--resume" in command)
         assert resumed[-1] == folder.exists()
         folder.mkdir(exist_ok=True)
