@@ -39,10 +39,10 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, help="CIFAR-10 as parquet; without it, it comes from the hub")
     parser.add_argument("--tables", type=_tables, default="A,B,S,C", help=f"of {','.join(TABLES)}")
     parser.add_argument("--seeds", type=_seeds, default=",".join(map(str, SEEDS)))
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
+    parser.add_argument("--jobs", type=_positive, default=2, help="runs side by side, one thread each")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so many minutes")
     parser.add_argument("--only", default="", help="only cells whose names contain this")
-    parser.add_argument("--rounds", type=int, help="for a trial: fewer rounds, and no result is kept")
+    parser.add_argument("--rounds", type=_positive, help="for a trial: fewer rounds, and no result is kept")
     arguments = parser.parse_args()
     until = time.monotonic() + 60 * arguments.minutes
     cells = {cell.name: cell for name in arguments.tables for cell in TABLES[name].cells}
@@ -83,6 +83,12 @@ def _seeds(text: str) -> list[int]:
         return [int(seed) for seed in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"got {text!r}; give whole numbers with commas, such as 0,1,2") from None
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; give a whole number from 1 on")
+    return int(text)
 
 
 def result_file(cell: Cell, seed: int) -> Path:

@@ -42,9 +42,9 @@ class Cell:
 
 
 def settings(cell: Cell) -> dict[str, Any]:
-    """Every setting of the cell's runs, defaults included, as ``{"local.lr": 0.1, ...}``."""
+    """Every setting of the cell's runs, defaults included, `flat`."""
     config = configs.load(PROTOCOL, cell.settings)
-    return _flat(config.model_dump(mode="json", exclude={"name", "plugins", "checkpoint"}))
+    return flat(config.model_dump(mode="json", exclude={"name", "plugins", "checkpoint"}))
 
 
 def fits(made_with: dict[str, Any], cell: Cell) -> bool:
@@ -53,7 +53,7 @@ def fits(made_with: dict[str, Any], cell: Cell) -> bool:
     A setting that was added since must be one that changes nothing: off, as in the preset ``paper``.
     """
     now = settings(cell)
-    off = _flat({"refiner": of_preset("paper")})
+    off = flat({"refiner": of_preset("paper")})
     return not made_with.keys() - now.keys() and all(
         made_with.get(key, off.get(key, _UNKNOWN)) == value for key, value in now.items()
     )
@@ -64,10 +64,11 @@ def fingerprint(cell: Cell) -> str:
     return hashlib.sha256(json.dumps(settings(cell), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as ``{"local.lr": 0.1, ...}``."""
     found: dict[str, Any] = {}
     for key, value in nested.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
 
 
@@ -107,7 +108,7 @@ def cell(
 
 
 _SHORT = 24
-"""Rounds of table S. They are those of the climb: the mask won there, and lost by round 50."""
+"""Rounds of table S, those of the climb: with the mask they are no worse, and by round 50 it is 2 points behind."""
 
 
 def _changed(

@@ -27,7 +27,7 @@ def write_figures(results: Path, folder: Path = FOLDER) -> list[Path]:
         _gains(results, folder / "accuracy_gains.png"),
         _curves(results, folder / "accuracy_rounds.png"),
         _trends(results, folder / "accuracy_trends.png"),
-        _after(results, folder / "accuracy_after.png"),
+        *_after(results, folder),
     )
     return [path for path in drawn if path is not None]
 
@@ -127,31 +127,32 @@ def _deployed(run: dict[str, Any]) -> list[float]:
     return values
 
 
-def _after(results: Path, path: Path) -> Path | None:
-    """Accuracy right after fine-tuning minus that before, by round, one panel for each network of table C."""
-    panels: dict[str, list[Cell]] = {}
+def _after(results: Path, folder: Path) -> list[Path]:
+    """Accuracy right after fine-tuning minus that before, by round: a figure for each network of table C."""
+    found: dict[str, list[Cell]] = {}
     for cell in TABLES["C"].cells:
         if cell.base is not None and load(results, cell):
-            panels.setdefault(cell.base.rsplit("-", 1)[1], []).append(cell)
-    if not panels:
-        return None
-    figure = Figure(figsize=(11, 5.6), dpi=100, layout="constrained")
-    for number, (model, found) in enumerate(panels.items(), start=1):
-        axes = figure.add_subplot(1, len(panels), number)
-        axes.axhline(0, color="black", linewidth=0.8)
-        for place, cell in enumerate(found):
-            runs = load(results, cell)
-            changes = [[100 * (right - left) for left, right in zip(*_both(run), strict=True)] for run in runs.values()]
-            rounds = next(iter(runs.values()))["rounds"]
-            mean = [statistics.mean(values) for values in zip(*changes, strict=True)]
-            style = "-" if place < len(COLOURS) else "--"
-            name = cell.name.removeprefix("fedavg-").replace(f"-b0.1-{model}", "").replace(f"-{model}", "")
-            label = f"{name} ({_seeds(len(runs))})"
-            axes.plot(rounds, mean, style, color=COLOURS[place % len(COLOURS)], label=label)
-        axes.set(title=model, xlabel="round", ylabel="refined minus aggregate, points" if number == 1 else "")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
-    return save(figure, path)
+            found.setdefault(cell.base.rsplit("-", 1)[1], []).append(cell)
+    return [_after_of(results, model, cells, folder) for model, cells in found.items()]
+
+
+def _after_of(results: Path, model: str, cells: Sequence[Cell], folder: Path) -> Path:
+    figure = Figure(figsize=(9, 5.6), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    axes.axhline(0, color="black", linewidth=0.8)
+    for place, cell in enumerate(cells):
+        runs = load(results, cell)
+        changes = [[100 * (right - left) for left, right in zip(*_both(run), strict=True)] for run in runs.values()]
+        rounds = next(iter(runs.values()))["rounds"]
+        mean = [statistics.mean(values) for values in zip(*changes, strict=True)]
+        style = "-" if place < len(COLOURS) else "--"
+        name = cell.name.removeprefix("fedavg-").replace(f"-b0.1-{model}", "").replace(f"-{model}", "")
+        label = f"{name} ({_seeds(len(runs))})"
+        axes.plot(rounds, mean, style, color=COLOURS[place % len(COLOURS)], label=label)
+    axes.set(title=model, xlabel="round", ylabel="refined minus aggregate, points")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return save(figure, folder / f"accuracy_after_{model}.png")
 
 
 def _both(run: dict[str, Any]) -> tuple[list[float], list[float]]:

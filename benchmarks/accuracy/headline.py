@@ -9,21 +9,26 @@ Without folders only these are made anew. The runs themselves are ``fedftg run p
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 from pathlib import Path
 from typing import Any
 
+from cells import flat
 from figures import FOLDER as FIGURES
 from figures import OF_PRESET, save
 from matplotlib.figure import Figure
 from tables import KINDS, PAGE, last, read
 
+from fedftg import config as configs
+from fedftg import recipes
+from fedftg.errors import InputError
+from fedftg.rundir import records
 from fedftg.rundir.folder import RunFolder
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "headline"
+RECIPES = recipes.folder() / "paper"
 EVALUATIONS = 5
 """Whose mean stands in the table: these curves still climb, so ten of them would reach far back."""
 
@@ -41,52 +46,100 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.runs and not arguments.commit:
         parser.error("--commit is missing: which code made these runs?")
-    for folder in arguments.runs:
-        if not (folder / "rounds.jsonl").is_file():
-            parser.error(f"{folder} is no folder of a run: it has no rounds.jsonl")
-        print(keep(folder, arguments.commit, RESULTS))
+    try:
+        found = [kept(folder, arguments.commit) for folder in arguments.runs]
+    except InputError as error:
+        parser.error(str(error))
+    for result in found:  # all are sound
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        records.write_json(file_of(result), result)
+        print(file_of(result))
     results = load(RESULTS)
     if results:
         PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
         draw(results, FIGURES / "headline_rounds.png")
 
 
-def keep(folder: Path, commit: str, results: Path) -> Path:
-    """Writes the small file of a run; returns its path."""
-    config = RunFolder(folder).read_config()
-    session = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["sessions"][-1]
-    rows = [json.loads(line) for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
+def file_of(result: Result) -> Path:
+    """Where it is kept."""
+    recipe = result["recipe"].removeprefix("paper/")
+    return RESULTS / f"{recipe}-{result['preset']}-seed{result['seed']}.json"
+
+
+def kept(folder: Path, commit: str) -> Result:
+    """What is kept of a run.
+
+    Raises:
+        InputError: the folder holds no run of a recipe of the paper's protocol, one with too few evaluations, or fewer
+            rounds than are kept of the same already.
+    """
+    run = RunFolder(folder)
+    config = configs.from_mapping(run.read_config())
+    preset = getattr(config.refiner, "preset", "base")
+    rows = records.read(run.rounds_file)
     evaluated = [row for row in rows if row["accuracy"]]
+    changed = _changed(config, folder)
+    if len(evaluated) < EVALUATIONS:
+        raise InputError(
+            f"{folder} has {len(evaluated)} evaluations in {len(rows)} rounds, a row needs {EVALUATIONS}; "
+            "go on with it by fedftg run --resume"
+        )
+    session = records.read_json(folder / "environment.json")["sessions"][-1]
     measured = dict.fromkeys(name for row in evaluated for name in row["refine"])
-    preset = config["refiner"].get("preset", "base")
     result: Result = {
-        "recipe": f"paper/{config['name']}",
+        "recipe": f"paper/{config.name}",
         "preset": preset,
-        "seed": config["seed"],
+        "seed": config.seed,
+        "settings": changed,
         "machine": {
             name: session[name] for name in ("device", "processor", "cores", "threads", "executor", "packages")
         },
         "commit": commit,
         "rounds_done": rows[-1]["round"],
-        "rounds_planned": config["rounds"],
+        "rounds_planned": config.rounds,
         "rounds": [row["round"] for row in evaluated],
         "accuracy": {kind: [row["accuracy"][kind] for row in evaluated] for kind in KINDS},
         "refine": {name: [row["refine"].get(name) for row in evaluated] for name in measured},
         "seconds": {
-            phase: round(statistics.median(row["seconds"][phase] for row in rows), 3) for phase in rows[0]["seconds"]
+            phase: round(statistics.mean(row["seconds"][phase] for row in rows), 3) for phase in rows[0]["seconds"]
         },
         "rolled_back": [row["round"] for row in rows if "rolled_back" in row],
     }
-    path = results / f"{config['name']}-{preset}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return path
+    before = read(file_of(result))
+    if before and before["rounds_done"] > result["rounds_done"]:
+        raise InputError(
+            f"{folder} has {result['rounds_done']} rounds, of {file_of(result).name} {before['rounds_done']} are kept; "
+            "delete that file to put this run in its place"
+        )
+    return result
+
+
+_MAY_DIFFER = (*configs.RESUME_MAY_CHANGE, "executor", "evaluation.batch_size")
+"""From the recipe, in a run that stands under its name."""
+
+
+def _changed(config: configs.RunConfig, folder: Path) -> dict[str, Any]:
+    """In what a run differs from its recipe with its preset and seed; InputError where that is more than how it ran."""
+    recipe = RECIPES / f"{config.name}.toml"
+    if not recipe.is_file():
+        raise InputError(f"{folder} is a run named {config.name!r}; only those of recipes/paper are kept")
+    given = [f"seed={config.seed}"]
+    if config.refiner.name == "fedftg":
+        given.append(f"refiner.preset={config.refiner.preset}")
+    as_recipe, as_run = (flat(of.model_dump(mode="json")) for of in (configs.load(recipe, given), config))
+    found = {key: as_run.get(key) for key in sorted({*as_recipe, *as_run}) if as_run.get(key) != as_recipe.get(key)}
+    for key in found:
+        if not any(key == may or key.startswith(f"{may}.") for may in _MAY_DIFFER):
+            raise InputError(
+                f"{folder} is not paper/{config.name}: {key} is {found[key]!r}, not {as_recipe.get(key)!r}"
+            )
+    return {key: value for key, value in found.items() if key not in ("data.root", "data.cache")}
 
 
 def load(results: Path) -> list[Result]:
     """All kept runs, each federation's base first."""
     found = [result for path in sorted(results.glob("*.json")) if (result := read(path)) is not None]
-    return sorted(found, key=lambda result: (federation(result), list(_COLOUR).index(result["preset"])))
+    return sorted(found, key=lambda of: (federation(of), list(_COLOUR).index(of["preset"]), of["seed"]))
 
 
 def federation(result: Result) -> str:
@@ -95,27 +148,32 @@ def federation(result: Result) -> str:
 
 
 def table(results: list[Result]) -> list[str]:
-    """Its lines: every run up to the last round that all of them have evaluated."""
-    end = min(result["rounds"][-1] for result in results)
+    """Its lines: every run up to the last round that all of its federation have evaluated."""
+    ends: dict[str, int] = {}
+    for result in results:
+        ends[federation(result)] = min(result["rounds"][-1], ends.get(federation(result), result["rounds"][-1]))
 
     def mean(result: Result, kind: str) -> float:
-        return 100 * last(result, kind, until=end, evaluations=EVALUATIONS)
+        return 100 * last(result, kind, until=ends[federation(result)], evaluations=EVALUATIONS)
 
-    bases = {federation(result): result for result in results if result["preset"] == "base"}
-    titles = ("recipe", "preset", "rounds done", *(f"`{kind}`" for kind in KINDS), "over its base", "right after", "s")
+    bases = {(federation(result), result["seed"]): result for result in results if result["preset"] == "base"}
+    titles = (
+        "recipe", "preset", "seed", "rounds done", "up to round", *(f"`{kind}`" for kind in KINDS),
+        "over its base", "`all` over its base's", "right after", "s",
+    )  # fmt: skip
     lines = [titles, ("---",) * len(titles)]
     for result in results:
         means = {kind: mean(result, kind) for kind in KINDS}
-        refines, base = result["preset"] != "base", bases.get(federation(result))
+        refines, base = result["preset"] != "base", bases.get((federation(result), result["seed"]))
+        over = {kind: f"{means[kind] - mean(base, kind):+.1f}" if refines and base else "" for kind in KINDS}
         lines.append((
-            f"`{result['recipe']}`", result["preset"] if refines else "", str(result["rounds_done"]),
-            *(f"{means[kind]:.1f}" for kind in KINDS),
-            f"{means['refined'] - mean(base, 'refined'):+.1f}" if refines and base else "",
-            f"{means['refined'] - means['selected']:+.1f}" if refines else "",
+            f"`{result['recipe']}`", result["preset"] if refines else "", str(result["seed"]),
+            str(result["rounds_done"]), str(ends[federation(result)]), *(f"{means[kind]:.1f}" for kind in KINDS),
+            over["refined"], over["all"], f"{means['refined'] - means['selected']:+.1f}" if refines else "",
             f"{sum(result['seconds'].values()):.1f}",
         ))  # fmt: skip
     return [
-        f"Mean of the last {EVALUATIONS} evaluations up to round {end}, in %:",
+        f"Mean of the last {EVALUATIONS} evaluations, in %; s: seconds a round, in the mean of all that were done.",
         "",
         *("| " + " | ".join(line) + " |" for line in lines),
     ]

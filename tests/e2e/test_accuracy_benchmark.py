@@ -149,6 +149,44 @@ def test_the_page_shows_what_the_kept_results_say(bench: Any, monkeypatch: pytes
     assert all((tables.PAGE.parent / name).is_file() for name in re.findall(r"\]\((figures/[^)]+)\)", text))
 
 
+def test_the_page_shows_what_the_kept_headline_runs_say(bench: Any) -> None:
+    import headline  # type: ignore[import-not-found]
+
+    page, results = headline.PAGE.read_text(), headline.load(headline.RESULTS)
+    assert headline.fill(page, results) == page, "run: headline.py"
+    assert "| `paper/cifar10_iid_fedavg` |" in page
+    assert all(headline.file_of(result).is_file() for result in results)
+
+
+def test_headline_runs_are_compared_over_the_rounds_that_their_federation_has(bench: Any) -> None:
+    """The refined run ends after round 60, so rounds 20 to 60 count: .04 in the mean for the base of seed 0, .05 more
+    for the aggregate and .06 more for the refined model. The other federation's three hundred rounds change nothing."""
+    import headline  # type: ignore[import-not-found]
+
+    def run(recipe: str, preset: str, seed: int, ends: int, selected: float, refined: float) -> dict[str, Any]:
+        rounds = list(range(10, ends + 1, 10))
+        shape = [round_ / 1000 for round_ in rounds]  # .04 in the mean of rounds 20 to 60
+        accuracy = {"selected": selected, "all": selected + 0.3, "refined": refined}
+        return {
+            "recipe": f"paper/{recipe}", "preset": preset, "seed": seed, "rounds_done": ends + 3, "rounds": rounds,
+            "accuracy": {kind: [over + value for value in shape] for kind, over in accuracy.items()},
+            "seconds": {"local": 2.0, "refine": 0.25},
+        }  # fmt: skip
+
+    lines = headline.table([
+        run("x_fedavg", "base", 0, 90, 0.0, 0.0), run("x_fedavg", "base", 1, 90, 0.7, 0.7),
+        run("x_fedavg_fedftg", "paper", 0, 60, 0.05, 0.06), run("y_fedavg", "base", 0, 300, 0.1, 0.1),
+    ])  # fmt: skip
+    rows = [[part.strip() for part in line.strip("|").split("|")] for line in lines[4:]]
+    assert rows[0][2:] == ["0", "93", "60", "4.0", "34.0", "4.0", "", "", "", "2.2"]
+    assert rows[1][2:8] == ["1", "93", "60", "74.0", "104.0", "74.0"]
+    assert rows[2] == [
+        "`x_fedavg_fedftg`".replace("x", "paper/x"), "paper", "0", "63", "60", "9.0", "39.0", "10.0", "+6.0", "+5.0",
+        "+1.0", "2.2",
+    ]  # fmt: skip
+    assert rows[3][4:6] == ["300", "38.0"]
+
+
 def test_headline_runs_are_kept_before_their_end(
     bench: Any,
     fedftg: Any,
@@ -159,38 +197,54 @@ def test_headline_runs_are_kept_before_their_end(
 ) -> None:
     import headline  # type: ignore[import-not-found]
 
-    page, results = headline.PAGE.read_text(), headline.load(headline.RESULTS)
-    assert headline.fill(page, results) == page, "run: headline.py"
-    assert "| `paper/cifar10_iid_fedavg` |" in page
-    done = fedftg("run", *tiny, "--set", "name=some_fedftg", "--set", "evaluation.every=2", "--out", "r")
-    assert done.returncode == 0, done.stderr
-    (tmp_path / "r" / "summary.json").unlink()
-    rows = [json.loads(line) for line in (tmp_path / "r" / "rounds.jsonl").read_text().splitlines()]
-    (tmp_path / "r" / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))  # stopped there
-    monkeypatch.setattr(headline, "RESULTS", tmp_path / "kept")
-    monkeypatch.setattr(headline, "FIGURES", tmp_path)
-    monkeypatch.setattr(headline, "PAGE", tmp_path / "page.md")
-    (tmp_path / "page.md").write_text("before\n<!-- headline: made by it -->\n<!-- end of headline -->\nafter\n")
-    monkeypatch.setattr(sys, "argv", ["headline.py", str(tmp_path / "r"), "--commit", "c0"])
-    headline.main()
-    kept = json.loads((tmp_path / "kept" / "some_fedftg-fedftg.json").read_text())
-    assert (kept["rounds_done"], kept["rounds_planned"], kept["rounds"], kept["commit"]) == (3, 4, [2], "c0")
-    assert kept["accuracy"]["refined"] == [rows[1]["accuracy"]["refined"]]
-    shown = (tmp_path / "page.md").read_text().splitlines()
-    assert (shown[0], shown[-1]) == ("before", "after")
-    (line,) = [line for line in shown if line.startswith("| `paper/some_fedftg` | fedftg | 3 |")]
-    accuracy = rows[1]["accuracy"]
-    after = 100 * (accuracy["refined"] - accuracy["selected"])
-    assert line.split(" | ")[3:8] == [*(f"{100 * accuracy[kind]:.1f}" for kind in headline.KINDS), "", f"{after:+.1f}"]
-    assert (tmp_path / "headline_rounds.png").read_bytes()[:4] == b"\x89PNG"
-    for wrong, told in (
-        (["headline.py", str(tmp_path)], "--commit"),
-        (["h.py", "--commit", "c", "no"], "no rounds.jsonl"),
-    ):
-        monkeypatch.setattr(sys, "argv", wrong)
+    def given(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["headline.py", *words])
         with pytest.raises(SystemExit, match="2"):
             headline.main()
-        assert told in capsys.readouterr().err.splitlines()[-1]
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert not list((tmp_path / "kept").glob("*.part"))
+        return str(told)
+
+    done = fedftg("run", *tiny, "--set", "name=some_fedftg", "--set", "rounds=6", "--out", "r")
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "r"
+    (run / "summary.json").unlink()
+    lines = (run / "rounds.jsonl").read_text().splitlines(keepends=True)
+    (run / "rounds.jsonl").write_text("".join(lines[:5]) + lines[5][:20])  # killed while it wrote the sixth
+    rows = [json.loads(line) for line in lines[:5]]
+    for name, value in (("RESULTS", "kept"), ("FIGURES", "."), ("PAGE", "page.md"), ("RECIPES", "recipes")):
+        monkeypatch.setattr(headline, name, tmp_path / value)
+    (tmp_path / "page.md").write_text("before\n<!-- headline: made by it -->\n<!-- end of headline -->\nafter\n")
+    assert "only those of recipes/paper" in given(str(run), "--commit", "c0")
+    (tmp_path / "recipes").mkdir()
+    recipe = (run / "config.toml").read_text().replace("threads = 1", "threads = 3")
+    (tmp_path / "recipes" / "some_fedftg.toml").write_text(recipe)
+    monkeypatch.setattr(sys, "argv", ["headline.py", str(run), "--commit", "c0"])
+    headline.main()
+    kept_file = tmp_path / "kept" / "some_fedftg-fedftg-seed0.json"
+    result = json.loads(kept_file.read_text())
+    assert (result["rounds_done"], result["rounds_planned"], result["rounds"]) == (5, 6, [1, 2, 3, 4, 5])
+    assert (result["commit"], result["settings"]) == ("c0", {"threads": 1})
+    assert result["accuracy"]["refined"] == [row["accuracy"]["refined"] for row in rows]
+    assert result["seconds"]["local"] == pytest.approx(sum(row["seconds"]["local"] for row in rows) / 5, abs=1e-3)
+    shown = (tmp_path / "page.md").read_text().splitlines()
+    assert (shown[0], shown[-1]) == ("before", "after")
+    (line,) = [line for line in shown if line.startswith("| `paper/some_fedftg` | fedftg | 0 | 5 | 5 |")]
+    mean = {kind: 20 * sum(row["accuracy"][kind] for row in rows) for kind in headline.KINDS}
+    assert line.split(" | ")[5:8] == [f"{mean[kind]:.1f}" for kind in headline.KINDS]
+    assert (tmp_path / "headline_rounds.png").read_bytes()[:4] == b"\x89PNG"
+
+    whole = kept_file.read_bytes()
+    assert "--commit is missing" in given(str(run))
+    assert "holds no run" in given(str(tmp_path), "--commit", "c")
+    kept_file.write_text(whole.decode().replace('"rounds_done": 5', '"rounds_done": 7'))
+    assert "of some_fedftg-fedftg-seed0.json 7 are kept" in given(str(run), "--commit", "c")
+    (run / "rounds.jsonl").write_text("".join(lines[:4]))
+    assert "4 evaluations in 4 rounds, a row needs 5" in given(str(run), "--commit", "c")
+    (run / "rounds.jsonl").write_text("")
+    assert "0 evaluations in 0 rounds" in given(str(run), "--commit", "c")
+    (tmp_path / "recipes" / "some_fedftg.toml").write_text(recipe.replace("epochs = 1", "epochs = 2"))
+    assert "is not paper/some_fedftg: local.epochs is 1, not 2" in given(str(run), "--commit", "c")
 
 
 @pytest.mark.parametrize(
@@ -198,6 +252,8 @@ def test_headline_runs_are_kept_before_their_end(
     [
         ("--tables", "A,Z", "no table 'Z'; there are A, B"),
         ("--seeds", "0;1", "got '0;1'"),
+        ("--jobs", "0", "got '0'; give a whole number from 1 on"),
+        ("--rounds", "-1", "got '-1'"),
         ("--only", "fedavq", "no cell of tables A,B,S,C has 'fedavq' in its name"),
     ],
 )
@@ -295,5 +351,6 @@ def test_a_shorter_run_is_compared_over_the_rounds_that_both_have(
     cells = [part.strip() for part in line.strip("|").split("|")]
     assert (cells[2], cells[5], cells[6], cells[8]) == ("4", "35.00", "40.00", "+15.00 (seed 0: +15.0)")
     drawn = figures.write_figures(tmp_path / "results", tmp_path)
-    assert [path.name for path in drawn] == [f"accuracy_{what}.png" for what in ("gains", "rounds", "trends", "after")]
+    of = ("gains", "rounds", "trends", "after_gn")
+    assert [path.name for path in drawn] == [f"accuracy_{what}.png" for what in of]
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in drawn)
