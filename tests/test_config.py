@@ -164,6 +164,11 @@ def test_differences_that_resuming_allows() -> None:
         configs.check_resumable(before, configs.load(None, ["local.lr=0.3"]))
 
 
+def test_overrides_are_a_list() -> None:
+    with pytest.raises(InputError, match=r"list of 'key=value', got 'rounds=1'; pass \['rounds=1'\]"):
+        configs.load(None, "rounds=1")
+
+
 def test_executors_of_the_same_numbers_may_take_each_others_place() -> None:
     before = configs.load(None, ["executor.name=sequential"])
     for name in ("auto", "workers"):

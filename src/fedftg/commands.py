@@ -231,15 +231,15 @@ def export(folder: Path, to: Path) -> int:
         raise InputError(f"--to must end in .safetensors, got {to.name!r}")
     if not to.parent.is_dir():
         raise InputError(f"--to: folder {to.parent} does not exist; make it first")
-    kept = checkpoint.load(RunFolder(folder).checkpoint)
-    if kept is None:
+    state = checkpoint.load_state(RunFolder(folder).checkpoint)
+    if state is None:
         raise InputError(f"{folder} has no checkpoint yet; let the run finish a round first")
-    metadata = {"model": json.dumps(config["model"]), "round": str(kept.state.round)}
+    metadata = {"model": json.dumps(config["model"]), "round": str(state.round)}
     try:
-        checkpoint.write_tensors(to, {**kept.state.params, **kept.state.buffers}, metadata)
+        checkpoint.write_tensors(to, {**state.params, **state.buffers}, metadata)
     except OSError as error:
         raise InputError(f"cannot write {to}: {error.strerror}; choose another file by --to") from None
-    return kept.state.round
+    return state.round
 
 
 def listing() -> dict[str, list[str]]:

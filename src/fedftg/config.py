@@ -172,6 +172,8 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def apply(given: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Nested settings with ``a.b=value`` laid over them; values are TOML where they parse, else plain strings."""
+    if isinstance(overrides, str):
+        raise InputError(f"overrides must be a list of 'key=value', got {overrides!r}; pass [{overrides!r}]")
     return _lay_over(given, [_split(override) for override in overrides])
 
 

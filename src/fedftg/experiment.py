@@ -232,12 +232,27 @@ def _restore(experiment: Experiment, folder: RunFolder, session: Record) -> None
             raise InputError(
                 f"{folder.path} is at round {done} already; rounds must be at least that, got {config.rounds}"
             )
+        _check_model(experiment.state, kept.state, folder.checkpoint)
         experiment.state = _on(kept.state, experiment.data.device)
         experiment.clients.restore(kept.places, kept.change_sum)
+    folder.check_records(done)
     if folder.finished and done == config.rounds:
         return
     checkpoint.sweep(folder.checkpoint)
     folder.reopen(config.to_toml(), session, done)
+
+
+def _check_model(own: ServerState, kept: ServerState, folder: Path) -> None:
+    """A state that was put there from another run has other tensors."""
+    shapes, found = (
+        {name: tuple(value.shape) for name, value in {**state.params, **state.buffers}.items()} for state in (own, kept)
+    )
+    if found != shapes:
+        wrong = next(name for name in {**shapes, **found} if shapes.get(name) != found.get(name))
+        raise InputError(
+            f"the checkpoint in {folder} is of another model: its {wrong} is {found.get(wrong, 'missing')}, the run's "
+            f"{shapes.get(wrong, 'missing')}; put the run's own files back, or start a new run with another --out"
+        )
 
 
 def _on(state: ServerState, device: torch.device) -> ServerState:

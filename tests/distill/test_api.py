@@ -120,6 +120,8 @@ def test_non_finite_result_is_rolled_back(
 def test_wrong_inputs(models: list[nn.Module], counts: Tensor, classifier: Callable[..., nn.Module]) -> None:
     student, teachers = models[0], models[1:]
     frozen = copy.deepcopy(student).requires_grad_(False)
+    broken = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    nn.init.constant_(broken[1].bias, float("nan"))
     for arguments, changed, message in (
         ((student, teachers, counts), {"config": "papper"}, "unknown preset 'papper'; did you mean 'paper'"),
         ((student, [], counts), {}, "at least 1"),
@@ -131,7 +133,14 @@ def test_wrong_inputs(models: list[nn.Module], counts: Tensor, classifier: Calla
         ((nn.Flatten(), teachers, counts), {}, "has no parameters"),
         ((frozen, teachers, counts), {}, "requires_grad_"),
         ((student, teachers, counts), {"image_shape": (3, 32, 32)}, "student does not take images of shape"),
-        ((student, teachers, counts), {"image_shape": (1, 4, 4)}, "8 to 224 pixels"),
+        ((student, teachers, counts), {"image_shape": (1, 4, 4)}, r"8 to 224 pixels a side, got \(1, 4, 4\)"),
+        ((student, [*teachers[:2], broken], counts), {}, r"teacher 2 has values in 1\.bias that are not finite"),
+        ((broken, teachers, counts), {}, r"student has values in 1\.bias that are not finite"),
+        (
+            (student, [*teachers[:2], broken.state_dict()], counts),
+            {},
+            "teacher 2 must be a classifier, got OrderedDict",
+        ),
         ((classifier(0, classes=4), teachers, counts), {}, "student's logits"),
         ((student, [classifier(0), classifier(1), classifier(2, classes=4)], counts), {}, "same classes"),
     ):

@@ -246,6 +246,69 @@ def test_finding_the_run_to_resume(fedftg: Any, no_refiner: list[str], tmp_path:
     assert "--resume cannot change local.lr" in changed.stderr
 
 
+def test_what_was_taken_out_of_a_run_is_told_and_nothing_written_over(
+    fedftg: Any, no_refiner: list[str], tmp_path: Path
+) -> None:
+    """Checkpoints are large and get deleted; going on from nothing would write over the records of hours."""
+    run, more = tmp_path / "r", ("--set", "rounds=5")
+
+    def refused(told: str, *extra: str) -> None:
+        before = {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        done = fedftg("run", "--resume", "--out", "r", *extra)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert told in done.stderr
+        assert done.stderr.endswith("back, or start a new run with another --out\n")
+        assert {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+    def change(file: str, content: bytes | None) -> Callable[[], object]:
+        path = run / file
+        kept = path.read_bytes()
+        path.unlink() if content is None else path.write_bytes(content)
+        return lambda: path.write_bytes(kept)
+
+    assert fedftg("run", "default", *no_refiner, "--out", "r").returncode == 0
+    records = (run / "rounds.jsonl").read_bytes()
+    lines = records.splitlines(keepends=True)
+    state, other = "checkpoint/state-000004.safetensors", "model.name=lenet_gn"
+    assert fedftg("run", "default", *no_refiner, "--set", other, "--set", "rounds=4", "--out", "o").returncode == 0
+
+    for content, told in (
+        (None, "lacks round 1 of the 4 that the checkpoint has"),
+        (records[:-9], "lacks round 4 of the 4"),
+        (b"".join(lines[:1] + lines[2:]), "lacks round 2 of the 4"),
+        (lines[0] + b"{]\n" + lines[2] + lines[3], "rounds.jsonl cannot be read"),
+    ):
+        back = change("rounds.jsonl", content)
+        refused(told)
+        refused(told, *more)
+        back()
+    back = change(state, (tmp_path / "o" / state).read_bytes())
+    refused("is of another model: its features", *more)
+    back()
+    back = change("checkpoint/checkpoint.json", None)
+    refused("r has 4 rounds, but its checkpoint r/checkpoint/checkpoint.json is gone", *more)
+    (run / "summary.json").unlink()  # killed in round 5
+    refused("r has 4 rounds, but its checkpoint", *more)
+    (run / "rounds.jsonl").write_bytes(lines[0])  # killed before the first checkpoint was whole
+    done = fedftg("run", "--resume", "--out", "r", "--set", "rounds=2")
+    assert done.returncode == 0, done.stderr
+    assert len((run / "rounds.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_model_can_be_had_from_a_run_whose_clients_files_are_damaged(
+    fedftg: Any, no_refiner: list[str], tmp_path: Path
+) -> None:
+    assert fedftg("run", "default", *no_refiner, "--set", "rounds=1", "--out", "r").returncode == 0
+    (file,) = (tmp_path / "r" / "checkpoint").glob("clients-*")
+    file.write_bytes(b"torn")
+    assert fedftg("export", "r", "--to", "model.safetensors").returncode == 0
+    assert load_file(tmp_path / "model.safetensors")
+    done = fedftg("run", "--resume", "--out", "r", "--set", "rounds=2")
+    assert done.returncode == 2
+    assert "cannot be read" in done.stderr
+    assert "put the file back, or start a new run with another --out" in done.stderr
+
+
 def test_export_is_the_deployed_model(fedftg: Any, tiny: list[str], tmp_path: Path) -> None:
     assert fedftg("run", "default", *tiny, "--set", "rounds=1", "--out", "r").returncode == 0
     assert fedftg("export", "r", "--to", "model.safetensors").returncode == 0

@@ -102,6 +102,7 @@ def refine(
     device, dtype = _place(student)
     if isinstance(teachers, nn.Module) and not isinstance(teachers, nn.ModuleList):
         raise InputError(f"teachers must be a list of classifiers, got one {type(teachers).__name__}; pass [teacher]")
+    _check_models(student, teachers)
     ensemble = ListedTeachers(list(teachers))
     counts = _counts(class_counts, len(ensemble))
     if generator is None:
@@ -137,6 +138,17 @@ def _place(student: nn.Module) -> tuple[torch.device, torch.dtype]:
     if parameter is None:
         raise InputError(f"student {type(student).__name__} has no parameters; give a classifier that can be trained")
     return parameter.device, parameter.dtype
+
+
+def _check_models(student: nn.Module, teachers: Sequence[Classifier]) -> None:
+    for name, model in (("student", student), *((f"teacher {k}", teacher) for k, teacher in enumerate(teachers))):
+        if not callable(model):
+            raise InputError(
+                f"{name} must be a classifier, got {type(model).__name__}; load weights into a module and pass that"
+            )
+        broken = first_non_finite(model.state_dict()) if isinstance(model, nn.Module) else None
+        if broken:
+            raise InputError(f"{name} has values in {broken} that are not finite; leave it out, or train it anew")
 
 
 def _copy_of(student: nn.Module) -> nn.Module:

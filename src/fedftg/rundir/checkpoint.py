@@ -22,7 +22,9 @@ from fedftg.params import Params
 from fedftg.rundir.records import write_json
 from fedftg.rundir.tensors import opened, read_tensors, write_tensors
 
-__all__ = ["Checkpoint", "Index", "commit", "load", "read_tensors", "save", "sweep", "write", "write_tensors"]
+__all__ = [
+    "Checkpoint", "Index", "commit", "load", "load_state", "read_tensors", "save", "sweep", "write", "write_tensors",
+]  # fmt: skip
 
 FORMAT = 2
 _READABLE = (1, 2)
@@ -87,14 +89,28 @@ def load(folder: Path) -> Checkpoint | None:
     if not (folder / "checkpoint.json").exists():
         return None
     index = _read_index(folder)
-    tensors = read_tensors(folder / index["state"])
-    parts = {part: tree.unprefixed(tensors, part + "/") for part in _SERVER_PARTS}
     places: dict[int, str] = {}
     for name, clients in index["clients"].items():
         with opened(folder / name):  # tells a torn file now, and not in the round that needs it
             places |= dict.fromkeys(clients, name)
-    state = ServerState(round=int(index["round"]), **parts)
-    return Checkpoint(state, places, tree.unprefixed(tensors, "change_sum/"))
+    state, change_sum = _read_state(folder, index)
+    return Checkpoint(state, places, change_sum)
+
+
+def load_state(folder: Path) -> ServerState | None:
+    """As `load`, of the server alone: no file of clients is looked at.
+
+    Raises:
+        InputError: the state's file or the index is missing, torn or of another format.
+    """
+    return _read_state(folder, _read_index(folder))[0] if (folder / "checkpoint.json").exists() else None
+
+
+def _read_state(folder: Path, index: Index) -> tuple[ServerState, Params]:
+    """The server's state, and the sum of clients' changes."""
+    tensors = read_tensors(folder / index["state"])
+    parts = {part: tree.unprefixed(tensors, part + "/") for part in _SERVER_PARTS}
+    return ServerState(round=int(index["round"]), **parts), tree.unprefixed(tensors, "change_sum/")
 
 
 def _read_index(folder: Path) -> Index:
@@ -103,7 +119,7 @@ def _read_index(folder: Path) -> Index:
         index: Index = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(
-            f"checkpoint file {path} cannot be read ({error}); start the run anew without --resume"
+            f"checkpoint file {path} cannot be read ({error}); put the file back, or start a new run with another --out"
         ) from error
     if index.get("format") not in _READABLE:
         raise InputError(

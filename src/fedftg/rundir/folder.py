@@ -99,6 +99,31 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise InputError(f"{path} cannot be read ({error}); start a new run") from None
 
+    def check_records(self, num_rounds: int) -> None:
+        """Makes sure that a run can go on after the ``num_rounds`` rounds of its checkpoint, 0 where it has none.
+
+        Raises:
+            InputError: rounds have no record, a line is damaged, or the checkpoint that there was is gone: to go on
+                would write over what is left of the run.
+        """
+        otherwise = "put the file back, or start a new run with another --out"
+        try:
+            found = [row["round"] for row in records.read(self.rounds_file)]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self.rounds_file} cannot be read ({error}); {otherwise}") from None
+        if found[:num_rounds] != list(range(1, num_rounds + 1)):
+            lacks = next(number for number in range(1, num_rounds + 1) if found[number - 1 : number] != [number])
+            raise InputError(
+                f"{self.rounds_file} lacks round {lacks} of the {num_rounds} that the checkpoint has; {otherwise}"
+            )
+        # A run that dies between a record and its checkpoint has one of `every` rounds at most.
+        every = self.read_config().get("checkpoint", {}).get("every", 1)
+        if num_rounds == 0 and (self.finished or len(found) > every):
+            raise InputError(
+                f"{self.path} has {len(found)} rounds, but its checkpoint {self.checkpoint / 'checkpoint.json'} is "
+                f"gone; {otherwise}"
+            )
+
     def read_config(self) -> dict[str, Any]:
         """The settings that the run was started with.
 

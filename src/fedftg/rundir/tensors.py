@@ -96,5 +96,5 @@ def opened(path: Path) -> Iterator[Any]:
             yield file
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise InputError(
-            f"checkpoint file {path} cannot be read ({error}); start the run anew without --resume"
+            f"checkpoint file {path} cannot be read ({error}); put the file back, or start a new run with another --out"
         ) from error
