@@ -28,3 +28,16 @@ def test_recorded_steps_and_fine_tuning(
     sessions = json.loads((tmp_path / "r" / "environment.json").read_text())["sessions"]
     assert sessions[-1]["executor"].startswith("cuda_graph")
     assert "NVIDIA" in sessions[-1]["device"]
+
+
+def test_recorded_steps_compute_what_sequential_does(
+    python_m_fedftg: Any, no_refiner: list[str], tmp_path: Path, read_records: Callable[..., Any]
+) -> None:
+    """Two steps a client; convolutions in TF32 round by about a thousandth."""
+    found = {}
+    for name in ("sequential", "cuda_graph"):
+        given = [*no_refiner, "--set", "device=cuda", "--set", f"executor.name={name}", "--set", "rounds=1"]
+        done = python_m_fedftg("run", *given, "--out", name)
+        assert done.returncode == 0, done.stderr
+        (found[name],) = read_records(tmp_path / name)
+    assert found["cuda_graph"]["server"] == pytest.approx(found["sequential"]["server"], rel=0.02)
