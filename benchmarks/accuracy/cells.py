@@ -42,9 +42,9 @@ class Cell:
 
 
 def settings(cell: Cell) -> dict[str, Any]:
-    """Every setting of the cell's runs, defaults included, `flat`."""
+    """Every setting of the cell's runs, defaults included, `configs.flat`."""
     config = configs.load(PROTOCOL, cell.settings)
-    return flat(config.model_dump(mode="json", exclude={"name", "plugins", "checkpoint"}))
+    return configs.flat(config.model_dump(mode="json", exclude={"name", "plugins", "checkpoint"}))
 
 
 def fits(made_with: dict[str, Any], cell: Cell) -> bool:
@@ -53,7 +53,7 @@ def fits(made_with: dict[str, Any], cell: Cell) -> bool:
     A setting that was added since must be one that changes nothing: off, as in the preset ``paper``.
     """
     now = settings(cell)
-    off = flat({"refiner": of_preset("paper")})
+    off = configs.flat({"refiner": of_preset("paper")})
     return not made_with.keys() - now.keys() and all(
         made_with.get(key, off.get(key, _UNKNOWN)) == value for key, value in now.items()
     )
@@ -62,14 +62,6 @@ def fits(made_with: dict[str, Any], cell: Cell) -> bool:
 def fingerprint(cell: Cell) -> str:
     """Of `settings`, for the name of a folder."""
     return hashlib.sha256(json.dumps(settings(cell), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as ``{"local.lr": 0.1, ...}``."""
-    found: dict[str, Any] = {}
-    for key, value in nested.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from cells import flat
 from figures import FOLDER as FIGURES
 from figures import OF_PRESET, save
 from matplotlib.figure import Figure
@@ -126,7 +125,7 @@ def _changed(config: configs.RunConfig, folder: Path) -> dict[str, Any]:
     given = [f"seed={config.seed}"]
     if config.refiner.name == "fedftg":
         given.append(f"refiner.preset={config.refiner.preset}")
-    as_recipe, as_run = (flat(of.model_dump(mode="json")) for of in (configs.load(recipe, given), config))
+    as_recipe, as_run = (configs.flat(of.model_dump(mode="json")) for of in (configs.load(recipe, given), config))
     found = {key: as_run.get(key) for key in sorted({*as_recipe, *as_run}) if as_run.get(key) != as_recipe.get(key)}
     for key in found:
         if not any(key == may or key.startswith(f"{may}.") for may in _MAY_DIFFER):

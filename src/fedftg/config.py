@@ -248,7 +248,7 @@ def check_resumable(before: RunConfig, now: RunConfig) -> None:
 
 def first_difference(before: RunConfig, now: RunConfig) -> str | None:
     """The first setting that makes two configs different experiments, or None."""
-    left, right = (_flat(config.model_dump(mode="json")) for config in (before, now))
+    left, right = (flat(config.model_dump(mode="json")) for config in (before, now))
     same_numbers = {before.executor.name, now.executor.name} <= set(INTERCHANGEABLE)
     may_change = (*RESUME_MAY_CHANGE, "executor") if same_numbers else RESUME_MAY_CHANGE
     for key in sorted({*left, *right}):
@@ -258,8 +258,9 @@ def first_difference(before: RunConfig, now: RunConfig) -> str | None:
     return None
 
 
-def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as ``{"local.lr": 0.1, ...}``."""
+    found: dict[str, Any] = {}
     for key, value in nested.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found

@@ -19,7 +19,7 @@ from fedftg.algorithms.base import ServerState
 from fedftg.engine.memory import ClientStore
 from fedftg.errors import InputError
 from fedftg.params import Params
-from fedftg.rundir.records import write_json
+from fedftg.rundir.records import PUT_BACK, write_json
 from fedftg.rundir.tensors import opened, read_tensors, write_tensors
 
 __all__ = [
@@ -118,9 +118,7 @@ def _read_index(folder: Path) -> Index:
     try:
         index: Index = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"checkpoint file {path} cannot be read ({error}); put the file back, or start a new run with another --out"
-        ) from error
+        raise InputError(f"checkpoint file {path} cannot be read ({error}); {PUT_BACK}") from error
     if index.get("format") not in _READABLE:
         raise InputError(
             f"{path} has format {index.get('format')}, this version reads {' and '.join(map(str, _READABLE))}; "

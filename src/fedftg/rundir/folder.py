@@ -106,22 +106,21 @@ class RunFolder:
             InputError: rounds have no record, a line is damaged, or the checkpoint that there was is gone: to go on
                 would write over what is left of the run.
         """
-        otherwise = "put the file back, or start a new run with another --out"
         try:
             found = [row["round"] for row in records.read(self.rounds_file)]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self.rounds_file} cannot be read ({error}); {otherwise}") from None
+            raise InputError(f"{self.rounds_file} cannot be read ({error}); {records.PUT_BACK}") from None
         if found[:num_rounds] != list(range(1, num_rounds + 1)):
             lacks = next(number for number in range(1, num_rounds + 1) if found[number - 1 : number] != [number])
             raise InputError(
-                f"{self.rounds_file} lacks round {lacks} of the {num_rounds} that the checkpoint has; {otherwise}"
+                f"{self.rounds_file} lacks round {lacks} of the {num_rounds} that the checkpoint has; {records.PUT_BACK}"
             )
         # A run that dies between a record and its checkpoint has one of `every` rounds at most.
         every = self.read_config().get("checkpoint", {}).get("every", 1)
         if num_rounds == 0 and (self.finished or len(found) > every):
             raise InputError(
                 f"{self.path} has {len(found)} rounds, but its checkpoint {self.checkpoint / 'checkpoint.json'} is "
-                f"gone; {otherwise}"
+                f"gone; {records.PUT_BACK}"
             )
 
     def read_config(self) -> dict[str, Any]:

@@ -15,6 +15,10 @@ PHASES = ("local", "aggregate", "refine", "evaluate", "checkpoint")
 """What a record's ``seconds`` are split into; checkpoint: writing the state, and clients' records beyond the bound."""
 
 
+PUT_BACK = "put the file back, or start a new run with another --out"
+"""What to do where a run's file is gone or damaged."""
+
+
 def finite(value: Any) -> Any:
     """The same value with NaN and infinities replaced by None, which JSON can hold."""
     if isinstance(value, float):

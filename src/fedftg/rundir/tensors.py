@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedftg.errors import InputError
 from fedftg.params import Params
-from fedftg.rundir.records import write_chunks
+from fedftg.rundir.records import PUT_BACK, write_chunks
 
 _TYPES = {
     torch.float64: "F64",
@@ -95,6 +95,4 @@ def opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise InputError(
-            f"checkpoint file {path} cannot be read ({error}); put the file back, or start a new run with another --out"
-        ) from error
+        raise InputError(f"checkpoint file {path} cannot be read ({error}); {PUT_BACK}") from error
