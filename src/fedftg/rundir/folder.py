@@ -113,7 +113,8 @@ class RunFolder:
         if found[:num_rounds] != list(range(1, num_rounds + 1)):
             lacks = next(number for number in range(1, num_rounds + 1) if found[number - 1 : number] != [number])
             raise InputError(
-                f"{self.rounds_file} lacks round {lacks} of the {num_rounds} that the checkpoint has; {records.PUT_BACK}"
+                f"{self.rounds_file} lacks round {lacks} of the {num_rounds} that the checkpoint has; "
+                f"{records.PUT_BACK}"
             )
         # A run that dies between a record and its checkpoint has one of `every` rounds at most.
         every = self.read_config().get("checkpoint", {}).get("every", 1)
