@@ -168,7 +168,10 @@ _RATES: dict[str, tuple[str, ...]] = {
 _CANDIDATES: dict[str, tuple[str, ...]] = {
     "reset_optimiser": ("generator_optimizer_state=reset",),
     "ema": ("generator_ema=0.5",),
+    "warmup20-to_end": ("generator_warmup=20",),
+    "I5-to_end": ("iterations=5",),
 }
+"""The last two stand in table S as well, for its few rounds: the highest row of it, and the cheapest."""
 _CANDIDATES_BN: dict[str, tuple[str, ...]] = {
     "train_mode": ("student_mode=train",),
     "train_mode-restored": ("student_mode=train", "restore_buffers=true"),
