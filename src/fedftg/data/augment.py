@@ -31,7 +31,7 @@ def augment(images: Tensor, kind: Augmentation, rng: torch.Generator) -> Tensor:
     size = len(images)
     flipped = torch.rand(size, generator=rng) < 0.5 if kind != "crop" else torch.zeros(size, dtype=torch.bool)
     if kind == "flip":
-        return torch.where(flipped[:, None, None, None].to(images.device), images.flip(-1), images)
+        return torch.where(moved(flipped[:, None, None, None], images.device), images.flip(-1), images)
     return _shifted(images, flipped, rng)
 
 
@@ -47,7 +47,15 @@ def _shifted(images: Tensor, flipped: Tensor, rng: torch.Generator) -> Tensor:
     columns = torch.where(flipped[:, None], width + 2 * padding - 1 - columns, columns)
     padded = functional.pad(images, (padding,) * 4).permute(0, 2, 3, 1)
     device = images.device
-    picked = padded[
-        torch.arange(size)[:, None, None].to(device), rows[:, :, None].to(device), columns[:, None].to(device)
-    ]
+    chosen = torch.arange(size, device=device)[:, None, None]
+    picked = padded[chosen, moved(rows[:, :, None], device), moved(columns[:, None], device)]
     return picked.permute(0, 3, 1, 2).contiguous()
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device; a GPU is not waited for, so that it works while the next batch is made.
+
+    Safe from ordinary memory: CUDA has read it when the call returns. Apple's GPUs may read later, so they are waited
+    for.
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda")

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from fedftg.data import saved_partition, sources
-from fedftg.data.augment import augment
+from fedftg.data.augment import augment, moved
 from fedftg.data.config import DataConfig, PartitionConfig
 from fedftg.data.dataset import ImageDataset
 from fedftg.data.partition import Indices, hold_back, needed_columns, noise_levels, partition
@@ -175,7 +175,7 @@ class FederatedData:
         for step in range(wanted):
             at = step % per_epoch
             if at == 0:
-                order = part[torch.randperm(len(part), generator=rng)].to(self.device)
+                order = moved(part[torch.randperm(len(part), generator=rng)], self.device)
             rows = order[at * batch_size : (at + 1) * batch_size]
             images, labels = self._train(rows)
             yield self._noisy(self.normalise(augment(images, self.dataset.augment, rng)), client, rng), labels
@@ -189,7 +189,7 @@ class FederatedData:
         level = self._noise[client]
         if not level:
             return images
-        return images + level * torch.randn(images.shape, generator=rng).to(self.device)
+        return images + level * moved(torch.randn(images.shape, generator=rng), self.device)
 
     def test_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All test images ``(B, D, H, W)``, normalised, never augmented, and labels ``(B,)``, in stored order."""

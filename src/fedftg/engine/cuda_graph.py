@@ -3,19 +3,20 @@
 A step (forward, backward, the rule's correction, clipping, SGD) is `fedftg.engine.local_train.client_step`, as it is,
 on tensors that stay where they are: values are copied in before a client and out after it, images and labels before
 each step. Order and augmentation are drawn outside. A smaller last batch has a recording of its own. With
-``executor.group`` above 1 the steps of several clients are recorded side by side, each on a stream of its own; steps in
-which not all of them have a full batch are replayed one by one.
+``executor.group`` above 1 the steps of several clients are recorded side by side, each on a stream of its own: those
+that have a full batch in a step.
 
-Recordings hold the round's rate as a number, so each round records anew.
+Recordings serve all rounds: the received model, the message, the rate and the round are tensors that a round fills.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,9 +32,15 @@ from fedftg.params import Params
 from fedftg.seeds import forked, seed_for
 
 Part = Callable[[], None]
+Key = tuple[tuple[int, torch.Size], ...]
+"""Which lanes step together, and the shapes of their images."""
+
+MOST_RECORDINGS = 128
+"""How many are kept, the latest used: each holds GPU memory for every kernel in it, up to 100 MB for five ResNet-18."""
 
 _OWN = {"client": torch.int64, "num_samples": torch.int64, "relative_size": torch.float64, "seed": torch.int64}
-"""Fields of a task in which clients differ; a rule sees them as tensors, or the first client's would be recorded."""
+"""Fields of a task in which clients differ. A rule sees them, the rate and the round as tensors, or the numbers of the
+first step would be recorded."""
 
 
 class CannotRecord(RuntimeError):
@@ -77,18 +84,55 @@ class CudaRecorder:
             main.wait_stream(stream)
 
 
+class _Sent:
+    """What all clients of a round are given, in tensors that stay where they are from round to round."""
+
+    def __init__(self, task: LocalTask, rule: LocalRule) -> None:
+        like = next(iter(task.params.values()))
+        self.rule = rule
+        self.params, self.buffers = tree.clone(task.params), tree.clone(task.buffers)
+        self.message = tree.clone(task.message)
+        # In the parameters' type, or a step of all of them at once would take a slow path.
+        self.lr = torch.tensor(task.lr, dtype=like.dtype, device=like.device)
+        self.round = torch.tensor(task.round, device=like.device)
+        self._filled_from = (task.round, task.params, task.buffers, task.message)
+
+    def fits(self, task: LocalTask, rule: LocalRule) -> bool:
+        """Whether this rule is the one recorded, and what is sent now has the names and shapes of what was."""
+        pairs = ((self.params, task.params), (self.buffers, task.buffers), (self.message, task.message))
+        return rule is self.rule and all(shapes(own) == shapes(new) for own, new in pairs)
+
+    @torch.no_grad()
+    def fill(self, task: LocalTask) -> None:
+        """Another round's values; nothing where they are there."""
+        given = (task.round, task.params, task.buffers, task.message)
+        if given[0] == self._filled_from[0] and all(
+            new is old for new, old in zip(given[1:], self._filled_from[1:], strict=True)
+        ):
+            return
+        _copy(self.params, task.params)
+        _copy(self.buffers, task.buffers)
+        _copy(self.message, task.message)
+        self.lr.fill_(task.lr)
+        self.round.fill_(task.round)
+        self._filled_from = given
+
+
 class _Lane:
     """The tensors that one client at a time is trained in."""
 
-    def __init__(self, task: LocalTask, common: LocalTask, settings: LocalConfig) -> None:
+    def __init__(self, task: LocalTask, sent: _Sent, settings: LocalConfig) -> None:
         self.params = {name: tensor.detach().clone().requires_grad_() for name, tensor in task.params.items()}
         self.buffers = tree.clone(task.buffers)
         self.memory = tree.clone(task.memory)
         self.velocity = tree.zeros_like(task.params) if settings.momentum else {}
         device = next(iter(self.params.values())).device
         self.own = {name: torch.tensor(getattr(task, name), dtype=kind, device=device) for name, kind in _OWN.items()}
-        self.task = replace(common, memory=self.memory, **self.own)  # type: ignore[arg-type]
-        self.sgd = Sgd(self.params, task.lr, settings, list(self.velocity.values()) or None)
+        numbers: dict[str, Any] = {**self.own, "lr": sent.lr, "round": sent.round}
+        self.task = LocalTask(
+            params=sent.params, buffers=sent.buffers, message=sent.message, memory=self.memory, **numbers
+        )
+        self.sgd = Sgd(self.params, sent.lr, settings, list(self.velocity.values()) or None)
         self.loss = torch.zeros((), device=device)
         self.inputs: dict[torch.Size, tuple[Tensor, Tensor]] = {}
 
@@ -125,13 +169,12 @@ class _Lane:
 
 
 @dataclass
-class _Round:
-    """What the recordings of a round are tied to."""
+class _Recorded:
+    """Recordings, and the tensors that they are tied to."""
 
-    number: int
-    sent: tuple[Params, Params, Params, LocalRule]
-    lanes: list[_Lane]
-    recordings: dict[tuple[tuple[int, torch.Size], ...], Part]
+    sent: _Sent
+    lanes: list[_Lane] = field(default_factory=list)
+    recordings: OrderedDict[Key, Part] = field(default_factory=OrderedDict)
 
 
 class CudaGraphExecutor:
@@ -173,7 +216,7 @@ class CudaGraphExecutor:
         self._fallback = fallback
         self._recorder = recorder
         self._unfit = False
-        self._round: _Round | None = None
+        self._recorded: _Recorded | None = None
 
     def run(self, rule: LocalRule, tasks: Iterable[LocalTask]) -> Iterator[ClientResult]:
         """The results of a group at a time, in the order of the tasks.
@@ -201,7 +244,7 @@ class CudaGraphExecutor:
 
     def close(self) -> None:
         """Gives the recordings and their memory up."""
-        self._round = None
+        self._recorded = None
 
     def _give_up(self, error: CannotRecord) -> _Runner:
         self.close()
@@ -212,12 +255,16 @@ class CudaGraphExecutor:
         return self._fallback
 
     def _train(self, rule: LocalRule, tasks: list[LocalTask]) -> list[ClientResult]:
-        state = self._ready(rule, tasks)
-        lanes = state.lanes[: len(tasks)]
-        for lane, task in zip(lanes, tasks, strict=True):
+        # Those with the most steps first: clients that still step are then the first lanes, whatever their sizes are,
+        # and have few recordings.
+        places = sorted(range(len(tasks)), key=lambda place: -self._data.num_samples(tasks[place].client))
+        ordered = [tasks[place] for place in places]
+        state = self._ready(rule, ordered)
+        lanes = state.lanes[: len(ordered)]
+        for lane, task in zip(lanes, ordered, strict=True):
             lane.load(task)
-        batches = [client_batches(self._model, self._data, self._settings, task) for task in tasks]
-        losses: list[list[Tensor]] = [[] for _ in tasks]
+        batches = [client_batches(self._model, self._data, self._settings, task) for task in ordered]
+        losses: list[list[Tensor]] = [[] for _ in ordered]
         first = tasks[0]
         with forked(seed_for(first.seed, first.round, first.client, "model"), self._data.device):
             while True:
@@ -229,36 +276,41 @@ class CudaGraphExecutor:
                         current.append((index, batch[0].shape))
                 if not current:
                     break
-                full = len(current) == self._group and {shape[0] for _, shape in current} == {self._settings.batch_size}
-                for key in [tuple(current)] if full else [(one,) for one in current]:
-                    self._replay(state, rule, key)
+                full = tuple(one for one in current if one[1][0] == self._settings.batch_size)
+                for key in (full, *((one,) for one in current if one not in full)):
+                    if key:
+                        self._replay(state, rule, key)
                 for index, _ in current:
                     losses[index].append(lanes[index].loss.clone())
-        return [self._result(rule, *one) for one in zip(lanes, tasks, losses, strict=True)]
+        results = [self._result(rule, *one) for one in zip(lanes, ordered, losses, strict=True)]
+        return [result for _, result in sorted(zip(places, results, strict=True), key=lambda pair: pair[0])]
 
-    def _ready(self, rule: LocalRule, tasks: list[LocalTask]) -> _Round:
-        """The lanes for these clients; a new round, or other names in a memory, makes them anew."""
+    def _ready(self, rule: LocalRule, tasks: list[LocalTask]) -> _Recorded:
+        """The lanes for these clients; another rule, or other names in what it sends or keeps, makes them anew."""
         first = tasks[0]
-        sent = (first.params, first.buffers, first.message, rule)
-        state = self._round
-        known = state is not None and state.number == first.round
-        if not known or state is None or any(new is not old for new, old in zip(sent, state.sent, strict=True)):
-            state = self._round = _Round(first.round, sent, [], {})
+        state = self._recorded
+        if state is None or not state.sent.fits(first, rule):
+            state = self._recorded = _Recorded(_Sent(first, rule))
+        state.sent.fill(first)
         for index, task in enumerate(tasks):
             if index == len(state.lanes):
-                state.lanes.append(_Lane(task, first, self._settings))
+                state.lanes.append(_Lane(task, state.sent, self._settings))
             elif not state.lanes[index].fits(task):
-                state.lanes[index] = _Lane(task, first, self._settings)
-                state.recordings = {key: part for key, part in state.recordings.items() if index not in dict(key)}
+                state.lanes[index] = _Lane(task, state.sent, self._settings)
+                for key in [key for key in state.recordings if index in dict(key)]:
+                    del state.recordings[key]
         return state
 
-    def _replay(self, state: _Round, rule: LocalRule, key: tuple[tuple[int, torch.Size], ...]) -> None:
+    def _replay(self, state: _Recorded, rule: LocalRule, key: Key) -> None:
         if key not in state.recordings:
             norm = self._settings.max_grad_norm
             parts: list[Part] = [
                 partial(state.lanes[index].step, self._model, rule, shape, norm) for index, shape in key
             ]
             state.recordings[key] = self._record([state.lanes[index] for index, _ in key], parts)
+            if len(state.recordings) > MOST_RECORDINGS:
+                state.recordings.popitem(last=False)
+        state.recordings.move_to_end(key)
         state.recordings[key]()
 
     def _record(self, lanes: list[_Lane], parts: list[Part]) -> Part:

@@ -66,11 +66,12 @@ class Sgd:
     one pass after the other takes 12 (one thread, AVX2). Its bits are the same without momentum.
 
     Args:
+        lr: the rate; as a tensor of the parameters' type it is read in each step, so that a recorded step follows it.
         velocity: where momentum starts, one tensor a parameter and written in place; None takes the first step's.
     """
 
     def __init__(
-        self, params: Params, lr: float, settings: LocalConfig, velocity: Sequence[Tensor] | None = None
+        self, params: Params, lr: float | Tensor, settings: LocalConfig, velocity: Sequence[Tensor] | None = None
     ) -> None:
         self._params = list(params.values())
         self._lr = lr
@@ -102,7 +103,10 @@ class Sgd:
                 torch._foreach_mul_(self._velocity, self._momentum)
                 torch._foreach_add_(self._velocity, steps)
             steps = self._velocity
-        torch._foreach_add_(self._params, steps, alpha=-self._lr)
+        if isinstance(self._lr, Tensor):
+            torch._foreach_sub_(self._params, torch._foreach_mul(steps, self._lr))
+        else:
+            torch._foreach_add_(self._params, steps, alpha=-self._lr)
 
     def _fused_step(self, steps: list[Tensor]) -> None:
         # The kernel walks through memory, so a gradient must lie in it as its parameter does; a convolution's may not.
@@ -115,7 +119,8 @@ class Sgd:
         velocity: list[Tensor | None] = [None] * len(steps) if self._velocity is None else [*self._velocity]
         torch_sgd(
             [param.detach() for param in self._params], steps, velocity, fused=True, weight_decay=self._weight_decay,
-            momentum=self._momentum, lr=self._lr, dampening=0.0, nesterov=False, maximize=False,
+            momentum=self._momentum, lr=self._lr, dampening=0.0, nesterov=False,  # type: ignore[arg-type]
+            maximize=False,
         )  # fmt: skip
         if self._momentum:
             self._velocity = [tensor for tensor in velocity if tensor is not None]
