@@ -3,7 +3,9 @@
     python benchmarks/accuracy/headline.py RUN_FOLDER ... --commit COMMIT
 
 Of each run folder a small file goes to ``benchmarks/results/headline``; table and figure are made of all files there.
-Without folders only these are made anew. The runs themselves are ``fedftg run paper/RECIPE``, as the page says.
+Without folders only these are made anew. The runs themselves are ``fedftg run paper/RECIPE``, as the page says. A run
+may have a shortened schedule: fewer rounds, in which both rates, the clients' and the refiner's, fall as far as in all
+of the recipe's. It is compared with others of as many rounds.
 """
 
 from __future__ import annotations
@@ -62,7 +64,8 @@ def main() -> None:
 def file_of(result: Result) -> Path:
     """Where it is kept."""
     recipe = result["recipe"].removeprefix("paper/")
-    return RESULTS / f"{recipe}-{result['preset']}-seed{result['seed']}.json"
+    schedule = f"-in{result['shortened_to']}" if "shortened_to" in result else ""
+    return RESULTS / f"{recipe}-{result['preset']}-seed{result['seed']}{schedule}.json"
 
 
 def kept(folder: Path, commit: str) -> Result:
@@ -77,7 +80,7 @@ def kept(folder: Path, commit: str) -> Result:
     preset = getattr(config.refiner, "preset", "base")
     rows = records.read(run.rounds_file)
     evaluated = [row for row in rows if row["accuracy"]]
-    changed = _changed(config, folder)
+    changed, shortened = _changed(config, folder)
     if len(evaluated) < EVALUATIONS:
         raise InputError(
             f"{folder} has {len(evaluated)} evaluations in {len(rows)} rounds, a row needs {EVALUATIONS}; "
@@ -104,6 +107,8 @@ def kept(folder: Path, commit: str) -> Result:
         },
         "rolled_back": [row["round"] for row in rows if "rolled_back" in row],
     }
+    if shortened:
+        result["shortened_to"] = config.rounds
     before = read(file_of(result))
     if before and before["rounds_done"] > result["rounds_done"]:
         raise InputError(
@@ -117,33 +122,57 @@ _MAY_DIFFER = (*configs.RESUME_MAY_CHANGE, "executor", "evaluation.batch_size")
 """From the recipe, in a run that stands under its name."""
 
 
-def _changed(config: configs.RunConfig, folder: Path) -> dict[str, Any]:
-    """In what a run differs from its recipe with its preset and seed; InputError where that is more than how it ran."""
-    recipe = RECIPES / f"{config.name}.toml"
-    if not recipe.is_file():
+_RATES = ("local.lr_decay", "refiner.lr_decay")
+_ALIKE = 0.01
+"""How far from the recipe's a shortened schedule's last rate may be, as a share of it: decays are given in digits."""
+
+
+def _changed(config: configs.RunConfig, folder: Path) -> tuple[dict[str, Any], bool]:
+    """In what a run differs from its recipe with its preset and seed, and whether its schedule is a shortened one.
+
+    Raises:
+        InputError: it differs in more than how it ran, or a rate falls otherwise than in a shortened schedule.
+    """
+    path = RECIPES / f"{config.name}.toml"
+    if not path.is_file():
         raise InputError(f"{folder} is a run named {config.name!r}; only those of recipes/paper are kept")
     given = [f"seed={config.seed}"]
     if config.refiner.name == "fedftg":
         given.append(f"refiner.preset={config.refiner.preset}")
-    as_recipe, as_run = (configs.flat(of.model_dump(mode="json")) for of in (configs.load(recipe, given), config))
+    recipe = configs.load(path, given)
+    as_recipe, as_run = (configs.flat(of.model_dump(mode="json")) for of in (recipe, config))
     found = {key: as_run.get(key) for key in sorted({*as_recipe, *as_run}) if as_run.get(key) != as_recipe.get(key)}
+    rates = [key for key in _RATES if key in as_recipe]
+    shortened = any(key in found for key in rates)
     for key in found:
+        if key in rates:
+            wanted, got = as_recipe[key] ** recipe.rounds, as_run[key] ** config.rounds
+            if abs(got - wanted) <= _ALIKE * wanted and all(rate in found for rate in rates):
+                continue
+            needed = " and ".join(f"{rate}={as_recipe[rate] ** (recipe.rounds / config.rounds):.5f}" for rate in rates)
+            raise InputError(
+                f"{folder} is not paper/{config.name} in {config.rounds} rounds: {key} is {found[key]!r}, and for the "
+                f"same fall of the rates {needed} is needed"
+            )
         if not any(key == may or key.startswith(f"{may}.") for may in _MAY_DIFFER):
             raise InputError(
                 f"{folder} is not paper/{config.name}: {key} is {found[key]!r}, not {as_recipe.get(key)!r}"
             )
-    return {key: value for key, value in found.items() if key not in ("data.root", "data.cache")}
+    return {key: value for key, value in found.items() if key not in ("data.root", "data.cache")}, shortened
 
 
 def load(results: Path) -> list[Result]:
     """All kept runs, each federation's base first."""
     found = [result for path in sorted(results.glob("*.json")) if (result := read(path)) is not None]
-    return sorted(found, key=lambda of: (federation(of), list(_COLOUR).index(of["preset"]), of["seed"]))
+    return sorted(
+        found, key=lambda of: ("shortened_to" in of, federation(of), list(_COLOUR).index(of["preset"]), of["seed"])
+    )
 
 
 def federation(result: Result) -> str:
-    """What a run shares with its base: data, partition and algorithm."""
-    return str(result["recipe"]).removeprefix("paper/").removesuffix("_fedftg")
+    """What a run shares with its base: data, partition, algorithm and schedule."""
+    name = str(result["recipe"]).removeprefix("paper/").removesuffix("_fedftg")
+    return f"{name}, shortened to {result['shortened_to']}" if "shortened_to" in result else name
 
 
 def table(results: list[Result]) -> list[str]:
@@ -158,7 +187,7 @@ def table(results: list[Result]) -> list[str]:
     bases = {(federation(result), result["seed"]): result for result in results if result["preset"] == "base"}
     titles = (
         "recipe", "preset", "seed", "rounds done", "up to round", *(f"`{kind}`" for kind in KINDS),
-        "over its base", "`all` over its base's", "right after", "s",
+        "over its base", "`all` over its base's", "right after", "its last `all`, `refined`", "s",
     )  # fmt: skip
     lines = [titles, ("---",) * len(titles)]
     for result in results:
@@ -167,12 +196,15 @@ def table(results: list[Result]) -> list[str]:
         over = {kind: f"{means[kind] - mean(base, kind):+.1f}" if refines and base else "" for kind in KINDS}
         lines.append((
             f"`{result['recipe']}`", result["preset"] if refines else "", str(result["seed"]),
-            str(result["rounds_done"]), str(ends[federation(result)]), *(f"{means[kind]:.1f}" for kind in KINDS),
+            f"{result['rounds_done']} of {result['rounds_planned']}", str(ends[federation(result)]),
+            *(f"{means[kind]:.1f}" for kind in KINDS),
             over["refined"], over["all"], f"{means['refined'] - means['selected']:+.1f}" if refines else "",
+            ", ".join(f"{100 * result['accuracy'][kind][-1]:.1f}" for kind in ("all", "refined")),
             f"{sum(result['seconds'].values()):.1f}",
         ))  # fmt: skip
     return [
-        f"Mean of the last {EVALUATIONS} evaluations, in %; s: seconds a round, in the mean of all that were done.",
+        f"Mean of the last {EVALUATIONS} evaluations up to that round, and the last of the run, in %; s: seconds a\n"
+        "round, in the mean of all that were done.",
         "",
         *("| " + " | ".join(line) + " |" for line in lines),
     ]
@@ -184,11 +216,15 @@ def fill(text: str, results: list[Result]) -> str:
 
 
 def draw(results: list[Result], path: Path) -> None:
-    """Accuracy by round, a panel for each federation."""
+    """Accuracy by round, a panel for each federation, two in a row."""
     names = list(dict.fromkeys(federation(result) for result in results))
-    figure = Figure(figsize=(4.6 * len(names), 5), dpi=100, layout="constrained")
-    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
-    for axes, name in zip(panels, names, strict=True):
+    columns = min(2, len(names))
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(4.6 * columns, 1 + 4 * lines), dpi=100, layout="constrained")
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
+    for axes in panels[len(names) :]:
+        axes.set_axis_off()
+    for axes, name in zip(panels, names, strict=False):
         for result in (result for result in results if federation(result) == name):
             colour = _COLOUR[result["preset"]]
             styles = {"refined": "-", "all": ":"} if result["preset"] == "base" else {"refined": "-", "selected": "--"}
@@ -199,7 +235,8 @@ def draw(results: list[Result], path: Path) -> None:
                 axes.plot(result["rounds"], values, style, color=colour, label=label, linewidth=1.6)
         axes.set(title=name, xlabel="round")
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("test accuracy in %")
+    for axes in panels[::columns]:
+        axes.set_ylabel("test accuracy in %")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     save(figure, path)
 

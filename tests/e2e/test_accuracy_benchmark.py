@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fedftg import config as configs
+from fedftg.errors import InputError
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "accuracy"
 
@@ -163,28 +164,32 @@ def test_headline_runs_are_compared_over_the_rounds_that_their_federation_has(be
     for the aggregate and .06 more for the refined model. The other federation's three hundred rounds change nothing."""
     import headline  # type: ignore[import-not-found]
 
-    def run(recipe: str, preset: str, seed: int, ends: int, selected: float, refined: float) -> dict[str, Any]:
+    def run(
+        recipe: str, preset: str, seed: int, ends: int, selected: float, refined: float, **more: int
+    ) -> dict[str, Any]:
         rounds = list(range(10, ends + 1, 10))
         shape = [round_ / 1000 for round_ in rounds]  # .04 in the mean of rounds 20 to 60
         accuracy = {"selected": selected, "all": selected + 0.3, "refined": refined}
         return {
             "recipe": f"paper/{recipe}", "preset": preset, "seed": seed, "rounds_done": ends + 3, "rounds": rounds,
             "accuracy": {kind: [over + value for value in shape] for kind, over in accuracy.items()},
-            "seconds": {"local": 2.0, "refine": 0.25},
+            "seconds": {"local": 2.0, "refine": 0.25}, "rounds_planned": 500, **more,
         }  # fmt: skip
 
     lines = headline.table([
         run("x_fedavg", "base", 0, 90, 0.0, 0.0), run("x_fedavg", "base", 1, 90, 0.7, 0.7),
         run("x_fedavg_fedftg", "paper", 0, 60, 0.05, 0.06), run("y_fedavg", "base", 0, 300, 0.1, 0.1),
+        run("x_fedavg", "base", 0, 120, 0.4, 0.4, rounds_planned=130, shortened_to=130),
     ])  # fmt: skip
     rows = [[part.strip() for part in line.strip("|").split("|")] for line in lines[4:]]
-    assert rows[0][2:] == ["0", "93", "60", "4.0", "34.0", "4.0", "", "", "", "2.2"]
-    assert rows[1][2:8] == ["1", "93", "60", "74.0", "104.0", "74.0"]
+    assert rows[0][2:] == ["0", "93 of 500", "60", "4.0", "34.0", "4.0", "", "", "", "39.0, 9.0", "2.2"]
+    assert rows[1][2:8] == ["1", "93 of 500", "60", "74.0", "104.0", "74.0"]
     assert rows[2] == [
-        "`x_fedavg_fedftg`".replace("x", "paper/x"), "paper", "0", "63", "60", "9.0", "39.0", "10.0", "+6.0", "+5.0",
-        "+1.0", "2.2",
+        "`paper/x_fedavg_fedftg`", "paper", "0", "63 of 500", "60", "9.0", "39.0", "10.0", "+6.0", "+5.0", "+1.0",
+        "41.0, 12.0", "2.2",
     ]  # fmt: skip
     assert rows[3][4:6] == ["300", "38.0"]
+    assert rows[4][3:6] == ["123 of 130", "120", "50.0"]
 
 
 def test_headline_runs_are_kept_before_their_end(
@@ -229,7 +234,7 @@ def test_headline_runs_are_kept_before_their_end(
     assert result["seconds"]["local"] == pytest.approx(sum(row["seconds"]["local"] for row in rows) / 5, abs=1e-3)
     shown = (tmp_path / "page.md").read_text().splitlines()
     assert (shown[0], shown[-1]) == ("before", "after")
-    (line,) = [line for line in shown if line.startswith("| `paper/some_fedftg` | fedftg | 0 | 5 | 5 |")]
+    (line,) = [line for line in shown if line.startswith("| `paper/some_fedftg` | fedftg | 0 | 5 of 6 | 5 |")]
     mean = {kind: 20 * sum(row["accuracy"][kind] for row in rows) for kind in headline.KINDS}
     assert line.split(" | ")[5:8] == [f"{mean[kind]:.1f}" for kind in headline.KINDS]
     assert (tmp_path / "headline_rounds.png").read_bytes()[:4] == b"\x89PNG"
@@ -245,6 +250,25 @@ def test_headline_runs_are_kept_before_their_end(
     assert "0 evaluations in 0 rounds" in given(str(run), "--commit", "c")
     (tmp_path / "recipes" / "some_fedftg.toml").write_text(recipe.replace("epochs = 1", "epochs = 2"))
     assert "is not paper/some_fedftg: local.epochs is 1, not 2" in given(str(run), "--commit", "c")
+
+
+def test_a_shortened_schedule_is_one_in_which_both_rates_fall_as_far(bench: Any) -> None:
+    import headline  # type: ignore[import-not-found]
+
+    def changed(recipe: str, *given: str) -> Any:
+        path = headline.RECIPES / f"cifar10_iid_{recipe}.toml"
+        return headline._changed(configs.load(path, ["rounds=150", *given]), Path("runs/x"))
+
+    local, refiner = "local.lr_decay=0.98674", "refiner.lr_decay=0.98674"
+    assert changed("fedavg_fedftg", local, refiner) == (
+        {"local.lr_decay": 0.98674, "refiner.lr_decay": 0.98674, "rounds": 150}, True
+    )  # fmt: skip
+    assert changed("fedavg", local)[1]
+    assert changed("fedavg_fedftg") == ({"rounds": 150}, False)
+    needed = "for the same fall of the rates local.lr_decay=0.98674 and refiner.lr_decay=0.98674 is needed"
+    for given in ((local,), (refiner,), (local, "refiner.lr_decay=0.98"), ("local.lr_decay=0.99", refiner)):
+        with pytest.raises(InputError, match=needed):
+            changed("fedavg_fedftg", *given)
 
 
 @pytest.mark.parametrize(
