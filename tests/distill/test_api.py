@@ -134,6 +134,8 @@ def test_wrong_inputs(models: list[nn.Module], counts: Tensor, classifier: Calla
         ((frozen, teachers, counts), {}, "requires_grad_"),
         ((student, teachers, counts), {"image_shape": (3, 32, 32)}, "student does not take images of shape"),
         ((student, teachers, counts), {"image_shape": (1, 4, 4)}, r"8 to 224 pixels a side, got \(1, 4, 4\)"),
+        ((student, teachers, counts), {"image_shape": "8x8"}, r"image_shape must be three whole numbers .*, got '8x8'"),
+        ((student, teachers, counts), {"image_shape": 8}, "image_shape must be three whole numbers .*, got 8"),
         ((student, [*teachers[:2], broken], counts), {}, r"teacher 2 has values in 1\.bias that are not finite"),
         ((broken, teachers, counts), {}, r"student has values in 1\.bias that are not finite"),
         (

@@ -167,9 +167,13 @@ def _counts(class_counts: Tensor | Sequence[Sequence[float]], num_teachers: int)
 
 
 def _new_generator(settings: DistillConfig, num_classes: int, image_shape: Sequence[int], seed: int) -> Generator:
+    try:
+        shape = tuple(int(size) for size in image_shape)
+    except (TypeError, ValueError):
+        raise InputError(f"image_shape must be three whole numbers such as (3, 32, 32), got {image_shape!r}") from None
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_for(seed, 0, SERVER, "generator"))
-        return Generator(settings.noise_dim, num_classes, image_shape, settings.generator_width)
+        return Generator(settings.noise_dim, num_classes, shape, settings.generator_width)
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ Key = tuple[tuple[int, torch.Size], ...]
 """Which lanes step together, and the shapes of their images."""
 
 MOST_RECORDINGS = 128
-"""How many are kept, the latest used: each holds GPU memory for every kernel in it, up to 100 MB for five ResNet-18."""
+"""How many are kept, those used last; else every size that a last batch has would add one for each lane."""
 
 _OWN = {"client": torch.int64, "num_samples": torch.int64, "relative_size": torch.float64, "seed": torch.int64}
 """Fields of a task in which clients differ. A rule sees them, the rate and the round as tensors, or the numbers of the
