@@ -187,11 +187,15 @@ def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress) -
     config = experiment.config
     progress.start(config, experiment.state.round, experiment.data.num_clients)
     saved = experiment.state.round
+    executor = experiment.executor.description
     record: Record | None = None
     try:
         while experiment.state.round < config.rounds:
             record = experiment.run_round(progress)
             done = experiment.state.round
+            if experiment.executor.description != executor:  # what auto took could not do it
+                executor = experiment.executor.description
+                folder.amend_session(executor=executor)
             index: checkpoint.Index | None = None
             if done % config.checkpoint.every == 0 or done == config.rounds:
                 # All of it but the last rename comes before the record, which says how long it took.

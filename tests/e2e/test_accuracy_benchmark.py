@@ -265,10 +265,17 @@ def test_a_shortened_schedule_is_one_in_which_both_rates_fall_as_far(bench: Any)
     )  # fmt: skip
     assert changed("fedavg", local)[1]
     assert changed("fedavg_fedftg") == ({"rounds": 150}, False)
-    needed = "for the same fall of the rates local.lr_decay=0.98674 and refiner.lr_decay=0.98674 is needed"
-    for given in ((local,), (refiner,), (local, "refiner.lr_decay=0.98"), ("local.lr_decay=0.99", refiner)):
-        with pytest.raises(InputError, match=needed):
+    assert changed("fedavg", "local.lr_decay=0.9868")[1]
+    for given, wrong, got in (
+        ((local,), "refiner", 0.998),
+        ((refiner,), "local", 0.998),
+        ((local, "refiner.lr_decay=0.98"), "refiner", 0.98),
+        (("local.lr_decay=0.9869", refiner), "local", 0.9869),
+    ):
+        with pytest.raises(InputError, match=rf"in 150 rounds: .* {wrong}\.lr_decay must be 0.98674, got {got}"):
             changed("fedavg_fedftg", *given)
+    with pytest.raises(InputError, match=r"local\.lr_decay is 0\.999, not 0\.998"):
+        changed("fedavg", "rounds=2000", "local.lr_decay=0.999")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Every executor gives the results of the sequential one: to the bit, or within rounding where it says so."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedftg.algorithms.base import Algorithm, ClientResult, LocalTask
+import fedftg
+from fedftg.algorithms.base import Algorithm, Batch, ClientResult, LocalTask
 from fedftg.algorithms.registry import ALGORITHMS
 from fedftg.data.dataset import ImageDataset
 from fedftg.data.federated import FederatedData
@@ -186,22 +189,115 @@ def test_recorded_steps_are_the_sequential_ones(name: str, model_name: str, grou
     executor.close()
 
 
-def test_another_rule_is_recorded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So is one that was used too long ago: no more are kept than are bounded."""
-    monkeypatch.setattr(cuda_graph, "MOST_RECORDINGS", 2)
-    model, recorder = make_model(), Again()
+class Own:
+    """A local rule of a user's; what it reads besides the batch is given by ``term``."""
+
+    def __init__(self, term: Callable[[LocalTask], Any]) -> None:
+        self._term = term
+
+    def init_memory(self, params: Params, buffers: Params) -> Params:
+        return {}
+
+    def loss(self, model: FunctionalModel, params: Params, buffers: Params, batch: Batch, _: LocalTask) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(params, buffers, batch.images, train=True), batch.labels)
+
+    def correct(self, grads: Params, params: Params, task: LocalTask) -> Params:
+        return {name: grad + self._term(task) for name, grad in grads.items()}
+
+    def finish(self, params: Params, buffers: Params, task: LocalTask, num_steps: int) -> tuple[Params, Params]:
+        return {}, task.memory
+
+
+def own_tasks(model: FunctionalModel, round: int, **changed: Any) -> list[LocalTask]:
+    """Those of FedAvg, each with its own memory and all with a message."""
+    tasks = make_tasks(ALGORITHMS["fedavg"]().build(len(SIZES)), model, round)  # type: ignore[call-arg]
+    message = changed.pop("message", {})
+    return [replace(task, message=message, **{name: of(task) for name, of in changed.items()}) for task in tasks]
+
+
+def assert_like_sequential(executor: CudaGraphExecutor, rule: Any, tasks: list[LocalTask], settings: Any) -> None:
+    reference = list(SequentialExecutor(executor._model, DATA, settings).run(rule, tasks))
+    for left, right in zip(executor.run(rule, tasks), reference, strict=True):
+        assert_equal(left, right, close=0)
+
+
+@pytest.mark.parametrize(
+    ("term", "anew"),
+    [
+        (lambda task: 0.01 * task.round, True),
+        (lambda task: 0.1 * task.lr, True),
+        (lambda task: 0.01 * (replace(task, memory={}).round in {2, 3}), True),
+        (lambda task: task.num_samples / 64, False),
+    ],
+)
+def test_a_rule_that_reads_round_or_rate_is_recorded_in_each_round(
+    term: Callable[[LocalTask], Any], anew: bool
+) -> None:
+    """It reads numbers, as it does elsewhere."""
+    model, recorder, rule = make_model(), Again(), Own(term)
     executor = CudaGraphExecutor(model, DATA, SETTINGS, 3, recorder=recorder)
     counts = []
-    for name in ("fedavg", "fedprox", "fedprox"):
-        algorithm = ALGORITHMS[name]().build(len(SIZES))  # type: ignore[call-arg]
-        tasks = make_tasks(algorithm, model)
-        reference = list(SequentialExecutor(model, DATA, SETTINGS).run(algorithm.local, tasks))
-        for left, right in zip(executor.run(algorithm.local, tasks), reference, strict=True):
-            assert_equal(left, right, close=0)
+    for round in (1, 2, 3):
+        assert_like_sequential(executor, rule, own_tasks(model, round), SETTINGS)
         counts.append(len(recorder.recorded))
-    assert counts[0] < counts[1] < counts[2]
+    assert counts == ([3, 6, 9] if anew else [3, 3, 3])
+
+
+def test_other_names_or_shapes_are_recorded_anew() -> None:
+    """In a memory, lane by lane; in the message; another rule."""
+    model, recorder = make_model("lenet"), Again()
+    executor = CudaGraphExecutor(model, DATA, SETTINGS, 1, recorder=recorder)
+    rule = Own(lambda task: 0.01 * sum(value.sum() for value in {**task.message, **task.memory}.values()))
+    memory = {"memory": lambda task: {"ab"[task.client % 2]: torch.full((1 + task.client % 2,), 1.0 + task.client)}}
+    counts = []
+    for round, message in ((1, torch.ones(1)), (2, torch.ones(1)), (3, torch.ones(2))):
+        assert_like_sequential(executor, rule, own_tasks(model, round, message={"m": message}, **memory), SETTINGS)
+        counts.append(len(recorder.recorded))
+    # Each client but the last, which has no batch, finds the lane of another memory; client 1 and 3 have two shapes.
+    assert counts == [7, 14, 21]
+    recorder.recorded.clear()
+    executor = CudaGraphExecutor(model, DATA, SETTINGS, 1, recorder=recorder)
+    for value, count in ((0.01, 2), (0.02, 4)):
+        assert_like_sequential(executor, Own(lambda _, value=value: value), own_tasks(model, 1), SETTINGS)  # type: ignore[misc]
+        assert len(recorder.recorded) == count
+
+
+def test_recordings_that_were_not_used_for_longest_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients have batches of 5 and 2, 5 and 4, 5 and 2, 5, 1. Of two, that of 5 stays; the others take turns."""
+    monkeypatch.setattr(cuda_graph, "MOST_RECORDINGS", 2)
+    settings = SETTINGS.model_copy(update={"batch_size": 5})
+    model, recorder = make_model("lenet"), Again()
+    executor = CudaGraphExecutor(model, DATA, settings, 1, recorder=recorder)
+    rule, counts = Own(lambda _: 0.0), []
+    for round in (1, 2):
+        assert_like_sequential(executor, rule, own_tasks(model, round), settings)
+        counts.append(len(recorder.recorded))
+    assert counts == [5, 9]
     assert executor._recorded is not None
-    assert len(executor._recorded.recordings) == 2
+    (lane,) = executor._recorded.lanes
+    assert {shape[0] for shape in lane.inputs} == {5, 1}
+
+
+def test_recordings_make_room_for_another() -> None:
+    """Once; a step that then still finds no room cannot be recorded, and the one before it goes on as it is."""
+
+    class Full(Again):
+        def record(self, parts: Sequence[Part]) -> Part:
+            if executor._recorded is not None and executor._recorded.recordings:
+                parts[0]()
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+            return super().record(parts)
+
+    class Never(Again):
+        def record(self, parts: Sequence[Part]) -> Part:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    model, rule = make_model("lenet"), Own(lambda _: 0.0)
+    executor = CudaGraphExecutor(model, DATA, SETTINGS, 3, recorder=Full())
+    assert_like_sequential(executor, rule, own_tasks(model, 1), SETTINGS)
+    executor = CudaGraphExecutor(model, DATA, SETTINGS, 3, recorder=Never())
+    with pytest.raises(InputError, match="too little memory for the steps of 3 clients at a time; take"):
+        list(executor.run(rule, own_tasks(model, 1)))
 
 
 def test_only_clients_that_fit_go_together() -> None:
@@ -214,11 +310,12 @@ def test_only_clients_that_fit_go_together() -> None:
     assert found == [[0, 1], [2], [3, 4], [5]]
 
 
-def test_what_cannot_be_recorded_falls_back_or_is_told() -> None:
-    class Refuses:
-        def record(self, parts: Sequence[Part]) -> Part:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+class Refuses:
+    def record(self, parts: Sequence[Part]) -> Part:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
+
+def test_what_cannot_be_recorded_falls_back_or_is_told() -> None:
     class Wrong:
         def record(self, parts: Sequence[Part]) -> Part:
             return lambda: None
@@ -241,6 +338,20 @@ def test_what_cannot_be_recorded_falls_back_or_is_told() -> None:
             assert_equal(left, right, close=0)
         assert executor.description.startswith("sequential (cuda_graph: ")
         assert len(list(executor.run(algorithm.local, tasks))) == len(SIZES)
+
+
+def test_the_environment_says_what_the_clients_ran_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(_: Any, model: FunctionalModel, data: FederatedData, settings: LocalConfig, *__: Any) -> Any:
+        reference = SequentialExecutor(model, data, settings)
+        return CudaGraphExecutor(model, data, settings, 2, recorder=Refuses(), fallback=reference)
+
+    monkeypatch.setattr(executors, "build", build)
+    settings = ["rounds=2", "data.name=digits", "data.max_train=60", "data.max_test=20", "partition.num_clients=3",
+                "model.name=lenet", "refiner.name=none", "local.epochs=1", "cohort.probability=1"]  # fmt: skip
+    fedftg.run("default", overrides=settings, out=tmp_path / "run")
+    (session,) = json.loads((tmp_path / "run" / "environment.json").read_text())["sessions"]
+    assert session["executor"].startswith("sequential (cuda_graph: a step cannot be recorded")
+    assert session["cores"] > 0
 
 
 def test_cuda_graph_says_what_it_needs() -> None:

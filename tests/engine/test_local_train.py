@@ -163,3 +163,22 @@ def test_parameters_that_are_parts_of_others_leave_the_rest_alone() -> None:
     whole = torch.ones(3, 4)
     Sgd({"half": whole[:, ::2]}, 0.1, LocalConfig(weight_decay=0.0)).step({"half": torch.ones(3, 2)})
     assert whole.tolist() == [[pytest.approx(0.9), 1.0, pytest.approx(0.9), 1.0]] * 3
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_a_rate_in_a_tensor_is_followed(fused: bool, momentum: float) -> None:
+    """Parameters that are parts of others take the way of a GPU."""
+    settings = LocalConfig(weight_decay=0.1, momentum=momentum)
+    rate = torch.tensor(0.0)
+    found, expected = ({"a": torch.ones(3, 4)[:, :: 1 if fused else 2]} for _ in range(2))
+    grads = {"a": torch.full_like(found["a"], 2.0)}
+    following = Sgd(found, rate, settings)
+    assert following._fused == fused
+    velocity: list[torch.Tensor] = [torch.zeros_like(expected["a"])]
+    for lr in (0.3, 0.1):
+        rate.fill_(lr)
+        following.step(grads)
+        Sgd(expected, lr, settings, velocity).step(grads)
+        torch.testing.assert_close(found["a"], expected["a"], rtol=1e-6, atol=0)
+    assert found["a"].max() < 0.2

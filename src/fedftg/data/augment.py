@@ -53,9 +53,9 @@ def _shifted(images: Tensor, flipped: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on the device; a GPU is not waited for, so that it works while the next batch is made.
+    """A small tensor of the CPU on the device; a GPU is not waited for where CUDA can do without.
 
-    Safe from ordinary memory: CUDA has read it when the call returns. Apple's GPUs may read later, so they are waited
+    From ordinary memory, as here, CUDA copies before the call returns. Apple's GPUs may read later, so they are waited
     for.
     """
     return tensor.to(device, non_blocking=device.type == "cuda")

@@ -3,10 +3,11 @@
 A step (forward, backward, the rule's correction, clipping, SGD) is `fedftg.engine.local_train.client_step`, as it is,
 on tensors that stay where they are: values are copied in before a client and out after it, images and labels before
 each step. Order and augmentation are drawn outside. A smaller last batch has a recording of its own. With
-``executor.group`` above 1 the steps of several clients are recorded side by side, each on a stream of its own: those
-that have a full batch in a step.
+``executor.group`` above 1 the steps of several clients are recorded side by side, each on a stream of its own, where
+neighbours have full batches.
 
-Recordings serve all rounds: the received model, the message, the rate and the round are tensors that a round fills.
+Recordings serve all rounds: the received model, the message and the rate of SGD are tensors that a round fills. A rule
+that reads ``round`` or ``lr`` gets numbers, which a recording holds, so its steps are recorded anew in each round.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fedftg import params as tree
-from fedftg.algorithms.base import Batch, ClientResult, LocalRule, LocalTask
+from fedftg.algorithms.base import ClientResult, LocalRule, LocalTask
 from fedftg.data.federated import FederatedData
-from fedftg.engine.batches import client_batches, groups, shapes
-from fedftg.engine.local_train import LocalConfig, Sgd, client_step
+from fedftg.engine.batches import client_batches, groups
+from fedftg.engine.lanes import Lane, Sent
+from fedftg.engine.local_train import LocalConfig
 from fedftg.errors import ClientError, InputError
 from fedftg.models.functional import FunctionalModel
-from fedftg.params import Params
 from fedftg.seeds import forked, seed_for
 
 Part = Callable[[], None]
@@ -37,10 +38,6 @@ Key = tuple[tuple[int, torch.Size], ...]
 
 MOST_RECORDINGS = 128
 """How many are kept, those used last; else every size that a last batch has would add one for each lane."""
-
-_OWN = {"client": torch.int64, "num_samples": torch.int64, "relative_size": torch.float64, "seed": torch.int64}
-"""Fields of a task in which clients differ. A rule sees them, the rate and the round as tensors, or the numbers of the
-first step would be recorded."""
 
 
 class CannotRecord(RuntimeError):
@@ -84,97 +81,19 @@ class CudaRecorder:
             main.wait_stream(stream)
 
 
-class _Sent:
-    """What all clients of a round are given, in tensors that stay where they are from round to round."""
-
-    def __init__(self, task: LocalTask, rule: LocalRule) -> None:
-        like = next(iter(task.params.values()))
-        self.rule = rule
-        self.params, self.buffers = tree.clone(task.params), tree.clone(task.buffers)
-        self.message = tree.clone(task.message)
-        # In the parameters' type, or a step of all of them at once would take a slow path.
-        self.lr = torch.tensor(task.lr, dtype=like.dtype, device=like.device)
-        self.round = torch.tensor(task.round, device=like.device)
-        self._filled_from = (task.round, task.params, task.buffers, task.message)
-
-    def fits(self, task: LocalTask, rule: LocalRule) -> bool:
-        """Whether this rule is the one recorded, and what is sent now has the names and shapes of what was."""
-        pairs = ((self.params, task.params), (self.buffers, task.buffers), (self.message, task.message))
-        return rule is self.rule and all(shapes(own) == shapes(new) for own, new in pairs)
-
-    @torch.no_grad()
-    def fill(self, task: LocalTask) -> None:
-        """Another round's values; nothing where they are there."""
-        given = (task.round, task.params, task.buffers, task.message)
-        if given[0] == self._filled_from[0] and all(
-            new is old for new, old in zip(given[1:], self._filled_from[1:], strict=True)
-        ):
-            return
-        _copy(self.params, task.params)
-        _copy(self.buffers, task.buffers)
-        _copy(self.message, task.message)
-        self.lr.fill_(task.lr)
-        self.round.fill_(task.round)
-        self._filled_from = given
-
-
-class _Lane:
-    """The tensors that one client at a time is trained in."""
-
-    def __init__(self, task: LocalTask, sent: _Sent, settings: LocalConfig) -> None:
-        self.params = {name: tensor.detach().clone().requires_grad_() for name, tensor in task.params.items()}
-        self.buffers = tree.clone(task.buffers)
-        self.memory = tree.clone(task.memory)
-        self.velocity = tree.zeros_like(task.params) if settings.momentum else {}
-        device = next(iter(self.params.values())).device
-        self.own = {name: torch.tensor(getattr(task, name), dtype=kind, device=device) for name, kind in _OWN.items()}
-        numbers: dict[str, Any] = {**self.own, "lr": sent.lr, "round": sent.round}
-        self.task = LocalTask(
-            params=sent.params, buffers=sent.buffers, message=sent.message, memory=self.memory, **numbers
-        )
-        self.sgd = Sgd(self.params, sent.lr, settings, list(self.velocity.values()) or None)
-        self.loss = torch.zeros((), device=device)
-        self.inputs: dict[torch.Size, tuple[Tensor, Tensor]] = {}
-
-    def fits(self, task: LocalTask) -> bool:
-        """Whether the client's memory has the names and shapes of this lane's."""
-        return shapes(self.memory) == shapes(task.memory)
-
-    @torch.no_grad()
-    def load(self, task: LocalTask) -> None:
-        """Starts a client: the received model, its memory, no momentum."""
-        _copy(self.params, task.params)
-        _copy(self.buffers, task.buffers)
-        _copy(self.memory, task.memory)
-        for tensor in self.velocity.values():
-            tensor.zero_()
-        for name, tensor in self.own.items():
-            tensor.fill_(getattr(task, name))
-
-    def feed(self, images: Tensor, labels: Tensor) -> None:
-        """The next batch."""
-        kept = self.inputs.setdefault(images.shape, (torch.empty_like(images), torch.empty_like(labels)))
-        kept[0].copy_(images)
-        kept[1].copy_(labels)
-
-    def state(self) -> list[Tensor]:
-        """All that a step changes."""
-        return [*self.params.values(), *self.buffers.values(), *self.velocity.values()]
-
-    def step(self, model: FunctionalModel, rule: LocalRule, shape: torch.Size, max_grad_norm: float) -> None:
-        """One step on the batch that was fed."""
-        batch = Batch(*self.inputs[shape])
-        loss = client_step(model, rule, self.params, self.buffers, batch, self.task, self.sgd, max_grad_norm)
-        self.loss.copy_(loss)
-
-
 @dataclass
 class _Recorded:
     """Recordings, and the tensors that they are tied to."""
 
-    sent: _Sent
-    lanes: list[_Lane] = field(default_factory=list)
+    sent: Sent
+    lanes: list[Lane] = field(default_factory=list)
     recordings: OrderedDict[Key, Part] = field(default_factory=OrderedDict)
+
+    def drop_unread(self) -> None:
+        """Gives up the inputs that no recording reads any more; not while a step is under way."""
+        for index, lane in enumerate(self.lanes):
+            read = {shape for key in self.recordings for place, shape in key if place == index}
+            lane.inputs = {shape: kept for shape, kept in lane.inputs.items() if shape in read}
 
 
 class CudaGraphExecutor:
@@ -255,8 +174,7 @@ class CudaGraphExecutor:
         return self._fallback
 
     def _train(self, rule: LocalRule, tasks: list[LocalTask]) -> list[ClientResult]:
-        # Those with the most steps first: clients that still step are then the first lanes, whatever their sizes are,
-        # and have few recordings.
+        # By size, so that those which still step are neighbours: there are few ways to choose neighbours.
         places = sorted(range(len(tasks)), key=lambda place: -self._data.num_samples(tasks[place].client))
         ordered = [tasks[place] for place in places]
         state = self._ready(rule, ordered)
@@ -276,69 +194,85 @@ class CudaGraphExecutor:
                         current.append((index, batch[0].shape))
                 if not current:
                     break
-                full = tuple(one for one in current if one[1][0] == self._settings.batch_size)
-                for key in (full, *((one,) for one in current if one not in full)):
-                    if key:
-                        self._replay(state, rule, key)
+                for key in _neighbours(current, self._settings.batch_size):
+                    self._replay(state, rule, key)
                 for index, _ in current:
                     losses[index].append(lanes[index].loss.clone())
         results = [self._result(rule, *one) for one in zip(lanes, ordered, losses, strict=True)]
         return [result for _, result in sorted(zip(places, results, strict=True), key=lambda pair: pair[0])]
 
     def _ready(self, rule: LocalRule, tasks: list[LocalTask]) -> _Recorded:
-        """The lanes for these clients; another rule, or other names in what it sends or keeps, makes them anew."""
+        """The lanes for these clients, filled with what they are sent.
+
+        All is made anew for another rule or other names in what is sent, a lane for other names in a memory.
+        """
         first = tasks[0]
         state = self._recorded
         if state is None or not state.sent.fits(first, rule):
-            state = self._recorded = _Recorded(_Sent(first, rule))
-        state.sent.fill(first)
+            state = self._recorded = _Recorded(Sent(first, rule))
+        if state.sent.fill(first) and state.sent.numbers_read:
+            state.recordings.clear()
+        state.drop_unread()
         for index, task in enumerate(tasks):
             if index == len(state.lanes):
-                state.lanes.append(_Lane(task, state.sent, self._settings))
+                state.lanes.append(Lane(task, state.sent, self._settings))
             elif not state.lanes[index].fits(task):
-                state.lanes[index] = _Lane(task, state.sent, self._settings)
+                state.lanes[index] = Lane(task, state.sent, self._settings)
                 for key in [key for key in state.recordings if index in dict(key)]:
                     del state.recordings[key]
         return state
 
     def _replay(self, state: _Recorded, rule: LocalRule, key: Key) -> None:
         if key not in state.recordings:
-            norm = self._settings.max_grad_norm
+            lanes = [state.lanes[index] for index, _ in key]
             parts: list[Part] = [
-                partial(state.lanes[index].step, self._model, rule, shape, norm) for index, shape in key
+                partial(lane.step, self._model, rule, shape, self._settings.max_grad_norm)
+                for lane, (_, shape) in zip(lanes, key, strict=True)
             ]
-            state.recordings[key] = self._record([state.lanes[index] for index, _ in key], parts)
+            state.recordings[key] = self._with_room(state, lanes, parts)
             if len(state.recordings) > MOST_RECORDINGS:
                 state.recordings.popitem(last=False)
         state.recordings.move_to_end(key)
         state.recordings[key]()
 
-    def _record(self, lanes: list[_Lane], parts: list[Part]) -> Part:
-        """A recording that was compared with the step itself; the lanes are as before."""
+    def _with_room(self, state: _Recorded, lanes: list[Lane], parts: list[Part]) -> Part:
+        """`_record`, which may need the memory of the others."""
+        for _ in range(2):
+            try:
+                return self._record(lanes, parts)
+            except torch.OutOfMemoryError:
+                state.recordings.clear()
+        raise CannotRecord(f"the GPU has too little memory for the steps of {len(lanes)} clients at a time")
+
+    def _record(self, lanes: list[Lane], parts: list[Part]) -> Part:
+        """A recording that was compared with the step itself; the lanes are as before, also after an error."""
         if self._recorder is None:
             self._recorder = CudaRecorder(self._data.device)
         tensors = [tensor for lane in lanes for tensor in lane.state()]
         before = [tensor.detach().clone() for tensor in tensors]
-        for part in parts:
-            part()
-        wanted = [tensor.detach().clone() for tensor in tensors]
-        _restore(tensors, before)
         try:
-            replay = self._recorder.record(parts)
+            for part in parts:
+                part()
+            wanted = [tensor.detach().clone() for tensor in tensors]
             _restore(tensors, before)
-            replay()
-        except RuntimeError as error:
+            try:
+                replay = self._recorder.record(parts)
+                _restore(tensors, before)
+                replay()
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                lines = str(error).splitlines() or [""]
+                raise CannotRecord(f"a step cannot be recorded ({type(error).__name__}: {lines[0]})") from error
+            moved, apart = _distance(wanted, before), _distance(wanted, tensors)
+        finally:
             _restore(tensors, before)
-            lines = str(error).splitlines() or [""]
-            raise CannotRecord(f"a step cannot be recorded ({type(error).__name__}: {lines[0]})") from error
-        moved, apart = _distance(wanted, before), _distance(wanted, tensors)
-        _restore(tensors, before)
         # Kernels may be chosen differently, so not to the bit; a step that is not finite says nothing.
         if apart > 1e-2 * moved:
             raise CannotRecord(f"a recorded step is off by {apart / moved if moved else apart:.1g} of its length")
         return replay
 
-    def _result(self, rule: LocalRule, lane: _Lane, task: LocalTask, losses: list[Tensor]) -> ClientResult:
+    def _result(self, rule: LocalRule, lane: Lane, task: LocalTask, losses: list[Tensor]) -> ClientResult:
         params, buffers = tree.clone(lane.params), tree.clone(lane.buffers)
         extra, memory = rule.finish(params, buffers, task, len(losses))
         loss = float(torch.stack(losses).double().mean()) if losses else float("nan")
@@ -346,13 +280,20 @@ class CudaGraphExecutor:
         return ClientResult(task.client, task.num_samples, counts, params, buffers, extra, memory, loss)
 
 
+def _neighbours(current: list[tuple[int, torch.Size]], batch_size: int) -> list[Key]:
+    """The lanes that have a batch: neighbours with full ones together, others alone."""
+    keys: list[Key] = []
+    for index, shape in current:
+        before, size = keys[-1][-1] if keys else (-2, None)
+        if before == index - 1 and size == shape and shape[0] == batch_size:
+            keys[-1] = (*keys[-1], (index, shape))
+        else:
+            keys.append(((index, shape),))
+    return keys
+
+
 class _Runner(Protocol):
     def run(self, rule: LocalRule, tasks: Iterable[LocalTask]) -> Iterator[ClientResult]: ...
-
-
-def _copy(into: Params, values: Params) -> None:
-    for name, tensor in into.items():
-        tensor.copy_(values[name])
 
 
 @torch.no_grad()

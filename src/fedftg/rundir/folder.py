@@ -87,6 +87,12 @@ class RunFolder:
         records.write_atomically(self.config_file, config_toml.encode())
         records.cut(self.rounds_file, num_rounds)
 
+    def amend_session(self, **changed: Any) -> None:
+        """Puts right what turned out to be otherwise in the last session of ``environment.json``."""
+        path = self.path / "environment.json"
+        *before, last = json.loads(path.read_text(encoding="utf-8"))["sessions"]
+        records.write_json(path, {"sessions": [*before, {**last, **changed}]})
+
     def read_partition(self) -> Record:
         """Who holds what, as it was written when the run started.
 
