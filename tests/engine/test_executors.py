@@ -279,7 +279,7 @@ def test_recordings_that_were_not_used_for_longest_are_given_up(monkeypatch: pyt
 
 
 def test_recordings_make_room_for_another() -> None:
-    """Once; a step that then still finds no room cannot be recorded, and the one before it goes on as it is."""
+    """Once: a step that finds no room even so cannot be recorded."""
 
     class Full(Again):
         def record(self, parts: Sequence[Part]) -> Part:

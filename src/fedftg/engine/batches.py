@@ -13,6 +13,9 @@ from fedftg.engine.local_train import LocalConfig
 from fedftg.models.functional import FunctionalModel
 from fedftg.params import Params
 
+OWN_FIELDS = {"client": torch.int64, "num_samples": torch.int64, "relative_size": torch.float64, "seed": torch.int64}
+"""Fields of a task in which clients differ: what a rule sees of several at once are tensors of these types."""
+
 
 def client_batches(
     model: FunctionalModel, data: FederatedData, settings: LocalConfig, task: LocalTask

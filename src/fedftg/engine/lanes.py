@@ -9,13 +9,10 @@ from torch import Tensor
 
 from fedftg import params as tree
 from fedftg.algorithms.base import Batch, LocalRule, LocalTask
-from fedftg.engine.batches import shapes
+from fedftg.engine.batches import OWN_FIELDS, shapes
 from fedftg.engine.local_train import LocalConfig, Sgd, client_step
 from fedftg.models.functional import FunctionalModel
 from fedftg.params import Params
-
-_OWN = {"client": torch.int64, "num_samples": torch.int64, "relative_size": torch.float64, "seed": torch.int64}
-"""Fields of a task in which clients differ; a rule sees them as tensors, or the first client's would be recorded."""
 
 
 class Sent:
@@ -85,7 +82,9 @@ class Lane:
         self.memory = tree.clone(task.memory)
         self.velocity = tree.zeros_like(task.params) if settings.momentum else {}
         device = next(iter(self.params.values())).device
-        self.own = {name: torch.tensor(getattr(task, name), dtype=kind, device=device) for name, kind in _OWN.items()}
+        self.own = {
+            name: torch.tensor(getattr(task, name), dtype=kind, device=device) for name, kind in OWN_FIELDS.items()
+        }
         self.task = _RecordedTask.of(sent, self.memory, self.own)
         self.sgd = Sgd(self.params, sent.lr, settings, list(self.velocity.values()) or None)
         self.loss = torch.zeros((), device=device)

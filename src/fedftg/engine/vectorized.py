@@ -20,15 +20,12 @@ from torch.func import vmap
 from fedftg import params as tree
 from fedftg.algorithms.base import Batch, ClientResult, LocalRule, LocalTask
 from fedftg.data.federated import FederatedData
-from fedftg.engine.batches import client_batches, groups
+from fedftg.engine.batches import OWN_FIELDS, client_batches, groups
 from fedftg.engine.local_train import LocalConfig
 from fedftg.errors import ClientError, InputError
 from fedftg.models.functional import FunctionalModel
 from fedftg.params import Params
 from fedftg.seeds import forked, seed_for
-
-_OWN = ("client", "num_samples", "relative_size", "seed")
-"""Fields of a task in which clients differ; a rule sees them as tensors where they do."""
 
 
 @dataclass
@@ -157,10 +154,9 @@ def _stacked(tasks: list[LocalTask], device: torch.device) -> _Clients:
     """The clients side by side; all are sent the same model and message."""
     params = tree.stack([{name: tensor.detach() for name, tensor in task.params.items()} for task in tasks])
     own = {}
-    for field in _OWN:
+    for field, kind in OWN_FIELDS.items():
         values = [getattr(task, field) for task in tasks]
         if any(value != values[0] for value in values):
-            kind = torch.float64 if isinstance(values[0], float) else torch.int64
             own[field] = torch.tensor(values, dtype=kind, device=device)
     return _Clients(
         tasks,
