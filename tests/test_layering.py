@@ -11,6 +11,7 @@ LAYERS = {
     "seeds": 0,
     "errors": 0,
     "recipes": 0,
+    "registry": 0,
     "distill": 1,
     "models": 1,
     "data": 1,
@@ -19,13 +20,13 @@ LAYERS = {
     "rundir": 3,
     "config": 4,
     "progress": 5,
-    "rounds": 6,
     "experiment": 6,
+    "build": 7,
+    "loop": 8,
     "report": 6,
-    "flower": 7,
-    "commands": 7,
-    "cli": 8,
-    "__init__": 8,
+    "flower": 9,
+    "cli": 10,
+    "__init__": 10,
 }
 ISLANDS = {"distill", "models", "data", "report"}
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -1,16 +1,20 @@
 """Data-free fine-tuning of the global model in federated learning (FedFTG).
 
-The public names are those in ``__all__``; everything else may change.
+The public names are those in ``__all__``; everything else may change. Each is imported when it is first used, so that
+``fedftg --help`` need not wait for torch.
 """
 
-from fedftg.algorithms.registry import register_algorithm, register_refiner
-from fedftg.commands import run
-from fedftg.config import RunConfig
-from fedftg.data.dataset import ImageDataset
-from fedftg.distill.api import RefineResult, refine
-from fedftg.distill.config import DistillConfig, preset
-from fedftg.errors import ClientError, InputError
-from fedftg.experiment import Run
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedftg.algorithms.registry import register_algorithm, register_refiner
+    from fedftg.config import RunConfig
+    from fedftg.data.dataset import ImageDataset
+    from fedftg.distill.api import RefineResult, refine
+    from fedftg.distill.config import DistillConfig, preset
+    from fedftg.errors import ClientError, InputError
+    from fedftg.loop import Run, run
 
 __version__ = "0.1.0"
 
@@ -29,3 +33,28 @@ __all__ = [
     "register_refiner",
     "run",
 ]
+
+_MODULES = {
+    "ClientError": "errors",
+    "DistillConfig": "distill.config",
+    "ImageDataset": "data.dataset",
+    "InputError": "errors",
+    "RefineResult": "distill.api",
+    "Run": "loop",
+    "RunConfig": "config",
+    "preset": "distill.config",
+    "refine": "distill.api",
+    "register_algorithm": "algorithms.registry",
+    "register_refiner": "algorithms.registry",
+    "run": "loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'fedftg' has no attribute {name!r}")
+    return getattr(import_module(f"fedftg.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,20 +1,29 @@
-"""The command line: parse, call one function, print, exit status. 0 done; 2 wrong input; 130 interrupted, resumable."""
+"""The command line: parse, call, print. Exit status 0 done; 2 wrong input; 130 interrupted, resumable.
+
+Commands import what they need when they are called: torch alone takes longer than ``fedftg --help`` may.
+"""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 
-from fedftg import __version__, commands, progress
+from fedftg import __version__, recipes
 from fedftg.errors import ClientError, InputError
-from fedftg.report import table
+
+if TYPE_CHECKING:
+    from fedftg.config import RunConfig
+    from fedftg.progress import Progress
+    from fedftg.report.load import RunRecord
+
+RUNS = Path("runs")
 
 _set = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe.")
 
@@ -29,33 +38,47 @@ def cli() -> None:
 @click.argument("recipe", required=False)
 @_set
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run. Default: runs/NAME.")
-@click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
+@click.option("--resume", is_flag=True, help="Resume an interrupted run.")
 def run(recipe: str | None, overrides: Sequence[str], out: Path | None, resume: bool) -> None:
     """Run one experiment; RECIPE is a file or a name (default: FedAvg + FedFTG on built-in data)."""
-    console = _console()
-    done = commands.run(recipe, overrides=overrides, out=out, resume=resume, progress=progress.for_console(console))
-    _show(console, commands.report(done.folder))
-    _say(console, f"run folder: {done.folder}")
+    if recipe is not None:
+        recipes.find(recipe)
+    from fedftg import loop
+
+    console = Console()
+    done = loop.run(recipe, overrides=overrides, out=out, resume=resume, progress=_progress(console))
+    _report(console, [done.folder], done.folder / "report")
+    _print(console, f"run folder: {done.folder}")
 
 
 @cli.command()
 @click.argument("items", nargs=-1, required=True, metavar="RECIPE|RUN...")
 @_set
-@click.option("--out", type=click.Path(path_type=Path), default=commands.RUNS, help="Folder of run folders.")
+@click.option("--out", type=click.Path(path_type=Path), default=RUNS, help="Folder of run folders.")
 def compare(items: Sequence[str], overrides: Sequence[str], out: Path) -> None:
     """Run what is missing; one table and one plot of all."""
-    console = _console()
-    written = commands.compare(items, overrides, out, progress.for_console(console))
-    _show(console, written)
-    for record in written.runs:
-        _say(console, f"run folder: {record.folder}")
+    if len(items) < 2:
+        raise InputError(f"compare needs two or more recipes or run folders, got {len(items)}")
+    if len(set(items)) < len(items):
+        raise InputError(f"compare got {next(item for item in items if items.count(item) > 1)!r} twice; name it once")
+    folders = {item: Path(item) for item in items if (Path(item) / "config.toml").is_file()}
+    files = {item: recipes.find(item) for item in items if item not in folders}
+    if overrides and not files:
+        raise InputError("--set changes recipes, but only folders of runs were given; name recipes to run anew")
+    console = Console()
+    # All recipes are checked before the first is run, so that a typo in the last one costs no time.
+    for item, config in _to_compare(console, files, overrides).items():
+        folders[item] = _run_if_missing(config, out, _progress(console))
+    name = "+".join(dict.fromkeys(folders[item].resolve().name for item in items))
+    for record in _report(console, [folders[item] for item in items], out / "comparisons" / name[:120]):
+        _print(console, f"run folder: {record.folder}")
 
 
 @cli.command()
 @click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
 def report(folder: Path) -> None:
     """Table and plot of a run."""
-    _show(_console(), commands.report(folder))
+    _report(Console(), [folder], folder / "report")
 
 
 @cli.command()
@@ -64,28 +87,20 @@ def report(folder: Path) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for the files. Default: runs/partitions/NAME.")
 def partition(recipe: str | None, overrides: Sequence[str], out: Path | None) -> None:
     """Table and heatmap of who holds what; nothing is trained."""
-    console = _console()
-    found = commands.partition(recipe, overrides, out, progress.for_console(console))
-    _say(console, found.title)
-    console.print(
-        table.partition_table(found.class_counts, found.class_names, found.skew, found.held_back, found.groups)
-    )
-    if found.converted:
-        modes = ", ".join(f"{count} {mode}" for mode, count in found.converted.items())
-        _say(console, f"images that were not RGB and were converted: {modes}")
-    _say(console, f"heatmap: {found.plot}")
-    _say(console, f"sizes: {found.sizes}")
-    _say(console, f"division: {found.data}")
+    path = recipes.find(recipe or recipes.DEFAULT)
+    from fedftg import config as configs
+
+    write_partition(Console(), configs.load(path, overrides), out)
 
 
 @cli.command(name="list")
 def list_names() -> None:
     """Every data set, partition law, model, algorithm, refiner, preset and recipe."""
-    console = _console()
-    for kind, names in commands.listing().items():
+    console = Console()
+    for kind, names in listing().items():
         console.print(f"[bold]{kind}[/bold]", highlight=False)
         for name in names:
-            _say(console, f"  {name}")
+            _print(console, f"  {name}")
 
 
 @cli.command()
@@ -93,8 +108,7 @@ def list_names() -> None:
 @click.option("--to", type=click.Path(path_type=Path), required=True, help="The .safetensors file to write.")
 def export(folder: Path, to: Path) -> None:
     """Write the refined global model of a run."""
-    number = commands.export(folder, to)
-    _say(_console(), f"model after round {number}: {to}")
+    _print(Console(), f"model after round {write_model(folder, to)}: {to}")
 
 
 @cli.group()
@@ -108,49 +122,216 @@ def flower() -> None:
 @_set
 def flower_new(folder: Path, recipe: str | None, overrides: Sequence[str]) -> None:
     """Write a Flower app for a recipe into a new folder."""
-    console = _console()
-    for path in _flower_project().new(folder, recipe, overrides):
-        _say(console, f"wrote {path}")
-    _say(console, f"next: cd {folder}, and see its README.md")
+    if importlib.util.find_spec("flwr") is None:
+        raise InputError("Flower is not installed; pip install 'fedftg[flower]'")
+    from fedftg.flower import project
+
+    console = Console()
+    for path in project.new(folder, recipe, overrides):
+        _print(console, f"wrote {path}")
+    _print(console, f"next: cd {folder}, and see its README.md")
 
 
 def main() -> None:
-    """The entry point; every foreseeable error is one line on standard error."""
+    """Runs the command line; every foreseeable error is one line on standard error."""
     try:
         cli(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
-        sys.exit(0)
     except click.ClickException as error:
         command = getattr(getattr(error, "ctx", None), "command_path", "fedftg")
         _fail(f"{error.format_message().rstrip('.')}; see '{command} --help'", 2)
     except InputError as error:
         _fail(str(error), 2)
     except ClientError as error:
-        _fail(f"{error}; the run can go on from its last checkpoint by --resume", 1)
+        _fail(f"{error}; the run can be resumed from its last checkpoint by --resume", 1)
     except (KeyboardInterrupt, click.Abort):
-        resumes = ", with --resume once its folder is there" if "run" in sys.argv[1:2] else ""
-        _fail(f"interrupted; go on by the same command{resumes}", 130)
+        resumes = ", with --resume once its folder exists" if "run" in sys.argv[1:2] else ""
+        _fail(f"interrupted; continue by the same command{resumes}", 130)
 
 
-def _flower_project() -> ModuleType:
-    """An app is of use only where Flower is, which is an extra; no other command needs it."""
-    if importlib.util.find_spec("flwr") is None:
-        raise InputError("Flower is not installed; pip install 'fedftg[flower]'")
-    return importlib.import_module("fedftg.flower.project")
+def listing() -> dict[str, list[str]]:
+    """Returns every name that a recipe or command may use, by kind."""
+    from fedftg.algorithms.registry import ALGORITHMS, REFINERS
+    from fedftg.data.partition import LAWS
+    from fedftg.data.sources import SOURCES
+    from fedftg.distill.config import PRESETS
+    from fedftg.models.registry import MODELS
+
+    return {
+        "data sets": sorted(SOURCES),
+        "partition laws": list(LAWS),
+        "models": [*sorted(MODELS), "package.module.Class (any nn.Module)"],
+        "algorithms": list(ALGORITHMS),
+        "refiners": list(REFINERS),
+        "presets of fedftg": list(PRESETS),
+        "recipes": recipes.names(),
+    }
 
 
-def _console() -> Console:
-    return Console()
+def write_model(folder: Path, to: Path) -> int:
+    """Writes the deployed (refined) global model of a run's last checkpoint; returns the round it is from.
+
+    Parameters and buffers are in one safetensors file under their names in the module, so that
+    ``module.load_state_dict(safetensors.torch.load_file(to))`` loads it.
+
+    Raises:
+        InputError: no run, no checkpoint yet, or a wrong file name.
+    """
+    from fedftg.rundir import checkpoint
+    from fedftg.rundir.folder import RunFolder
+
+    config = RunFolder(folder).read_config()
+    if to.suffix != ".safetensors":
+        raise InputError(f"--to must end in .safetensors, got {to.name!r}")
+    if not to.parent.is_dir():
+        raise InputError(f"--to: folder {to.parent} does not exist; make it first")
+    state = checkpoint.load_state(RunFolder(folder).checkpoint)
+    if state is None:
+        raise InputError(f"{folder} has no checkpoint yet; let the run finish a round first")
+    metadata = {"model": json.dumps(config["model"]), "round": str(state.round)}
+    try:
+        checkpoint.write_tensors(to, {**state.params, **state.buffers}, metadata)
+    except OSError as error:
+        raise InputError(f"cannot write {to}: {error.strerror}; choose another file by --to") from None
+    return state.round
 
 
-def _show(console: Console, written: commands.Report) -> None:
-    console.print(table.terminal_table(written.runs))
-    _say(console, f"table: {written.table}")
-    _say(console, f"plot: {written.plot}")
+def write_partition(console: Console, config: RunConfig, out: Path | None) -> None:
+    """Partitions the data as a run would; prints a table and writes heatmap, sizes and the partition itself.
+
+    Raises:
+        InputError: an impossible partition, or ``out`` holds another one.
+    """
+    import numpy as np
+
+    from fedftg.data import saved_partition, sources
+    from fedftg.data.federated import divide
+    from fedftg.data.partition import describe, needed_columns, skew
+    from fedftg.report import plots, table
+
+    law = config.partition
+    progress = _progress(console)
+    try:
+        dataset = sources.load(config.data, columns=needed_columns(law), progress=progress.loading)
+    finally:
+        progress.finish()
+    labels = dataset.train_labels.numpy()
+    clients = divide(dataset, law, config.seed)
+    held_back = [len(test) for test in clients.held_back] if law.test_share > 0 else None
+    groups: list[str] | None = None
+    if law.column is not None and law.law in ("domain", "natural"):
+        values = dataset.columns[law.column]
+        groups = [str(values[part[0]]) if len(part) else "-" for part in clients.whole]
+    counts = np.stack([np.bincount(labels[part], minlength=dataset.num_classes) for part in clients.whole])
+    names, measures = list(dataset.class_names), skew(counts)
+    about: dict[str, Any] = {
+        "data": config.data.model_dump(mode="json", exclude_none=True),
+        "partition": law.model_dump(mode="json", exclude_none=True),
+        "seed": config.seed,
+    }
+    optional = {"held_back": held_back, "groups": groups, "converted": dict(dataset.converted) or None}
+    about |= {key: value for key, value in optional.items() if value is not None}
+    # Never over another partition, which a run may be using.
+    folder, number = out or RUNS / "partitions" / config.name, 1
+    while (folder / "partition.json").exists() and not saved_partition.holds(
+        folder / "partition.json", clients.whole, labels, about
+    ):
+        if out is not None:
+            raise InputError(f"{folder} holds another partition already; choose another folder by --out")
+        number += 1
+        folder = RUNS / "partitions" / f"{config.name}-{number}"
+    _make(folder)
+    file = saved_partition.write(
+        folder / "partition.json",
+        clients.whole,
+        labels,
+        law=law.law,
+        class_names=names,
+        class_counts=counts.tolist(),
+        skew=measures,
+        about=about,
+    )
+    title = f"{config.data.name}, {describe(law)}, seed {config.seed}"
+    _print(console, title)
+    console.print(table.partition_table(counts.tolist(), names, measures, held_back, groups))
+    if dataset.converted:
+        modes = ", ".join(f"{count} {mode}" for mode, count in dataset.converted.items())
+        _print(console, f"images that were not RGB and were converted: {modes}")
+    _print(
+        console, f"heatmap: {plots.partition_heatmap(counts.tolist(), names, folder / 'partition.png', title=title)}"
+    )
+    _print(console, f"sizes: {plots.partition_sizes(counts.sum(axis=1).tolist(), folder / 'sizes.png', title=title)}")
+    _print(console, f"partition: {file}")
 
 
-def _say(console: Console, text: str) -> None:
+def _to_compare(console: Console, files: dict[str, Path], overrides: Sequence[str]) -> dict[str, RunConfig]:
+    """Returns the config of each recipe, overrides applied.
+
+    Settings of a refiner do not concern a base, a recipe with ``refiner.name = "none"``, beside a recipe that has one.
+    """
+    from fedftg import config as configs
+
+    bases = {item for item, path in files.items() if configs.load(path).refiner.name == "none"}
+    if bases == set(files) and any(override.startswith("refiner.name") for override in overrides):
+        bases = set()
+    others = [override for override in overrides if not override.startswith("refiner.")]
+    made = {item: configs.load(path, others if item in bases else overrides) for item, path in files.items()}
+    if bases and bases != set(files) and len(others) < len(overrides):
+        _print(console, f"{', '.join(sorted(bases))} stays without a refiner: --set refiner.* is for the other recipes")
+    items = list(made)
+    for place, item in enumerate(items):
+        for other in items[:place]:
+            if configs.first_difference(made[item], made[other]) is None and made[item].rounds == made[other].rounds:
+                raise InputError(f"{other} and {item} are the same run with these settings; compare different ones")
+    return made
+
+
+def _run_if_missing(config: RunConfig, out: Path, progress: Progress) -> Path:
+    """Returns the folder of a config's finished run: the newest one, resumed where unfinished, or a new one."""
+    from fedftg import loop
+    from fedftg.report.load import load_run
+
+    folder = loop.newest(config, out)
+    if folder is None or (load_run(folder).summary or {}).get("rounds") != config.rounds:
+        resume = folder is not None
+        folder = folder or loop.unused(out, config.name)
+        loop.run(config, out=folder, resume=resume, progress=progress)
+    return folder
+
+
+def _report(console: Console, folders: Sequence[Path], out: Path) -> list[RunRecord]:
+    """Prints a table of runs and writes it, and a plot, to ``out``; returns what was read."""
+    from fedftg.report import plots, table
+    from fedftg.report.load import load_run
+
+    runs = [load_run(folder) for folder in folders]
+    _make(out)
+    file = out / "table.md"
+    try:
+        file.write_text(table.markdown_table(runs), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {file}: {error.strerror}; make the folder writable") from None
+    console.print(table.terminal_table(runs))
+    _print(console, f"table: {file}")
+    _print(console, f"plot: {plots.accuracy_plot(runs, out / 'accuracy.png')}")
+    return runs
+
+
+def _progress(console: Console) -> Progress:
+    from fedftg import progress
+
+    return progress.for_console(console)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}; choose another folder by --out") from None
+
+
+def _print(console: Console, text: str) -> None:
     console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 

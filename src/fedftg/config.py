@@ -13,8 +13,7 @@ import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
 
 from fedftg.algorithms.base import AlgorithmConfig, RefinerConfig
-from fedftg.algorithms.fedavg import FedAvgConfig
-from fedftg.algorithms.fedftg import FedFTGConfig, of_preset
+from fedftg.algorithms.fedftg import of_preset
 from fedftg.algorithms.registry import ALGORITHMS, REFINERS
 from fedftg.data.config import DataConfig, PartitionConfig
 from fedftg.distill.config import PRESETS
@@ -81,8 +80,12 @@ class RunConfig(BaseModel):
     partition: PartitionConfig = PartitionConfig()
     cohort: CohortConfig = CohortConfig()
     model: ModelConfig = ModelConfig()
-    algorithm: Annotated[SerializeAsAny[AlgorithmConfig], BeforeValidator(_algorithm)] = FedAvgConfig()
-    refiner: Annotated[SerializeAsAny[RefinerConfig], BeforeValidator(_refiner)] = FedFTGConfig()
+    algorithm: Annotated[SerializeAsAny[AlgorithmConfig], BeforeValidator(_algorithm)] = Field(
+        default_factory=lambda: _algorithm({})
+    )
+    refiner: Annotated[SerializeAsAny[RefinerConfig], BeforeValidator(_refiner)] = Field(
+        default_factory=lambda: _refiner({})
+    )
     local: LocalConfig = LocalConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -15,18 +15,24 @@ class InputError(ValueError):
 
 
 class ClientError(RuntimeError):
-    """A client's work failed for a reason that is not the user's input; names round, client and stage."""
+    """A client's training failed for a reason other than the user's input; names round, client and stage."""
 
     def __init__(self, round: int, client: int, stage: str, cause: BaseException) -> None:
         super().__init__(f"round {round}, client {client}, {stage}: {type(cause).__name__}: {cause}")
 
 
 _MOST_NAMES = 40
-"""More than so many are no longer read in one line."""
+"""A longer list is not printed in one line."""
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the class and the first line of an error's message: ``KeyError: 'head'``."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": ")
 
 
 def unknown(kind: str, got: str, allowed: Iterable[str]) -> InputError:
-    """``unknown model 'restnet18'; did you mean 'resnet18'? allowed: cnn, lenet, ...``"""
+    """Returns an error such as ``unknown model 'restnet18'; did you mean 'resnet18'? allowed: cnn, lenet, ...``."""
     names = sorted(allowed)
     # Only what comes after the last point is compared: 'algorithm.mu' is not like 'algorithm.name'.
     leaves = {name.rpartition(".")[2]: name for name in names} if "." in got else {name: name for name in names}
@@ -39,7 +45,7 @@ def unknown(kind: str, got: str, allowed: Iterable[str]) -> InputError:
 
 
 def explain(error: ValidationError, cls: type[BaseModel], prefix: str = "") -> InputError:
-    """The first problem that pydantic found, as one line with got, allowed and what to do."""
+    """Returns the first problem that pydantic found, as one line with got, allowed and what to do."""
     problems = error.errors(include_url=False)
     first = problems[0]
     cause = first.get("ctx", {}).get("error")
@@ -79,7 +85,7 @@ _COMPARISONS = {
 
 
 def _allowed(problem: ErrorDetails) -> str:
-    """What pydantic would have accepted, in words that need no Python."""
+    """Returns what pydantic would have accepted, in words that need no Python."""
     kind = problem["type"]
     if kind in _COMPARISONS:
         sign, key = _COMPARISONS[kind]
@@ -92,7 +98,7 @@ def _allowed(problem: ErrorDetails) -> str:
 
 
 def _owner(cls: type[BaseModel], location: tuple[int | str, ...]) -> tuple[type[BaseModel], FieldInfo | None]:
-    """The settings class that holds the last part of a location, and its field, where it has one."""
+    """Returns the settings class that holds the last part of a location, and its field, where it has one."""
     owner = cls
     for part in location[:-1]:
         field = owner.model_fields.get(str(part))

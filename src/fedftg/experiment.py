@@ -1,288 +1,200 @@
-"""From a config to objects, and the loop over rounds (`fedftg.rounds` has one round)."""
+"""Experiment: the objects of a run, and one round: local training, aggregation, refining, evaluation."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
-from contextlib import closing
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-import torch
-
-from fedftg import config as configs
-from fedftg.algorithms.base import Algorithm, Batch, LocalTask, Refiner, RefinerContext, ServerState
+from fedftg.algorithms.base import Algorithm, ClientResult, LocalTask, Metrics, Refiner, ServerState
 from fedftg.config import RunConfig
-from fedftg.data import federated
-from fedftg.data.dataset import ImageDataset
 from fedftg.data.federation import Federation
-from fedftg.engine import executors
-from fedftg.engine.choice import Work
-from fedftg.engine.machine import cpu_threads, environment, keep_freed_memory, peak_memory_mb, resolve_device
-from fedftg.engine.memory import ClientStore
-from fedftg.engine.workers import Origin
-from fedftg.errors import InputError
-from fedftg.models import registry as models
+from fedftg.engine import sampling
+from fedftg.engine.evaluate import Measured, evaluate, evaluate_clients
+from fedftg.engine.executors import Executor, Rejected
+from fedftg.engine.memory import ClientStore, rejection
 from fedftg.models.functional import FunctionalModel
-from fedftg.params import clone, to_device
-from fedftg.progress import Progress, Silent
-from fedftg.rounds import Experiment
-from fedftg.rundir import checkpoint, records
-from fedftg.rundir.folder import RunFolder, summarise
-from fedftg.rundir.packs import Packs
+from fedftg.params import Params, first_non_finite, to_device
+from fedftg.progress import Progress
+from fedftg.rundir import records
 from fedftg.rundir.records import Record
 from fedftg.seeds import SERVER, seed_for, torch_rng
 
-__all__ = ["Experiment", "Parts", "Run", "build", "execute", "parts", "run"]
+Models = dict[str, tuple[Params, Params]]
+"""Parameters and buffers of the models that a round evaluates, by kind: ``selected``, ``all``, ``refined``."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """A finished run."""
+@dataclass
+class Experiment:
+    """The objects that a config names, and the state after the last round that is done."""
 
-    folder: Path
-    summary: Record
-    state: ServerState = field(repr=False)
-    model: torch.nn.Module = field(repr=False)
-    """The deployed (refined) global model, in evaluation mode."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a config names besides clients and data, and the state before the first round."""
-
+    config: RunConfig
+    data: Federation
     model: FunctionalModel
     algorithm: Algorithm
     refiner: Refiner
+    executor: Executor
     state: ServerState
+    clients: ClientStore
+    partition_record: Record = field(repr=False)
+    min_results: int = 1
+    """With fewer usable updates a round leaves the global model as it was."""
 
+    def run_round(self, progress: Progress) -> Record:
+        """One round: local training, aggregation, refining, evaluation. The state moves on only when all is done."""
+        number = self.state.round + 1
+        clock = _Clock()
+        cohort = self._cohort(number)
+        with clock.phase("local"):
+            results, rejected = self._train(number, cohort, progress)
+        with clock.phase("aggregate"):
+            progress.phase(number, "aggregate", 0, 1)
+            selected, server_metrics, undone = self._aggregate(results)
+        # A round that was undone is undone for its clients too: their memories belong to the server's.
+        results = [] if undone else results
+        with clock.phase("refine"):
+            refined, refine_metrics, rolled_back = self._refine(number, selected, results, progress)
+        with clock.phase("aggregate"):
+            clients = self.clients.updated(results)
+        with clock.phase("evaluate"):
+            due = number % self.config.evaluation.every == 0 or number == self.config.rounds
+            measured = self._evaluate(number, selected, refined, clients, progress) if due else Measured()
+        with clock.phase("checkpoint"):
+            clients.settle(self.clients)
+        self.state, self.clients = replace(refined, round=number), clients
+        record: Record = {"round": number, "clients": cohort}
+        if rejected:
+            record["rejected"] = rejected
+        record |= {"seconds": clock.seconds, "accuracy": measured.accuracy, "loss": measured.loss}
+        if measured.clients:
+            record["client_accuracy"] = measured.clients
+        if measured.not_measured:
+            record["not_measured"] = measured.not_measured
+        record |= {"server": server_metrics, "refine": refine_metrics}
+        reasons = [reason for reason in (undone, rolled_back) if reason]
+        return record | ({"rolled_back": "; ".join(reasons)} if reasons else {})
 
-def parts(config: RunConfig, data: Federation, with_data: int) -> Parts:
-    """Model, algorithm, refiner and initial state for a federation of which ``with_data`` clients may take part.
+    def _cohort(self, number: int) -> list[int]:
+        """The clients of a round, ascending."""
+        return sampling.cohort(self.config.cohort, self._candidates, self.config.seed, number)
 
-    Raises:
-        InputError: the model, the cohort or the algorithm is impossible for it.
-    """
-    if config.cohort.size is not None and config.cohort.size > with_data:
-        raise InputError(
-            f"cohort.size must be at most the number of clients with data, {with_data}, got {config.cohort.size}; "
-            f"set cohort.size={with_data} or less, or divide the data among more clients"
-        )
-    module = models.build(config.model, data.num_classes, data.image_shape, seed_for(config.seed, 0, SERVER, "model"))
-    model = FunctionalModel(module.to(data.device))
-    params, buffers = model.init()
-    algorithm = config.algorithm.build(data.num_clients)
-    _check_fit(config, algorithm, model, data)
-    refiner = config.refiner.build(RefinerContext(model, data.num_classes, data.image_shape, data.device))
-    state = ServerState(
-        round=0,
-        params=params,
-        buffers=buffers,
-        server=algorithm.server.init(params),
-        refiner=refiner.init(params, torch_rng(config.seed, 0, SERVER, "refiner")),
-    )
-    return Parts(model, algorithm, refiner, state)
+    @property
+    def _candidates(self) -> list[int]:
+        return [client for client in range(self.data.num_clients) if self.data.num_samples(client) > 0]
 
-
-def build(config: RunConfig, dataset: ImageDataset | None = None, progress: Progress | None = None) -> Experiment:
-    """Loads the data, splits it, and makes every object of a run; nothing is written but the cache of images.
-
-    Raises:
-        InputError: the data, the partition, the model or the cohort is impossible.
-    """
-    device = torch.device(resolve_device(config.device))
-    loading = progress.loading if progress is not None else None
-    data = federated.load(config.data, config.partition, config.seed, device, dataset=dataset, progress=loading)
-    sizes = [data.num_samples(client) for client in range(data.num_clients)]
-    with_data = sum(size > 0 for size in sizes)
-    made = parts(config, data, with_data)
-    algorithm, params, buffers = made.algorithm, made.state.params, made.state.buffers
-    clients = ClientStore(
-        lambda: algorithm.local.init_memory(params, buffers),
-        {**params, **buffers},
-        sizes,
-        config.evaluation.track_all,
-        bound=config.checkpoint.client_memory_mb * 1e6,
-    )
-    origin = Origin(config.plugins, config.model, seed_for(config.seed, 0, SERVER, "model"), config.algorithm)
-    share = config.cohort.probability or 1.0
-    work = Work(config.rounds, config.cohort.size or round(share * with_data), config.threads)
-    executor = executors.build(config.executor, made.model, data, config.local, origin, work)
-    record: Record = {"class_names": list(data.dataset.class_names), "class_counts": data.class_counts.tolist()}
-    record["digest"] = data.digest
-    if data.holds_back:
-        record["held_back"] = [data.num_held_back(client) for client in range(data.num_clients)]
-    if data.dataset.converted:
-        record["converted"] = dict(data.dataset.converted)
-    return Experiment(config, data, made.model, algorithm, made.refiner, executor, made.state, clients, record)
-
-
-def run(
-    config: RunConfig,
-    folder: Path,
-    *,
-    resume: bool = False,
-    progress: Progress | None = None,
-    dataset: ImageDataset | None = None,
-) -> Run:
-    """Runs an experiment to its last round, or goes on with one that was stopped.
-
-    After ``kill -9`` at any moment, resuming gives the same ``rounds.jsonl`` (times aside) and weights as an
-    uninterrupted run on the same machine with the same number of threads.
-
-    Args:
-        folder: where the run's files go; must not hold another run unless ``resume``.
-        resume: goes on after the last whole state in ``folder``; finished runs are returned as they are.
-        dataset: used in place of the one that the config names.
-
-    Raises:
-        InputError: wrong input; nothing was written, and an existing run is as it was.
-        ClientError: a client's training failed; names round, client and stage. The run can be resumed.
-    """
-    progress = progress or Silent()
-    return execute(config, folder, lambda: build(config, dataset, progress), resume=resume, progress=progress)
-
-
-def execute(
-    config: RunConfig, folder: Path, prepare: Callable[[], Experiment], *, resume: bool, progress: Progress
-) -> Run:
-    """As `run`, of whatever ``prepare`` makes: the loop over rounds, with its records and checkpoints.
-
-    Args:
-        prepare: makes the experiment; called once ``folder`` is known to be of use.
-    """
-    keep_freed_memory()
-    run_folder = RunFolder(folder)
-    # Before the data, which may take minutes to decode.
-    if resume:
-        configs.check_resumable(configs.from_mapping(run_folder.read_config()), config)
-    else:
-        run_folder.check_free()
-    with cpu_threads(config.threads) as threads:
-        try:
-            experiment = prepare()
-        except BaseException:
-            progress.finish()
-            raise
-        experiment.clients.packs = Packs(run_folder.checkpoint)
-        session = environment(threads, str(experiment.data.device))
-        session["executor"] = experiment.executor.description
-        with closing(experiment.executor):
-            if resume:
-                _restore(experiment, run_folder, session)
-            else:
-                run_folder.create(config.to_toml(), session, experiment.partition_record)
-            _run_rounds(experiment, run_folder, progress)
-    header = _header(config)
-    if not run_folder.finished:
-        rows = records.read(run_folder.rounds_file)
-        summary = summarise(header, rows, config.evaluation.targets, peak_memory_mb())
-        records.write_json(run_folder.summary_file, summary)
-    summary = records.read_json(run_folder.summary_file)
-    model = experiment.model.module(experiment.state.params, experiment.state.buffers)
-    return Run(folder, summary, experiment.state, model)
-
-
-def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress) -> None:
-    config = experiment.config
-    progress.start(config, experiment.state.round, experiment.data.num_clients)
-    saved = experiment.state.round
-    executor = experiment.executor.description
-    record: Record | None = None
-    try:
-        while experiment.state.round < config.rounds:
-            record = experiment.run_round(progress)
-            done = experiment.state.round
-            if experiment.executor.description != executor:  # what auto took could not do it
-                executor = experiment.executor.description
-                folder.amend_session(executor=executor)
-            index: checkpoint.Index | None = None
-            if done % config.checkpoint.every == 0 or done == config.rounds:
-                # All of it but the last rename comes before the record, which says how long it took.
-                start = time.perf_counter()
-                index = checkpoint.write(folder.checkpoint, experiment.state, experiment.clients)
-                seconds = record["seconds"]["checkpoint"] + time.perf_counter() - start
-                record["seconds"]["checkpoint"] = round(seconds, 6)
-            records.append(folder.rounds_file, record)
-            if index is not None:
-                checkpoint.commit(folder.checkpoint, index)
-                saved = done
-            progress.round_done(record)
-    except KeyboardInterrupt:
-        # Of a round that is done, nothing is lost; one that is not is done again.
-        if record is not None and record["round"] == experiment.state.round > saved:
-            if len(records.read(folder.rounds_file)) < experiment.state.round:
-                records.append(folder.rounds_file, record)
-            checkpoint.save(folder.checkpoint, experiment.state, experiment.clients)
-        raise
-    finally:
-        progress.finish()
-
-
-def _restore(experiment: Experiment, folder: RunFolder, session: Record) -> None:
-    config = experiment.config
-    before = folder.read_partition()
-    # A run of version 0.1 has no digest.
-    if before != {key: value for key, value in experiment.partition_record.items() if key != "digest" or key in before}:
-        raise InputError(
-            f"{folder.path} was started on other data or another division of it (see its partition.json); "
-            "give the same data, or start a new run"
-        )
-    kept = checkpoint.load(folder.checkpoint)
-    done = 0
-    if kept is not None:
-        done = kept.state.round
-        if done > config.rounds:
-            raise InputError(
-                f"{folder.path} is at round {done} already; rounds must be at least that, got {config.rounds}"
+    def _tasks(self, number: int, cohort: list[int]) -> Iterator[LocalTask]:
+        message = self.algorithm.server.message(self.state)
+        for client in cohort:
+            yield LocalTask(
+                round=number,
+                client=client,
+                params=self.state.params,
+                buffers=self.state.buffers,
+                memory=to_device(self.clients.memory(client), self.data.device),
+                message=message,
+                num_samples=self.data.num_samples(client),
+                relative_size=self.data.relative_size(client),
+                lr=self.config.local.lr_at(number),
+                seed=seed_for(self.config.seed, number, client, "local"),
             )
-        _check_model(experiment.state, kept.state, folder.checkpoint)
-        experiment.state = _on(kept.state, experiment.data.device)
-        experiment.clients.restore(kept.places, kept.change_sum)
-    folder.check_records(done)
-    if folder.finished and done == config.rounds:
-        return
-    checkpoint.sweep(folder.checkpoint)
-    folder.reopen(config.to_toml(), session, done)
+
+    def _train(self, number: int, cohort: list[int], progress: Progress) -> tuple[list[ClientResult], list[Record]]:
+        kept: list[ClientResult] = []
+        rejected: list[Record] = []
+        progress.phase(number, "local", 0, len(cohort))
+        tasks = self._tasks(number, cohort)
+        for done, result in enumerate(self.executor.run(self.algorithm.local, tasks), start=1):
+            reason = result.reason if isinstance(result, Rejected) else rejection(result)
+            if isinstance(result, ClientResult) and reason is None:
+                kept.append(result)
+            else:
+                rejected.append({"client": result.client, "reason": reason})
+            progress.phase(number, "local", done, len(cohort))
+        return kept, rejected
+
+    def _aggregate(self, results: list[ClientResult]) -> tuple[ServerState, Metrics, str | None]:
+        if len(results) < self.min_results:
+            got = (
+                f"only {len(results)} of at least {self.min_results} client updates were"
+                if results
+                else "no client update was"
+            )
+            return self.state, {}, f"{got} usable; the global model stays as it was"
+        state, metrics = self.algorithm.server.step(self.state, results)
+        bad = _non_finite(state)
+        if bad is not None:
+            return self.state, {}, f"the aggregate was not finite ({bad}); the global model stays as it was"
+        losses = [(result.loss, result.num_samples) for result in results if math.isfinite(result.loss)]
+        total = sum(size for _, size in losses)
+        if total:
+            metrics = {"local_loss": sum(loss * size for loss, size in losses) / total, **metrics}
+        return state, metrics, None
+
+    def _refine(
+        self, number: int, state: ServerState, results: list[ClientResult], progress: Progress
+    ) -> tuple[ServerState, Metrics, str | None]:
+        if not results:
+            return state, {}, None
+        progress.phase(number, "refine", 0, 1)
+        rng = torch_rng(self.config.seed, number, SERVER, "refine")
+        refined, metrics = self.refiner.refine(state, results, rng)
+        bad = _non_finite(refined)
+        if bad is not None:
+            return state, metrics, f"fine-tuning was not finite ({bad}); rolled back to the aggregate"
+        return refined, metrics, None
+
+    def _evaluate(
+        self, number: int, selected: ServerState, refined: ServerState, clients: ClientStore, progress: Progress
+    ) -> Measured:
+        models: Models = {"selected": (selected.params, selected.buffers)}
+        if clients.tracks_uploads:
+            average = to_device(clients.average(), self.data.device)
+            models["all"] = (
+                {name: average[name] for name in selected.params},
+                {name: average[name] for name in selected.buffers},
+            )
+        if refined is not selected:
+            models["refined"] = (refined.params, refined.buffers)
+        measured = Measured()
+        if self.data.has_test_data:
+            size = self.config.evaluation.batch_size
+            for done, (kind, values) in enumerate(models.items()):
+                progress.phase(number, "evaluate", done, len(models))
+                measured.accuracy[kind], measured.loss[kind] = evaluate(self.model, *values, self.data, size)
+        self._evaluate_clients(number, models, measured)
+        found: tuple[dict[str, Any], ...] = (measured.accuracy, measured.loss, measured.clients)
+        for by_kind in found:
+            if by_kind:
+                by_kind.setdefault("refined", by_kind["selected"])
+        return measured
+
+    def _evaluate_clients(self, number: int, models: Models, into: Measured) -> None:  # noqa: ARG002
+        """Fills in accuracy over the clients that hold samples back, where any does."""
+        if self.data.holds_back:
+            size = self.config.evaluation.batch_size
+            for kind, values in models.items():
+                into.clients[kind] = evaluate_clients(self.model, *values, self.data, size)
 
 
-def _check_model(own: ServerState, kept: ServerState, folder: Path) -> None:
-    """A state that was put there from another run has other tensors."""
-    shapes, found = (
-        {name: tuple(value.shape) for name, value in {**state.params, **state.buffers}.items()} for state in (own, kept)
-    )
-    if found != shapes:
-        wrong = next(name for name in {**shapes, **found} if shapes.get(name) != found.get(name))
-        raise InputError(
-            f"the checkpoint in {folder} is of another model: its {wrong} is {found.get(wrong, 'missing')}, the run's "
-            f"{shapes.get(wrong, 'missing')}; put the run's own files back, or start a new run with another --out"
-        )
+def _non_finite(state: ServerState) -> str | None:
+    for part in (state.params, state.buffers, state.server, state.refiner):
+        name = first_non_finite(part)
+        if name is not None:
+            return name
+    return None
 
 
-def _on(state: ServerState, device: torch.device) -> ServerState:
-    parts = {part: to_device(getattr(state, part), device) for part in ("params", "buffers", "server", "refiner")}
-    return ServerState(round=state.round, **parts)
+class _Clock:
+    """Adds up seconds per phase."""
 
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = dict.fromkeys(records.PHASES, 0.0)
 
-def _check_fit(config: RunConfig, algorithm: Algorithm, model: FunctionalModel, data: Federation) -> None:
-    """Takes the loss of two images, so that what cannot be trained is told before anything is written."""
-    if model.has_batchnorm and config.local.batch_size < 2:
-        raise InputError("local.batch_size must be >= 2 for a model with BatchNorm, got 1; or take a GroupNorm model")
-    images = torch.zeros(2, *data.image_shape, device=data.device)
-    labels = torch.zeros(2, dtype=torch.int64, device=data.device)
-    params, buffers = model.init()
-    memory = algorithm.local.init_memory(params, buffers)
-    task = LocalTask(1, 0, params, buffers, memory, {}, len(labels), 1.0, config.local.lr, config.seed)
-    with torch.no_grad():
-        algorithm.local.loss(model, clone(params), clone(buffers), Batch(images, labels), task)
-
-
-def _header(config: RunConfig) -> Record:
-    refiner = config.refiner.name
-    preset = getattr(config.refiner, "preset", None)
-    return {
-        "name": config.name,
-        "algorithm": config.algorithm.name,
-        "refiner": f"{refiner} ({preset})" if preset else refiner,
-        "seed": config.seed,
-    }
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(self.seconds[name] + time.perf_counter() - start, 6)

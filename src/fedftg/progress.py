@@ -1,65 +1,41 @@
-"""How a run tells a person how it goes on."""
+"""Shows how a run proceeds: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from typing import TYPE_CHECKING, Any
 
 from rich import progress as bars
 from rich.console import Console
 
-from fedftg.config import RunConfig
-from fedftg.rundir.records import Record
+if TYPE_CHECKING:
+    from fedftg.config import RunConfig
 
-SLOW_TO_DECODE = 5000
+_SLOW_TO_DECODE = 5000
 """Fewer images are decoded before a bar could be read."""
 
 
-class Progress(Protocol):
-    """Who is told how a run goes on."""
+class Progress:
+    """Receives progress events; this class ignores them all."""
 
     def loading(self, done: int, total: int) -> None:
-        """``done`` of ``total`` images are decoded; before `start`, and only where they are not in the cache yet."""
-        ...
+        """Receives how many images are decoded; comes before `start`, and only where they are not cached."""
 
     def start(self, config: RunConfig, done: int, clients: int) -> None:
-        """Before the first round of this session; ``done`` rounds are there already."""
-        ...
+        """Comes before the first round of this session; ``done`` rounds were completed by earlier sessions."""
 
     def phase(self, round: int, name: str, done: int, total: int) -> None:
-        """``done`` of ``total`` parts of a phase (local, aggregate, refine, evaluate) of a round."""
-        ...
+        """Receives ``done`` of ``total`` parts of a phase (local, aggregate, refine, evaluate) of a round."""
 
-    def round_done(self, record: Record) -> None:
-        """The record that was just written."""
-        ...
+    def round_done(self, record: dict[str, Any]) -> None:
+        """Receives the record that was just written."""
 
     def finish(self) -> None:
-        """After the last round, and when the run is stopped."""
-        ...
+        """Comes after the last round, and when the run is stopped."""
 
 
-class Silent:
-    """Tells nobody."""
-
-    def loading(self, done: int, total: int) -> None:
-        """Nothing."""
-
-    def start(self, config: RunConfig, done: int, clients: int) -> None:
-        """Nothing."""
-
-    def phase(self, round: int, name: str, done: int, total: int) -> None:
-        """Nothing."""
-
-    def round_done(self, record: Record) -> None:
-        """Nothing."""
-
-    def finish(self) -> None:
-        """Nothing."""
-
-
-class PlainLines:
-    """One line a round, for logs and pipes."""
+class PlainLines(Progress):
+    """Prints one line a round, for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -69,37 +45,33 @@ class PlainLines:
         self._tenth = -1
 
     def loading(self, done: int, total: int) -> None:
-        """A line at each tenth, for sets that take a while."""
+        """Prints a line at each tenth of a large set."""
         tenth = 10 * done // max(total, 1)
-        if total >= SLOW_TO_DECODE and tenth != self._tenth:
+        if total >= _SLOW_TO_DECODE and tenth != self._tenth:
             self._tenth = tenth
-            self._console.print(f"decoding images {done}/{total}", soft_wrap=True, highlight=False)
+            self._print(f"decoding images {done}/{total}")
 
     def start(self, config: RunConfig, done: int, clients: int) -> None:
-        """Names the run."""
+        """Prints the name of the run."""
         self._rounds, self._first, self._started = config.rounds, done, time.monotonic()
-        self._console.print(_headline(config, done, clients), soft_wrap=True, highlight=False)
+        self._print(_headline(config, done, clients))
 
-    def phase(self, round: int, name: str, done: int, total: int) -> None:
-        """Nothing."""
-
-    def round_done(self, record: Record) -> None:
-        """Round, accuracies, seconds, and an estimate of what is left."""
+    def round_done(self, record: dict[str, Any]) -> None:
+        """Prints round, accuracies, seconds, and an estimate of the time left."""
         number = record["round"]
         per_round = (time.monotonic() - self._started) / (number - self._first)
         left = _duration(per_round * (self._rounds - number))
         seconds = sum(record["seconds"].values())
-        line = f"round {number}/{self._rounds}  {_accuracies(record)}  {seconds:.1f} s  {left} left"
-        self._console.print(line, soft_wrap=True, highlight=False)
+        self._print(f"round {number}/{self._rounds}  {_accuracies(record)}  {seconds:.1f} s  {left} left")
         for warning in _warnings(record):
-            self._console.print(warning, soft_wrap=True, highlight=False)
+            self._print(warning)
 
-    def finish(self) -> None:
-        """Nothing."""
+    def _print(self, line: str) -> None:
+        self._console.print(line, soft_wrap=True, highlight=False)
 
 
-class Live:
-    """A bar with round, phase, accuracies and time left, for terminals."""
+class Live(Progress):
+    """Shows a bar with round, phase, accuracies and time left, for terminals."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -116,8 +88,8 @@ class Live:
         self._rounds = 0
 
     def loading(self, done: int, total: int) -> None:
-        """A bar of its own, gone when all are decoded."""
-        if self._loading is None and total >= SLOW_TO_DECODE:
+        """Shows a bar of its own until all images are decoded."""
+        if self._loading is None and total >= _SLOW_TO_DECODE:
             self._loading = self._bar.add_task("decoding images", total=total, phase="")
             self._bar.start()
         if self._loading is not None:
@@ -134,14 +106,14 @@ class Live:
         self._bar.start()
 
     def phase(self, round: int, name: str, done: int, total: int) -> None:
-        """Moves within a round: most of its time is local training."""
+        """Moves the bar within a round: most of its time is local training."""
         share = {"local": 0.6 * done / total, "aggregate": 0.6, "refine": 0.62, "evaluate": 0.9}[name]
         part = f"{name} {done}/{total}" if name == "local" else name
         if self._task is not None:
             self._bar.update(self._task, completed=round - 1 + share, phase=part)
 
-    def round_done(self, record: Record) -> None:
-        """Shows the accuracies of the last evaluated round; warnings stay above the bar."""
+    def round_done(self, record: dict[str, Any]) -> None:
+        """Shows the accuracies of the round; warnings stay above the bar."""
         number = record["round"]
         for warning in _warnings(record):
             self._bar.console.print(warning, highlight=False)
@@ -150,7 +122,7 @@ class Live:
             self._bar.update(self._task, completed=number, description=text)
 
     def finish(self) -> None:
-        """Takes the bar away; again does nothing."""
+        """Removes the bar."""
         self._bar.stop()
         for task in self._bar.task_ids:
             self._bar.remove_task(task)
@@ -158,7 +130,7 @@ class Live:
 
 
 def for_console(console: Console) -> Progress:
-    """A bar on a terminal, plain lines anywhere else."""
+    """Returns a bar for a terminal, plain lines for anything else."""
     return Live(console) if console.is_terminal else PlainLines(console)
 
 
@@ -169,13 +141,13 @@ def _headline(config: RunConfig, done: int, clients: int) -> str:
     return f"{config.name}: {method}, {config.data.name}, {clients} clients, seed {config.seed}{resumed}"
 
 
-def _accuracies(record: Record) -> str:
+def _accuracies(record: dict[str, Any]) -> str:
     if not record["accuracy"]:
         return "not evaluated"
     return "  ".join(f"{kind} {100 * value:.2f} %" for kind, value in record["accuracy"].items())
 
 
-def _warnings(record: Record) -> list[str]:
+def _warnings(record: dict[str, Any]) -> list[str]:
     lines = [f"  client {item['client']} rejected: {item['reason']}" for item in record.get("rejected", ())]
     return [*lines, f"  {record['rolled_back']}"] if "rolled_back" in record else lines
 

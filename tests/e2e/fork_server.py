@@ -20,7 +20,10 @@ TIMEOUT = 300
 """Seconds; SIGALRM ends a command that takes longer."""
 
 # What a run imports, most of it where it is used first: scikit-learn for digits, Dynamo in every optimizer.
-IMPORTS = ("fedftg.commands", "fedftg.progress", "matplotlib.backends.backend_agg", "sklearn.datasets", "torch._dynamo")
+IMPORTS = (
+    "fedftg.loop", "fedftg.report.plots", "fedftg.report.table", "fedftg.progress",
+    "matplotlib.backends.backend_agg", "sklearn.datasets", "torch._dynamo",
+)  # fmt: skip
 
 
 def serve() -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """The command line as a user meets it."""
 
+import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +157,7 @@ def test_compare_runs_what_is_missing_only(fedftg: Any, tmp_path: Path) -> None:
     assert list((tmp_path / "runs" / "comparisons").glob("*/accuracy.png"))
 
 
-def test_partition_writes_heatmap_sizes_and_the_division(fedftg: Any, tmp_path: Path) -> None:
+def test_partition_writes_heatmap_sizes_and_the_partition(fedftg: Any, tmp_path: Path) -> None:
     done = fedftg("partition", "default", "--set", "partition.num_clients=6", "--set", "partition.test_share=0.2",
                   "--out", "p")  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -163,7 +166,7 @@ def test_partition_writes_heatmap_sizes_and_the_division(fedftg: Any, tmp_path: 
     assert content["law"] == "dirichlet"
     assert {path.name for path in (tmp_path / "p").iterdir()} == {"partition.json", "partition.png", "sizes.png"}
     assert all((tmp_path / "p" / name).stat().st_size > 5_000 for name in ("partition.png", "sizes.png"))
-    for line in ("heatmap: p/partition.png", "sizes: p/sizes.png", "division: p/partition.json"):
+    for line in ("heatmap: p/partition.png", "sizes: p/sizes.png", "partition: p/partition.json"):
         assert f"{line}\n" in done.stdout
     assert "held back" in done.stdout
     assert "clients without samples: 0" in done.stdout
@@ -231,10 +234,10 @@ def test_interrupt_is_130_and_resumes_to_the_same(
     (tmp_path / "stopper.py").write_text(
         "import os, signal\n"
         "from pathlib import Path\n"
-        "from fedftg import rounds\n"
+        "from fedftg import experiment\n"
         # A shell that starts tests in the background has them ignore the signal.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "evaluate = rounds.evaluate\n"
+        "evaluate = experiment.evaluate\n"
         "calls = []\n"
         "def watched(*arguments):\n"
         "    calls.append(1)\n"
@@ -242,7 +245,7 @@ def test_interrupt_is_130_and_resumes_to_the_same(
         "        Path('mark').touch()\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"
         "    return evaluate(*arguments)\n"
-        "rounds.evaluate = watched\n"
+        "experiment.evaluate = watched\n"
     )
     settings = [*tiny, "--set", "checkpoint.every=50", "--set", f"algorithm.name={algorithm}"]
     stopped = fedftg("run", *settings, "--set", 'plugins=["stopper"]', "--out", "r", path=tmp_path)
@@ -254,3 +257,31 @@ def test_interrupt_is_130_and_resumes_to_the_same(
     assert "resumed after round 1" in resumed.stdout
     assert fedftg("run", *settings, "--out", "whole").returncode == 0
     assert read_records(tmp_path / "r") == read_records(tmp_path / "whole")
+
+
+def test_compare_never_turns_a_base_into_a_copy(fedftg: Any, tiny: list[str], tmp_path: Path) -> None:
+    own = [part for part in zip(tiny[::2], tiny[1::2], strict=True) if not part[1].startswith("refiner.")]
+    short = [*itertools.chain(*own), "--set", "rounds=1", "--set", "refiner.name=fedftg"]
+    done = fedftg("compare", "default_base", "default", *short, "--set", "refiner.iterations=1",
+                  "--set", "refiner.generator_width=4")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "default_base stays without a refiner" in done.stdout
+    assert 'name = "none"' in (tmp_path / "runs" / "default_base" / "config.toml").read_text()
+    copies = fedftg("compare", "default_base", "default", "--set", "refiner.name=none")
+    assert copies.returncode == 2
+    assert "are the same run with these settings; compare different ones" in copies.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["run", "defualt"], ["partition", "defualt"]])
+def test_no_torch_where_nothing_is_computed(tmp_path: Path, arguments: list[str]) -> None:
+    """Importing torch takes a second and more: these answer before it."""
+    code = f"import sys\nfrom fedftg import cli\nsys.argv = ['fedftg', *{arguments}]\n"
+    code += "try:\n    cli.main()\nexcept SystemExit:\n    pass\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True)
+
+
+def test_importing_the_package_loads_no_extra(tmp_path: Path) -> None:
+    extras = {"matplotlib", "pyarrow", "datasets", "sklearn", "flwr", "PIL"}
+    code = "import sys, fedftg\nfedftg.refine, fedftg.run, fedftg.RunConfig\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True, text=True)
+    assert not extras & set(done.stdout.split())

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import fedftg
-from fedftg import experiment, rounds
+from fedftg import build, experiment
 from fedftg.algorithms.base import ClientResult, ServerState
 from fedftg.engine import executors
 from fedftg.errors import ClientError
 from fedftg.params import Params
-from fedftg.progress import Silent
+from fedftg.progress import Progress
 from fedftg.rundir import records
 
 SETTINGS = {
@@ -41,16 +41,16 @@ def spoil(monkeypatch: pytest.MonkeyPatch, clients: Sequence[int], round: int) -
 def test_non_finite_update_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Client 2 sends NaN in round 2: the round is that of the other three, and client 2 keeps its memory."""
     config = fedftg.RunConfig(**{**SETTINGS, "algorithm": {"name": "scaffold"}})
-    by_hand = experiment.build(config)
-    by_hand.run_round(Silent())
+    by_hand = build.build(config)
+    by_hand.run_round(Progress())
     memory = by_hand.clients.memory(2)
-    monkeypatch.setattr(rounds.sampling, "cohort", lambda *_: [0, 1, 3])
-    by_hand.run_round(Silent())
+    monkeypatch.setattr(experiment.sampling, "cohort", lambda *_: [0, 1, 3])
+    by_hand.run_round(Progress())
     monkeypatch.undo()
 
     spoil(monkeypatch, [2], 2)
-    spoiled = experiment.build(config)
-    first, second = (spoiled.run_round(Silent()) for _ in range(2))
+    spoiled = build.build(config)
+    first, second = (spoiled.run_round(Progress()) for _ in range(2))
     name = next(iter(spoiled.state.params))
     assert "rejected" not in first
     assert second["rejected"] == [{"client": 2, "reason": f"non-finite parameter {name}"}]
@@ -71,7 +71,7 @@ def test_round_without_usable_update_keeps_the_model(tmp_path: Path, monkeypatch
     assert len(row["rejected"]) == 4
     assert "no client update was usable" in row["rolled_back"]
     assert row["accuracy"]["selected"] == row["accuracy"]["refined"] == row["accuracy"]["all"]
-    initial = experiment.build(config).state.params
+    initial = build.build(config).state.params
     kept = fedftg.run(config, out=tmp_path / "run", resume=True).state.params
     assert all(torch.equal(kept[name], initial[name]) for name in initial)
 
@@ -83,7 +83,7 @@ def test_non_finite_fine_tuning_is_rolled_back(tmp_path: Path) -> None:
     rows = records.read(tmp_path / "run" / "rounds.jsonl")
     assert all("rolled back to the aggregate" in row["rolled_back"] for row in rows)
     assert all(row["accuracy"]["refined"] == row["accuracy"]["selected"] for row in rows)
-    initial = experiment.build(fedftg.RunConfig(**settings)).state.refiner
+    initial = build.build(fedftg.RunConfig(**settings)).state.refiner
     assert all(torch.equal(run.state.refiner[name], initial[name]) for name in initial)
     base = fedftg.run({**SETTINGS, "refiner": {"name": "none"}}, out=tmp_path / "base")
     assert all(torch.equal(run.state.params[name], base.state.params[name]) for name in base.state.params)
@@ -105,10 +105,10 @@ def test_non_finite_aggregate_is_not_taken(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(fedavg.AverageServer, "step", overflow)
     config = fedftg.RunConfig(**{**SETTINGS, "algorithm": {"name": "moon"}})
-    watched = experiment.build(config)
-    watched.run_round(Silent())
+    watched = build.build(config)
+    watched.run_round(Progress())
     before, clients = watched.state, watched.clients
-    watched.run_round(Silent())
+    watched.run_round(Progress())
     assert all(torch.equal(watched.state.params[name], before.params[name]) for name in before.params)
     assert watched.clients.held == clients.held
     assert all(
@@ -142,7 +142,7 @@ def test_a_failing_client_names_round_client_and_stage(tmp_path: Path, monkeypat
 
 def test_run_from_python_returns_the_deployed_model(tmp_path: Path) -> None:
     run = fedftg.run(SETTINGS, overrides=["rounds=1"], out=tmp_path / "run")
-    experiment_ = experiment.build(fedftg.RunConfig(**SETTINGS))
+    experiment_ = build.build(fedftg.RunConfig(**SETTINGS))
     images, labels = next(experiment_.data.test_batches(1000))
     accuracy = (run.model(images).argmax(dim=1) == labels).float().mean().item()
     assert accuracy == pytest.approx(run.summary["accuracy"]["refined"]["final"])

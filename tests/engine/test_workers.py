@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import fedftg
+from fedftg import build
 from fedftg import config as configs
-from fedftg import experiment
 from fedftg.errors import ClientError, InputError
-from fedftg.progress import Silent
+from fedftg.progress import Progress
 
 SETTINGS: dict[str, Any] = {
     "rounds": 3,
@@ -130,10 +130,10 @@ def test_a_process_that_is_killed_is_named(tmp_path: Path, plugin: str) -> None:
 
 
 def test_after_a_failure_the_executor_starts_anew(plugin: str) -> None:
-    run = experiment.build(configs.from_mapping(failing(plugin, "die")))
-    run.run_round(Silent())
+    run = build.build(configs.from_mapping(failing(plugin, "die")))
+    run.run_round(Progress())
     with pytest.raises(ClientError):
-        run.run_round(Silent())
+        run.run_round(Progress())
     assert run.state.round == 1
     tasks = list(run._tasks(1, [0, 2]))
     assert [result.client for result in run.executor.run(run.algorithm.local, tasks)] == [0, 2]
@@ -141,15 +141,15 @@ def test_after_a_failure_the_executor_starts_anew(plugin: str) -> None:
 
 
 def test_a_plugin_that_cannot_be_imported_there(tmp_path: Path, plugin: str) -> None:
-    run = experiment.build(configs.from_mapping(failing(plugin, "nothing")))
+    run = build.build(configs.from_mapping(failing(plugin, "nothing")))
     (tmp_path / f"{plugin}.py").unlink()
     with pytest.raises(ClientError, match=rf"round 1, client [01], start of a worker process: .*{plugin}"):
-        run.run_round(Silent())
+        run.run_round(Progress())
     run.executor.close()
 
 
 def test_a_generator_that_is_closed_early_leaves_nothing_behind() -> None:
-    run = experiment.build(fedftg.RunConfig(**{**SETTINGS, "cohort": {}}))
+    run = build.build(fedftg.RunConfig(**{**SETTINGS, "cohort": {}}))
     whole = list(run.executor.run(run.algorithm.local, run._tasks(2, [0, 1, 2, 3])))
     started = run.executor.run(run.algorithm.local, run._tasks(1, [0, 1, 2, 3]))
     next(iter(started))
@@ -169,7 +169,7 @@ def test_an_algorithm_of_the_started_script_is_told(monkeypatch: pytest.MonkeyPa
         pass
 
     with pytest.raises(InputError, match=r"executor\.name=workers: .* put it into a module"):
-        experiment.build(fedftg.RunConfig(**{**SETTINGS, "algorithm": Local()}))
+        build.build(fedftg.RunConfig(**{**SETTINGS, "algorithm": Local()}))
 
 
 def children(pid: int) -> list[int]:

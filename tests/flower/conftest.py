@@ -24,7 +24,7 @@ from fedftg import config as configs
 from fedftg.flower.client_app import client_app
 from fedftg.flower.local_grid import LocalGrid
 from fedftg.flower.server_app import serve
-from fedftg.progress import Silent
+from fedftg.progress import Progress
 from fedftg.rundir import records
 
 # Digits, four clients of which three a round, and a step or two of everything.
@@ -59,7 +59,7 @@ class Federation:
 
     def serve(self, grid: LocalGrid, out: str = "served", **settings: Any) -> Any:
         given = {**self.settings, "out": str(self.folder / out), **settings}
-        return serve(grid, self.recipe, given, Silent())
+        return serve(grid, self.recipe, given, Progress())
 
     def simulate(self, out: str = "simulated", *overrides: str) -> Any:
         import fedftg

@@ -336,7 +336,7 @@ def test_a_server_killed_in_mid_round_goes_on_with_the_same_numbers(federation: 
         "        os.kill(os.getpid(), 9)\n"
         "    return reply\n"
         "grid.faults = {node: die for node in nodes}\n"
-        "serve(grid, recipe, settings, Silent())\n"
+        "serve(grid, recipe, settings, Progress())\n"
     )
     killed = subprocess.run([sys.executable, "-W", "ignore", "-c", script, str(fed.folder)], timeout=400, check=False)
     assert killed.returncode == -9

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 sys.path.insert(0, str(Path(__file__).parent))
 import small_federation as small
 
-from fedftg import experiment
+from fedftg import build
 from fedftg.config import RunConfig, from_mapping
 from fedftg.engine import sampling
 from fedftg.engine.batches import client_batches
@@ -27,7 +27,7 @@ from fedftg.errors import InputError
 from fedftg.flower import FedDyn, FedFTG, Moon, Scaffold, class_counts, local_train
 from fedftg.flower.local_grid import LocalGrid
 from fedftg.flower.local_training import TASK
-from fedftg.progress import Silent
+from fedftg.progress import Progress
 
 CLIENTS, ROUNDS = 4, 3
 ALGORITHMS: dict[str, dict[str, Any]] = {
@@ -70,14 +70,14 @@ class Simulated:
 
     def __init__(self, settings: RunConfig) -> None:
         self.settings = settings
-        self.experiment = experiment.build(settings)
+        self.experiment = build.build(settings)
         self.model = self.experiment.model
         self.module = self.model.module(*self.model.init())
         self.initial = ArrayRecord(self.module.state_dict())
 
     def run(self) -> dict[str, torch.Tensor]:
         for _ in range(ROUNDS):
-            self.experiment.run_round(Silent())
+            self.experiment.run_round(Progress())
         return {**self.experiment.state.params, **self.experiment.state.buffers}
 
     def client_app(self, **more: Any) -> ClientApp:

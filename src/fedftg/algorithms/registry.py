@@ -2,42 +2,45 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TYPE_CHECKING
 
-from fedftg.algorithms.base import AlgorithmConfig, RefinerConfig
-from fedftg.algorithms.fedavg import FedAvgConfig
-from fedftg.algorithms.feddyn import FedDynConfig
-from fedftg.algorithms.fedftg import FedFTGConfig
-from fedftg.algorithms.fedprox import FedProxConfig
-from fedftg.algorithms.moon import MoonConfig
-from fedftg.algorithms.none import NoRefinerConfig
-from fedftg.algorithms.scaffold import ScaffoldConfig
-from fedftg.errors import InputError
+from fedftg.registry import Registry
 
-Config = TypeVar("Config", AlgorithmConfig, RefinerConfig)
+if TYPE_CHECKING:
+    from fedftg.algorithms.base import AlgorithmConfig, RefinerConfig
 
-ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
-    "fedavg": FedAvgConfig,
-    "fedprox": FedProxConfig,
-    "feddyn": FedDynConfig,
-    "scaffold": ScaffoldConfig,
-    "moon": MoonConfig,
-}
-REFINERS: dict[str, type[RefinerConfig]] = {"none": NoRefinerConfig, "fedftg": FedFTGConfig}
+ALGORITHMS: Registry[type[AlgorithmConfig]] = Registry(
+    "algorithm",
+    {
+        "fedavg": "fedftg.algorithms.fedavg:FedAvgConfig",
+        "fedprox": "fedftg.algorithms.fedprox:FedProxConfig",
+        "feddyn": "fedftg.algorithms.feddyn:FedDynConfig",
+        "scaffold": "fedftg.algorithms.scaffold:ScaffoldConfig",
+        "moon": "fedftg.algorithms.moon:MoonConfig",
+    },
+)
+REFINERS: Registry[type[RefinerConfig]] = Registry(
+    "refiner",
+    {
+        "none": "fedftg.algorithms.none:NoRefinerConfig",
+        "fedftg": "fedftg.algorithms.fedftg:FedFTGConfig",
+    },
+)
 
 
 def register_algorithm(name: str, config: type[AlgorithmConfig]) -> None:
-    """Makes ``algorithm.name = name`` known; a recipe's ``plugins`` list names the module that calls this."""
-    _register(ALGORITHMS, "algorithm", name, config)
+    """Registers ``algorithm.name = name``; a recipe's ``plugins`` list names the module that calls this.
+
+    Raises:
+        InputError: another class has the name.
+    """
+    ALGORITHMS[name] = config
 
 
 def register_refiner(name: str, config: type[RefinerConfig]) -> None:
-    """Makes ``refiner.name = name`` known; a recipe's ``plugins`` list names the module that calls this."""
-    _register(REFINERS, "refiner", name, config)
+    """Registers ``refiner.name = name``; a recipe's ``plugins`` list names the module that calls this.
 
-
-def _register(table: dict[str, type[Config]], kind: str, name: str, config: type[Config]) -> None:
-    known = table.get(name)
-    if known is not None and known is not config:
-        raise InputError(f"{kind} {name!r} is taken by {known.__module__}.{known.__name__}; choose another name")
-    table[name] = config
+    Raises:
+        InputError: another class has the name.
+    """
+    REFINERS[name] = config

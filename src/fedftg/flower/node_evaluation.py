@@ -11,12 +11,12 @@ from flwr.serverapp import Grid
 from fedftg.data.federated import FederatedData
 from fedftg.engine.evaluate import Measured, correct_held_back, over_clients
 from fedftg.errors import InputError
+from fedftg.experiment import Models
 from fedftg.flower import mail, records
 from fedftg.flower.remote import RemoteFederation
 from fedftg.flower.roster import Roster
 from fedftg.models.functional import FunctionalModel
 from fedftg.params import to_device
-from fedftg.rounds import Models
 
 
 def evaluate_on_nodes(

@@ -14,7 +14,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
-from fedftg import experiment
+from fedftg import build, loop
 from fedftg.config import RunConfig
 from fedftg.data import sources
 from fedftg.data.dataset import ImageDataset
@@ -23,14 +23,14 @@ from fedftg.engine.evaluate import Measured
 from fedftg.engine.machine import resolve_device
 from fedftg.engine.memory import ClientStore
 from fedftg.errors import InputError
-from fedftg.experiment import Run
+from fedftg.experiment import Experiment, Models
 from fedftg.flower.grid_executor import GridExecutor, no_memory
 from fedftg.flower.node_evaluation import evaluate_on_nodes
 from fedftg.flower.remote import ClientFacts, RemoteFederation, facts_of, joint_normalisation, other_data
 from fedftg.flower.roster import Roster, Say
 from fedftg.flower.settings import AppSettings, agreement, app_settings, on_server
+from fedftg.loop import Run
 from fedftg.progress import PlainLines, Progress
-from fedftg.rounds import Experiment, Models
 from fedftg.rundir import records
 from fedftg.rundir.folder import RunFolder
 from fedftg.rundir.records import Record
@@ -78,7 +78,7 @@ def serve(grid: Grid, recipe: Path, run_config: Mapping[str, Any], progress: Pro
         console.print(text, highlight=False, markup=False)
 
     say(f"run folder: {folder.resolve()}")
-    return experiment.execute(
+    return loop.execute(
         config,
         folder,
         lambda: prepare(grid, config, settings, RunFolder(folder), say),
@@ -245,7 +245,7 @@ def _assemble(
         weighed = remembered if before is not None else frozenset(known)
     # A run that goes on was possible when it began, whatever has joined since.
     may_train = [client for client in range(remote.num_clients) if before is not None or remote.may_train(client)]
-    made = experiment.parts(config, remote, len(may_train))
+    made = build.parts(config, remote, len(may_train))
     params, buffers = made.state.params, made.state.buffers
     clients = ClientStore(
         no_memory,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from fedftg import cli, commands
+from fedftg import cli
 from fedftg.data import ImageDataset, sources
 from fedftg.errors import InputError
 
@@ -61,30 +61,32 @@ def test_natural_clients_are_as_many_as_values(asked: list[tuple[str, ...]], tmp
     assert json.loads((tmp_path / "partition.json").read_text())["indices"][0] == [0, 3, 6, 9]
 
 
-def test_another_division_is_never_overwritten(
+def test_another_partition_is_never_overwritten(
     asked: list[tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
 
     def made(*settings: str, out: str | None = None) -> Path:
-        overrides = ["partition.num_clients=3", *settings]
-        return commands.partition("default", overrides, None if out is None else Path(out)).data
+        options = [part for setting in ("partition.num_clients=3", *settings) for part in ("--set", setting)]
+        where = [] if out is None else ["--out", out]
+        done = CliRunner().invoke(cli.cli, ["partition", "default", *options, *where])
+        if done.exception is not None:
+            raise done.exception
+        return Path(done.stdout.splitlines()[-1].removeprefix("partition: "))
 
     swapped = sources.load(None, columns=())
     first = made()
     content = first.read_bytes()
-    assert made() == first  # the same division: the same folder
+    assert made() == first  # the same partition: the same folder
     second = made("seed=1")
     assert second.parent.name == f"{first.parent.name}-2"
     assert first.read_bytes() == content
     assert made("seed=1") == second
     assert made(out="here").read_bytes() == content
-    with pytest.raises(InputError, match="here holds another division already; give another folder by --out"):
-        made("seed=1", out="here")
-    with pytest.raises(InputError, match="holds another division"):  # the same rows, but a share of them held back
-        made("partition.test_share=0.5", out="here")
+    for other in ("seed=1", "partition.test_share=0.5"):  # the latter: the same rows, but a share of them held back
+        with pytest.raises(InputError, match="here holds another partition already; choose another folder by --out"):
+            made(other, out="here")
     monkeypatch.setattr(sources, "load", lambda *_, **__: swapped)
     assert made("partition.law=iid").parent.name.endswith("-3")  # iid: the same rows whatever the labels
     monkeypatch.setattr(sources, "load", lambda *_, **__: replace(swapped, train_labels=1 - swapped.train_labels))
     assert made("partition.law=iid").parent.name.endswith("-4")
-    assert (tmp_path / "here" / "partition.json").read_bytes() == content

@@ -1,0 +1,112 @@
+"""From a config to an experiment: the one place where names become objects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fedftg.algorithms.base import Algorithm, Batch, LocalTask, Refiner, RefinerContext, ServerState
+from fedftg.config import RunConfig
+from fedftg.data import federated
+from fedftg.data.dataset import ImageDataset
+from fedftg.data.federation import Federation
+from fedftg.engine import executors
+from fedftg.engine.choice import Work
+from fedftg.engine.machine import resolve_device
+from fedftg.engine.memory import ClientStore
+from fedftg.engine.workers import Origin
+from fedftg.errors import InputError
+from fedftg.experiment import Experiment
+from fedftg.models import registry as models
+from fedftg.models.functional import FunctionalModel
+from fedftg.params import clone
+from fedftg.progress import Progress
+from fedftg.rundir.records import Record
+from fedftg.seeds import SERVER, seed_for, torch_rng
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything that a config names besides clients and data, and the state before the first round."""
+
+    model: FunctionalModel
+    algorithm: Algorithm
+    refiner: Refiner
+    state: ServerState
+
+
+def parts(config: RunConfig, data: Federation, with_data: int) -> Parts:
+    """Builds model, algorithm, refiner and initial state.
+
+    Args:
+        with_data: how many clients may take part.
+
+    Raises:
+        InputError: the model, the cohort or the algorithm is impossible for this federation.
+    """
+    if config.cohort.size is not None and config.cohort.size > with_data:
+        raise InputError(
+            f"cohort.size must be at most the number of clients with data, {with_data}, got {config.cohort.size}; "
+            f"set cohort.size={with_data} or less, or partition the data among more clients"
+        )
+    module = models.build(config.model, data.num_classes, data.image_shape, seed_for(config.seed, 0, SERVER, "model"))
+    model = FunctionalModel(module.to(data.device))
+    params, buffers = model.init()
+    algorithm = config.algorithm.build(data.num_clients)
+    _check_fit(config, algorithm, model, data)
+    refiner = config.refiner.build(RefinerContext(model, data.num_classes, data.image_shape, data.device))
+    state = ServerState(
+        round=0,
+        params=params,
+        buffers=buffers,
+        server=algorithm.server.init(params),
+        refiner=refiner.init(params, torch_rng(config.seed, 0, SERVER, "refiner")),
+    )
+    return Parts(model, algorithm, refiner, state)
+
+
+def build(config: RunConfig, dataset: ImageDataset | None = None, progress: Progress | None = None) -> Experiment:
+    """Loads and partitions the data, and builds every object of a run; writes nothing but the cache of images.
+
+    Raises:
+        InputError: the data, the partition, the model or the cohort is impossible.
+    """
+    device = torch.device(resolve_device(config.device))
+    loading = progress.loading if progress is not None else None
+    data = federated.load(config.data, config.partition, config.seed, device, dataset=dataset, progress=loading)
+    sizes = [data.num_samples(client) for client in range(data.num_clients)]
+    with_data = sum(size > 0 for size in sizes)
+    made = parts(config, data, with_data)
+    algorithm, params, buffers = made.algorithm, made.state.params, made.state.buffers
+    clients = ClientStore(
+        lambda: algorithm.local.init_memory(params, buffers),
+        {**params, **buffers},
+        sizes,
+        config.evaluation.track_all,
+        bound=config.checkpoint.client_memory_mb * 1e6,
+    )
+    origin = Origin(config.plugins, config.model, seed_for(config.seed, 0, SERVER, "model"), config.algorithm)
+    share = config.cohort.probability or 1.0
+    work = Work(config.rounds, config.cohort.size or round(share * with_data), config.threads)
+    executor = executors.build(config.executor, made.model, data, config.local, origin, work)
+    record: Record = {"class_names": list(data.dataset.class_names), "class_counts": data.class_counts.tolist()}
+    record["digest"] = data.digest
+    if data.holds_back:
+        record["held_back"] = [data.num_held_back(client) for client in range(data.num_clients)]
+    if data.dataset.converted:
+        record["converted"] = dict(data.dataset.converted)
+    return Experiment(config, data, made.model, algorithm, made.refiner, executor, made.state, clients, record)
+
+
+def _check_fit(config: RunConfig, algorithm: Algorithm, model: FunctionalModel, data: Federation) -> None:
+    """Computes the loss of two images, so that a model that cannot be trained fails before anything is written."""
+    if model.has_batchnorm and config.local.batch_size < 2:
+        raise InputError("local.batch_size must be >= 2 for a model with BatchNorm, got 1; or take a GroupNorm model")
+    images = torch.zeros(2, *data.image_shape, device=data.device)
+    labels = torch.zeros(2, dtype=torch.int64, device=data.device)
+    params, buffers = model.init()
+    memory = algorithm.local.init_memory(params, buffers)
+    task = LocalTask(1, 0, params, buffers, memory, {}, len(labels), 1.0, config.local.lr, config.seed)
+    with torch.no_grad():
+        algorithm.local.loss(model, clone(params), clone(buffers), Batch(images, labels), task)

@@ -1,0 +1,275 @@
+"""Runs an experiment to its last round: run folder, records, checkpoints, resume."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedftg import config as configs
+from fedftg import recipes
+from fedftg.algorithms.base import ServerState
+from fedftg.build import build
+from fedftg.config import RunConfig
+from fedftg.data import sources
+from fedftg.data.config import DataConfig
+from fedftg.data.dataset import ImageDataset
+from fedftg.engine.machine import cpu_threads, environment, keep_freed_memory, peak_memory_mb
+from fedftg.errors import InputError
+from fedftg.experiment import Experiment
+from fedftg.params import to_device
+from fedftg.progress import Progress
+from fedftg.rundir import checkpoint, records
+from fedftg.rundir.folder import RunFolder, summarise
+from fedftg.rundir.packs import Packs
+from fedftg.rundir.records import Record
+
+RUNS = Path("runs")
+"""Where runs without a folder of their own go."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    folder: Path
+    summary: Record
+    state: ServerState = field(repr=False)
+    model: torch.nn.Module = field(repr=False)
+    """The deployed (refined) global model, in evaluation mode."""
+
+
+def run(
+    recipe: RunConfig | Mapping[str, Any] | str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    out: Path | str | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    dataset: ImageDataset | None = None,
+) -> Run:
+    """Runs one experiment, from its config to its deployed model.
+
+    Args:
+        recipe: a `RunConfig`, nested settings as in a recipe, the path or name of a recipe, or None: the default.
+        overrides: ``"key=value"`` strings, as after ``--set``.
+        out: folder of the run; by default ``runs/NAME``, or the next free ``runs/NAME-2``, ...
+        resume: continue the run in ``out``; without ``out``, the newest in ``runs`` with the same settings. Without a
+            recipe, the settings are those that the run in ``out`` was started with.
+        progress: receives progress events; None is silent.
+        dataset: images and labels of your own (`ImageDataset.from_tensors`), in place of the recipe's ``data``
+            section; pass them again to resume.
+
+    Raises:
+        InputError: wrong input; nothing was written.
+        ClientError: a client's training failed; the run can be resumed.
+    """
+    folder = Path(out) if out is not None else None
+    if resume and folder is not None and recipe is None:
+        recipe = RunFolder(folder).read_config()
+    config = _config(recipe, overrides)
+    if dataset is not None:
+        config = _with_dataset(config, dataset, overrides)
+    if folder is None:
+        found = newest(config, RUNS) if resume else None
+        if resume and found is None:
+            raise InputError(
+                f"no run of {config.name!r} with these settings is in {RUNS}/; leave --resume out to start one, "
+                "or name its folder by --out"
+            )
+        folder = found or unused(RUNS, config.name)
+    progress = progress or Progress()
+    return execute(config, folder, lambda: build(config, dataset, progress), resume=resume, progress=progress)
+
+
+def _config(recipe: RunConfig | Mapping[str, Any] | str | Path | None, overrides: Sequence[str]) -> RunConfig:
+    if isinstance(recipe, RunConfig):
+        recipe = recipe.model_dump(mode="json", exclude_none=True)
+    if isinstance(recipe, Mapping):
+        return configs.from_mapping(configs.apply(recipe, overrides))
+    return configs.load(recipes.find(str(recipe or recipes.DEFAULT)), overrides)
+
+
+def _with_dataset(config: RunConfig, dataset: ImageDataset, overrides: Sequence[str]) -> RunConfig:
+    if not isinstance(dataset, ImageDataset):
+        raise InputError(
+            f"dataset must be an ImageDataset, got {type(dataset).__name__}; make one by "
+            "fedftg.ImageDataset.from_tensors(...)"
+        )
+    if unused_settings := [item for item in overrides if item.partition("=")[0].strip().split(".")[0] == "data"]:
+        raise InputError(
+            f"{unused_settings[0]!r} has no effect beside dataset=...; leave it out, or change the dataset itself"
+        )
+    return config.model_copy(update={"data": DataConfig(name=sources.TENSORS)})
+
+
+def newest(config: RunConfig, parent: Path) -> Path | None:
+    """Returns the newest run in ``parent`` that is this experiment and not longer than it, or None."""
+    found = []
+    for path in parent.glob("*/config.toml"):
+        try:
+            given = RunFolder(path.parent).read_config()
+            if tuple(given.get("plugins", ())) != config.plugins:
+                continue  # before anything of another experiment is imported
+            other = configs.from_mapping(given)
+        except InputError:
+            continue  # written by another version: not this experiment
+        same_machine = (other.device, other.threads) == (config.device, config.threads)
+        if configs.first_difference(other, config) is None and same_machine and other.rounds <= config.rounds:
+            found.append((path.stat().st_mtime, path.parent))
+    return max(found)[1] if found else None
+
+
+def unused(parent: Path, name: str) -> Path:
+    """Returns the first of ``NAME``, ``NAME-2``, ... that does not exist in ``parent``."""
+    path, number = parent / name, 1
+    while path.exists():
+        number += 1
+        path = parent / f"{name}-{number}"
+    return path
+
+
+def execute(
+    config: RunConfig, folder: Path, prepare: Callable[[], Experiment], *, resume: bool, progress: Progress
+) -> Run:
+    """Runs all rounds of an experiment in a run folder, or those that an earlier session left.
+
+    After ``kill -9`` at any moment, resuming gives the same ``rounds.jsonl`` (times aside) and weights as an
+    uninterrupted run on the same machine with the same number of threads.
+
+    Args:
+        folder: where the run's files go; must not hold another run unless ``resume``.
+        prepare: builds the experiment; called once ``folder`` is known to be usable.
+        resume: continue after the last checkpoint in ``folder``; finished runs are returned as they are.
+
+    Raises:
+        InputError: wrong input; nothing was written, and an existing run is as it was.
+        ClientError: a client's training failed. The run can be resumed.
+    """
+    keep_freed_memory()
+    run_folder = RunFolder(folder)
+    # Before the data, which may take minutes to decode.
+    if resume:
+        configs.check_resumable(configs.from_mapping(run_folder.read_config()), config)
+    else:
+        run_folder.check_free()
+    with cpu_threads(config.threads) as threads:
+        try:
+            experiment = prepare()
+        except BaseException:
+            progress.finish()
+            raise
+        experiment.clients.packs = Packs(run_folder.checkpoint)
+        session = environment(threads, str(experiment.data.device))
+        session["executor"] = experiment.executor.description
+        with closing(experiment.executor):
+            if resume:
+                _restore(experiment, run_folder, session)
+            else:
+                run_folder.create(config.to_toml(), session, experiment.partition_record)
+            _run_rounds(experiment, run_folder, progress)
+    header = _header(config)
+    if not run_folder.finished:
+        rows = records.read(run_folder.rounds_file)
+        summary = summarise(header, rows, config.evaluation.targets, peak_memory_mb())
+        records.write_json(run_folder.summary_file, summary)
+    summary = records.read_json(run_folder.summary_file)
+    model = experiment.model.module(experiment.state.params, experiment.state.buffers)
+    return Run(folder, summary, experiment.state, model)
+
+
+def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress) -> None:
+    config = experiment.config
+    progress.start(config, experiment.state.round, experiment.data.num_clients)
+    saved = experiment.state.round
+    executor = experiment.executor.description
+    record: Record | None = None
+    try:
+        while experiment.state.round < config.rounds:
+            record = experiment.run_round(progress)
+            done = experiment.state.round
+            if experiment.executor.description != executor:  # what auto took could not do it
+                executor = experiment.executor.description
+                folder.amend_session(executor=executor)
+            index: checkpoint.Index | None = None
+            if done % config.checkpoint.every == 0 or done == config.rounds:
+                # All of it but the last rename comes before the record, which says how long it took.
+                start = time.perf_counter()
+                index = checkpoint.write(folder.checkpoint, experiment.state, experiment.clients)
+                seconds = record["seconds"]["checkpoint"] + time.perf_counter() - start
+                record["seconds"]["checkpoint"] = round(seconds, 6)
+            records.append(folder.rounds_file, record)
+            if index is not None:
+                checkpoint.commit(folder.checkpoint, index)
+                saved = done
+            progress.round_done(record)
+    except KeyboardInterrupt:
+        # Of a round that is done, nothing is lost; one that is not is done again.
+        if record is not None and record["round"] == experiment.state.round > saved:
+            if len(records.read(folder.rounds_file)) < experiment.state.round:
+                records.append(folder.rounds_file, record)
+            checkpoint.save(folder.checkpoint, experiment.state, experiment.clients)
+        raise
+    finally:
+        progress.finish()
+
+
+def _restore(experiment: Experiment, folder: RunFolder, session: Record) -> None:
+    config = experiment.config
+    before = folder.read_partition()
+    # A run of version 0.1 has no digest.
+    if before != {key: value for key, value in experiment.partition_record.items() if key != "digest" or key in before}:
+        raise InputError(
+            f"{folder.path} was started on other data or another division of it (see its partition.json); "
+            "give the same data, or start a new run"
+        )
+    kept = checkpoint.load(folder.checkpoint)
+    done = 0
+    if kept is not None:
+        done = kept.state.round
+        if done > config.rounds:
+            raise InputError(
+                f"{folder.path} is at round {done} already; rounds must be at least that, got {config.rounds}"
+            )
+        _check_model(experiment.state, kept.state, folder.checkpoint)
+        experiment.state = _on(kept.state, experiment.data.device)
+        experiment.clients.restore(kept.places, kept.change_sum)
+    folder.check_records(done)
+    if folder.finished and done == config.rounds:
+        return
+    checkpoint.sweep(folder.checkpoint)
+    folder.reopen(config.to_toml(), session, done)
+
+
+def _check_model(own: ServerState, kept: ServerState, folder: Path) -> None:
+    """A state that was put there from another run has other tensors."""
+    shapes, found = (
+        {name: tuple(value.shape) for name, value in {**state.params, **state.buffers}.items()} for state in (own, kept)
+    )
+    if found != shapes:
+        wrong = next(name for name in {**shapes, **found} if shapes.get(name) != found.get(name))
+        raise InputError(
+            f"the checkpoint in {folder} is of another model: its {wrong} is {found.get(wrong, 'missing')}, the run's "
+            f"{shapes.get(wrong, 'missing')}; put the run's own files back, or start a new run with another --out"
+        )
+
+
+def _on(state: ServerState, device: torch.device) -> ServerState:
+    parts = {part: to_device(getattr(state, part), device) for part in ("params", "buffers", "server", "refiner")}
+    return ServerState(round=state.round, **parts)
+
+
+def _header(config: RunConfig) -> Record:
+    refiner = config.refiner.name
+    preset = getattr(config.refiner, "preset", None)
+    return {
+        "name": config.name,
+        "algorithm": config.algorithm.name,
+        "refiner": f"{refiner} ({preset})" if preset else refiner,
+        "seed": config.seed,
+    }

@@ -1,0 +1,54 @@
+"""Names and what they stand for, imported when first used: listing names must not wait for torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping
+from importlib import import_module
+from typing import Generic, TypeVar
+
+from fedftg.errors import InputError
+
+Value = TypeVar("Value")
+
+
+class Registry(MutableMapping[str, Value], Generic[Value]):
+    """A dictionary whose values may be given as ``"module:attribute"``; these are imported when read.
+
+    Args:
+        kind: the word for one entry in messages, such as ``algorithm``.
+        built_in: the entries that come with the package.
+    """
+
+    def __init__(self, kind: str, built_in: Mapping[str, str]) -> None:
+        self._kind = kind
+        self._entries: dict[str, str | Value] = dict(built_in)
+
+    def __getitem__(self, name: str) -> Value:
+        entry = self._entries[name]
+        if isinstance(entry, str):
+            module, _, attribute = entry.partition(":")
+            value: Value = getattr(import_module(module), attribute)
+            self._entries[name] = value
+            return value
+        return entry
+
+    def __setitem__(self, name: str, value: Value) -> None:
+        """Registers a value.
+
+        Raises:
+            InputError: another value has the name.
+        """
+        if name in self._entries and self[name] is not value:
+            known = self[name]
+            home = f"{getattr(known, '__module__', '')}.{getattr(known, '__qualname__', known)}"
+            raise InputError(f"{self._kind} {name!r} is taken by {home}; choose another name")
+        self._entries[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
