@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from fedftg.engine.local_train import LocalConfig
 from fedftg.engine.sampling import CohortConfig
 from fedftg.errors import InputError, explain, unknown
 from fedftg.models.registry import ModelConfig
+from fedftg.registry import import_user_module
 
 Section = TypeVar("Section", bound=BaseModel)
 
@@ -124,11 +124,11 @@ def from_mapping(given: Mapping[str, Any]) -> RunConfig:
         raise InputError(f"plugins must be a list of module names, got {plugins!r}; for example plugins=['my_module']")
     for module in plugins:
         try:
-            importlib.import_module(module)
+            import_user_module(module)
         except Exception as error:
             raise InputError(
                 f"plugin {module!r} cannot be imported ({type(error).__name__}: {error}); "
-                "install it or put its folder on PYTHONPATH"
+                "install it, or start in the folder it is in"
             ) from error
     return parse(RunConfig, given)
 

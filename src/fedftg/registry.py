@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from importlib import import_module
+from types import ModuleType
 from typing import Generic, TypeVar
 
 from fedftg.errors import InputError
 
 Value = TypeVar("Value")
+
+
+def import_user_module(name: str) -> ModuleType:
+    """Imports a module that a recipe names, also from the current folder, which is not on a command's path."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name.split(".")[0] or os.getcwd() in sys.path:
+            raise
+    sys.path.append(os.getcwd())
+    importlib.invalidate_caches()
+    return import_module(name)
 
 
 class Registry(MutableMapping[str, Value], Generic[Value]):

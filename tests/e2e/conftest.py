@@ -113,3 +113,25 @@ def records(folder: Path) -> list[dict[str, Any]]:
 @pytest.fixture
 def read_records() -> Callable[[Path], list[dict[str, Any]]]:
     return records
+
+
+def classifiers() -> dict[str, Any]:
+    """Returns what code about refining takes for granted: small classifiers and class counts."""
+    import torch
+    from torch import nn
+
+    import fedftg
+
+    def classifier(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+
+    counts = torch.randint(0, 50, (3, 10), generator=torch.Generator().manual_seed(0))
+    teachers = [classifier(seed) for seed in (1, 2, 3)]
+    return {"fedftg": fedftg, "torch": torch, "student": classifier(0), "teachers": teachers, "class_counts": counts}
+
+
+@pytest.fixture
+def page_names() -> Callable[[str], dict[str, Any]]:
+    """Returns the names that the code blocks of a page may use without defining them."""
+    return lambda page: classifiers() if page in ("README.md", "docs/refine.md") else {}

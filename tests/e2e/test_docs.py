@@ -1,6 +1,12 @@
-"""The pages are true where a machine can tell: links lead somewhere, nothing is left to fill in, examples run."""
+"""The pages are true where a machine can tell: links lead somewhere, nothing is unfinished, commands and code run.
+
+The commands of ``sh`` blocks and the code of ``python`` blocks of a page run in order, in an empty folder. A block that
+begins with a file's name (``# my_model.py``) is saved as that file. Blocks without a language are not run: what needs a
+network, another machine or an hour, and what a command prints.
+"""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +14,16 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]
+BLOCK = re.compile(r"```(sh|python|toml)\n(.*?)```", re.DOTALL)
+SHORT = ["--set", "rounds=1", "--set", "refiner.iterations=1"]
+"""Appended to runs: what a page shows is that they work."""
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_and_nothing_left_to_fill_in(page: Path) -> None:
     text = page.read_text()
     assert not re.search(r"PLACEHOLDER|TODO|FIXME|RESULT_", text)
@@ -19,19 +32,28 @@ def test_links_and_nothing_left_to_fill_in(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
-def test_own_algorithm_of_the_extending_page(fedftg: Any, tiny: list[str], tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "extending.md").read_text()
-    code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "register_algorithm" in block)
-    (tmp_path / "my_algorithms.py").write_text(code)
-    settings = ["--set", 'plugins=["my_algorithms"]', "--set", "algorithm.name=fedavgm", "--set", "rounds=1"]
-    done = fedftg("run", *tiny, *settings, "--out", "r", path=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "fedavgm + fedftg" in done.stdout
-
-
-def test_snippet_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(page.read_text())], ids=name)
+def test_commands_and_code_run(
+    page: Path, fedftg: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page_names: Any
+) -> None:
     monkeypatch.chdir(tmp_path)
-    page = (ROOT / "README.md").read_text()
-    code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
-    exec(code.replace("rounds=5", "rounds=1"), {})
-    assert (tmp_path / "runs" / "mine" / "summary.json").exists()
+    names = page_names(name(page))
+    for language, block in BLOCK.findall(page.read_text()):
+        saved = re.match(r"# (\S+\.(?:py|toml))\n", block)
+        if saved:
+            (tmp_path / saved[1]).write_text(block)
+        elif language == "python":
+            exec(compile(block.replace("rounds=5", "rounds=1"), name(page), "exec"), names)
+        elif language == "sh":
+            for line in block.replace("\\\n", " ").splitlines():
+                run(shlex.split(line, comments=True), fedftg, tmp_path)
+
+
+def run(words: list[str], fedftg: Any, folder: Path) -> None:
+    if not words or words[0] == "ls":
+        assert all((folder / word).exists() for word in words[1:]), words
+        return
+    assert words[0] == "fedftg", f"{words[0]} is not run here; give the block no language"
+    trains = words[1] in ("run", "compare") and "--resume" not in words
+    done = fedftg(*words[1:], *(SHORT if trains else []), path=folder)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +12,7 @@ from torch import nn
 
 from fedftg.errors import InputError, unknown
 from fedftg.models import cnn, convnet, resnet
+from fedftg.registry import import_user_module
 
 Factory = Callable[..., nn.Module]
 
@@ -84,7 +82,7 @@ def _factory(name: str) -> Factory:
     if not path or not attribute or not separator:
         raise InputError(f"model {name!r} is no dotted path; write package.module.Class or package.module:Class")
     try:
-        module = _import(path)
+        module = import_user_module(path)
     except ImportError as error:
         raise InputError(
             f"model {name!r}: cannot import {path!r} ({_one_line(error)}); install it, or start in the folder it is in"
@@ -98,18 +96,6 @@ def _factory(name: str) -> Factory:
         raise InputError(f"model {name!r} is a {type(factory).__name__}; give a class or function that makes a model")
     result: Factory = factory
     return result
-
-
-def _import(path: str) -> Any:
-    """The module; also one in the current folder, which an installed command does not have on its path."""
-    try:
-        return importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if error.name != path.split(".")[0] or os.getcwd() in sys.path:
-            raise
-    sys.path.append(os.getcwd())
-    importlib.invalidate_caches()
-    return importlib.import_module(path)
 
 
 def _arguments(config: ModelConfig, factory: Factory, offered: dict[str, Any]) -> dict[str, Any]:
