@@ -182,7 +182,7 @@ _CANDIDATES: dict[str, tuple[str, ...]] = {
     "warmup20-to_end": ("generator_warmup=20",),
     "I5-to_end": ("iterations=5",),
 }
-"""The last two stand in table S as well, for its few rounds: the highest row of it, and the cheapest."""
+"""The last two are in table S as well, for its few rounds: the highest row of it, and the cheapest."""
 _CANDIDATES_BN: dict[str, tuple[str, ...]] = {
     "train_mode": ("student_mode=train",),
     "train_mode-restored": ("student_mode=train", "restore_buffers=true"),
@@ -210,7 +210,7 @@ def _interpolation(model: str) -> Cell:
 
 
 def _once(*cells: Cell) -> tuple[Cell, ...]:
-    """Without those that stand above already."""
+    """Returns each cell once, in order."""
     return tuple(dict.fromkeys(cells))
 
 

@@ -91,7 +91,7 @@ def test_tables_pair_seeds(tmp_path: Path) -> None:
 
 
 def test_a_shorter_run_is_compared_over_the_rounds_that_both_have(tmp_path: Path) -> None:
-    """Refined (.3 + .5) / 2 = .4 up to round 4, beside .2 of the base and .35 of the preset: +20 and +5 points."""
+    """Refined (.3 + .5) / 2 = .4 up to round 4, .2 for the base and .35 for the preset: +20 and +5 points."""
     short = f"{FEDFTG}-I5"
     row = written(
         tmp_path,

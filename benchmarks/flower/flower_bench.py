@@ -1,4 +1,4 @@
-"""FedFTG around Flower's FedAvg beside plain FedAvg: seconds a round, bytes a client, memory of the server.
+"""FedFTG around Flower's FedAvg compared with plain FedAvg: seconds a round, bytes a client, memory of the server.
 
     OMP_NUM_THREADS=1 python benchmarks/flower/flower_bench.py
 

@@ -103,6 +103,16 @@ def test_an_old_name_answers_with_the_new_command(old: str, now: str) -> None:
     configs.load(recipes.find(name), [word for word in words if word != "--set"])
 
 
+def test_what_is_no_recipe_is_one_line(tmp_path: Path) -> None:
+    for given, message in (
+        (str(tmp_path), "is a folder, not a recipe"),
+        ("mine/none.toml", "does not exist; give a path"),
+        ("papr.toml", "did you mean 'paper'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            recipes.find(given)
+
+
 def test_scaffolds_minibatches_are_those_of_its_epochs(tmp_path: Path) -> None:
     """Clients of 71 or 72 digits: 2 epochs of 2 batches are 4 steps, the same ones; as 5 of 10 are the paper's 50."""
     settings = ["rounds=1", "algorithm.name=scaffold", "refiner.name=none", "cohort.size=2"]
