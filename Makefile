@@ -16,9 +16,10 @@ run: $(VENV)/run.stamp
 test: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS)
 
-# With what takes minutes or needs Ray: processes that are killed, and Flower's own simulation.
+# With what takes minutes or needs Ray (processes that are killed, Flower's own simulation), and the kept results' tables.
 test-all: $(VENV)/all.stamp
 	OMP_NUM_THREADS=1 FEDFTG_TEST_ALL=1 $(BIN)/python -m pytest -n $(TEST_WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks/accuracy -p no:xdist
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
-"""The cells of each table: a name, and what it sets beside ``protocol.toml``.
+"""The cells of each table: a name, and what it sets on top of ``protocol.toml``.
 
-A cell that stands in several tables is run once. Names are those of result files, so a changed cell needs a new name.
+A cell that appears in several tables is run once. Results are kept by name, so a changed cell needs a new name.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ SEEDS = (0, 1, 2)
 ALGORITHMS = ("fedavg", "fedprox", "feddyn", "scaffold", "moon")
 PRESETS = ("paper", "official", "fedftg")
 
-_UNKNOWN = object()
+RETIRED = ("generator_ema", "fresh_batches", "compile_teachers", "vectorized")
+"""Settings that the package no longer has: cells that use one keep their results and are not run again."""
 
 # A generator of width 64 would take twenty times the time of local training of these small networks.
 _WIDTH = "refiner.generator_width=8"
@@ -40,27 +42,36 @@ class Cell:
     unchanged: str | None = None
     """The cell whose refiner this one changes in one thing, compared in the same way."""
 
+    @property
+    def retired(self) -> bool:
+        """Whether it needs a setting that the package no longer has."""
+        return any(word in setting for word in RETIRED for setting in self.settings)
 
+
+@cache
 def settings(cell: Cell) -> dict[str, Any]:
-    """Every setting of the cell's runs, defaults included, `configs.flat`."""
+    """Returns every setting of the cell's runs as ``{"local.lr": 0.1, ...}``, defaults included."""
     config = configs.load(PROTOCOL, cell.settings)
     return configs.flat(config.model_dump(mode="json", exclude={"name", "plugins", "checkpoint"}))
 
 
-def fits(made_with: dict[str, Any], cell: Cell) -> bool:
-    """Whether a result made with these settings is one of the cell.
+@cache
+def _off() -> dict[str, Any]:
+    """Settings that change nothing: the defaults, and the preset ``paper``."""
+    return configs.flat(configs.RunConfig().model_dump(mode="json")) | configs.flat({"refiner": of_preset("paper")})
 
-    A setting that was added since must be one that changes nothing: off, as in the preset ``paper``.
+
+def fits(made_with: dict[str, Any], cell: Cell) -> bool:
+    """Returns whether a result made with these settings belongs to the cell.
+
+    Settings that both have must be equal. One that was added since must be off; one that was dropped since does not
+    count, because a cell that used it is retired.
     """
-    now = settings(cell)
-    off = configs.flat({"refiner": of_preset("paper")})
-    return not made_with.keys() - now.keys() and all(
-        made_with.get(key, off.get(key, _UNKNOWN)) == value for key, value in now.items()
-    )
+    return cell.retired or all(made_with.get(key, _off().get(key)) == value for key, value in settings(cell).items())
 
 
 def fingerprint(cell: Cell) -> str:
-    """Of `settings`, for the name of a folder."""
+    """Returns a digest of `settings`, for the name of a folder."""
     return hashlib.sha256(json.dumps(settings(cell), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -171,7 +182,7 @@ _CANDIDATES: dict[str, tuple[str, ...]] = {
     "warmup20-to_end": ("generator_warmup=20",),
     "I5-to_end": ("iterations=5",),
 }
-"""The last two stand in table S as well, for its few rounds: the highest row of it, and the cheapest."""
+"""The last two are in table S as well, for its few rounds: the highest row of it, and the cheapest."""
 _CANDIDATES_BN: dict[str, tuple[str, ...]] = {
     "train_mode": ("student_mode=train",),
     "train_mode-restored": ("student_mode=train", "restore_buffers=true"),
@@ -199,7 +210,7 @@ def _interpolation(model: str) -> Cell:
 
 
 def _once(*cells: Cell) -> tuple[Cell, ...]:
-    """Without those that stand above already."""
+    """Returns each cell once, in order."""
     return tuple(dict.fromkeys(cells))
 
 

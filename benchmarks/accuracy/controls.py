@@ -1,4 +1,4 @@
-"""What FedFTG is held against in table C: the same place in a round, without any distillation."""
+"""The control of table C: the same place in a round, without any distillation."""
 
 from __future__ import annotations
 

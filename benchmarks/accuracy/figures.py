@@ -1,4 +1,4 @@
-"""Figures from kept results: what docs/results.md shows."""
+"""Figures from kept results, for docs/results.md and benchmarks/results/accuracy.md."""
 
 from __future__ import annotations
 
@@ -10,29 +10,24 @@ from typing import Any
 from cells import PRESETS, TABLES, Cell
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tables import CELLS, differences, load
+from tables import CELLS, ROOT, Results, Runs, differences
 
-FOLDER = Path(__file__).resolve().parents[2] / "docs" / "figures"
-# Okabe and Ito's colours: told apart with any colour vision.
+FOLDER = ROOT / "docs" / "figures"
+# Okabe and Ito's colours: distinct with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 OF_PRESET = dict(zip(PRESETS, COLOURS, strict=False))
 
-Runs = dict[int, dict[str, Any]]
-"""A cell's kept results by seed."""
+
+def write_figures(results: Results, folder: Path = FOLDER) -> None:
+    """Draws all figures; cells without results are left out."""
+    _gains(results, folder / "accuracy_gains.png")
+    _curves(results, folder / "accuracy_rounds.png")
+    _trends(results, folder / "accuracy_trends.png")
+    _parts(results, folder / "accuracy_parts.png")
+    _after(results, folder)
 
 
-def write_figures(results: Path, folder: Path = FOLDER) -> list[Path]:
-    """Draws what there are results for; returns the files."""
-    drawn = (
-        _gains(results, folder / "accuracy_gains.png"),
-        _curves(results, folder / "accuracy_rounds.png"),
-        _trends(results, folder / "accuracy_trends.png"),
-        *_after(results, folder),
-    )
-    return [path for path in drawn if path is not None]
-
-
-def _gains(results: Path, path: Path) -> Path | None:
+def _gains(results: Results, path: Path) -> None:
     """Gain of the deployed model over the base for each cell of table A: a dot a seed, a bar for their mean."""
     rows: dict[str, list[tuple[str, list[float]]]] = {}
     for cell in TABLES["A"].cells:
@@ -40,8 +35,6 @@ def _gains(results: Path, path: Path) -> Path | None:
         if gains and cell.base is not None:
             preset = next(name for name in PRESETS if f"-{name}-" in cell.name)
             rows.setdefault(_label(cell.base), []).append((preset, gains))
-    if not rows:
-        return None
     figure = Figure(figsize=(9, 1.6 + 0.52 * len(rows)), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     axes.axvline(0, color="black", linewidth=0.8)
@@ -59,15 +52,13 @@ def _gains(results: Path, path: Path) -> Path | None:
     axes.set_xlabel("accuracy of the deployed model minus that of the base, same seed, in points")
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside upper center", ncols=len(PRESETS), frameon=False)
-    return save(figure, path)
+    save(figure, path)
 
 
-def _curves(results: Path, path: Path) -> Path | None:
+def _curves(results: Results, path: Path) -> None:
     """Accuracy over rounds of FedAvg at beta 0.1, base and each preset that ran, mean over the seeds that all have."""
-    found = {kind: load(results, CELLS[f"fedavg-{kind}-b0.1-gn"]) for kind in ("base", *PRESETS)}
+    found = {kind: results[f"fedavg-{kind}-b0.1-gn"] for kind in ("base", *PRESETS)}
     runs = _of_common_seeds({kind: of_kind for kind, of_kind in found.items() if of_kind})
-    if not runs.get("base"):
-        return None
     figure = Figure(figsize=(9, 5), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     _line(axes, runs["base"], "selected", "black", "base: aggregate, deployed", "-")
@@ -78,7 +69,7 @@ def _curves(results: Path, path: Path) -> Path | None:
     axes.set(xlabel="round", ylabel="test accuracy in %")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    return save(figure, path)
+    save(figure, path)
 
 
 def _of_common_seeds(runs: dict[str, Runs]) -> dict[str, Runs]:
@@ -91,14 +82,14 @@ _SMOOTHED = 5
 """Evaluations that a point of a trend is the mean of; it is drawn at the last one's round."""
 
 
-def _trends(results: Path, path: Path) -> Path | None:
+def _trends(results: Results, path: Path) -> None:
     """Gain of the preset fedftg over each base by round: does it last? Mean over the seeds that both have."""
     figure = Figure(figsize=(9, 5), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     axes.axhline(0, color="black", linewidth=0.8)
     cells = [cell for cell in TABLES["A"].cells if cell.base is not None and "-fedftg-" in cell.name]
     for place, cell in enumerate(cells):
-        pair = _of_common_seeds({"base": load(results, CELLS[str(cell.base)]), "refined": load(results, cell)})
+        pair = _of_common_seeds({"base": results[str(cell.base)], "refined": results[cell.name]})
         if not pair["base"]:
             continue
         by_seed = [
@@ -114,12 +105,41 @@ def _trends(results: Path, path: Path) -> Path | None:
         style = "-" if place < len(COLOURS) else "--"
         label = f"{_label(str(cell.base))} ({_seeds(len(by_seed))})"
         axes.plot(rounds, smooth, style, color=COLOURS[place % len(COLOURS)], label=label)
-    if len(axes.lines) == 1:
-        return None
     axes.set(xlabel="round", ylabel=f"gain of fedftg in points, mean of {_SMOOTHED} evaluations")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    return save(figure, path)
+    save(figure, path)
+
+
+_PARTS = {
+    "samples_ensemble": "class-by-class teacher weights",
+    "no_absent": "teacher for the absent clients",
+    "no_cls": "fidelity, L_cls",
+    "no_md": "hard samples, L_md",
+    "no_absent-paper_labels": "even labels (without that teacher)",
+    "no_dis": "diversity, L_dis",
+}
+"""The cells of table B by what they change, and the part that they lack."""
+
+
+def _parts(results: Results, path: Path) -> None:
+    """What the preset loses without each of its parts: a bar for the mean, a dot a seed."""
+    figure = Figure(figsize=(9, 3.4), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    for place, change in enumerate(_PARTS):
+        cell = CELLS[f"fedavg-fedftg-b0.1-gn-{change}"]
+        worth = [-100 * gain for gain in differences(results, cell, cell.unchanged).values()]
+        mean = statistics.mean(worth)
+        axes.barh(place, mean, color=COLOURS[2], alpha=0.6)
+        axes.plot(worth, [place] * len(worth), "o", color="black", markersize=4)
+        axes.annotate(f"{mean:.2f}", (max(*worth, 0), place), (8, 0), textcoords="offset points", va="center")
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(_PARTS)), list(_PARTS.values()))
+    axes.invert_yaxis()
+    axes.set_xlim(right=6.2)
+    axes.set_xlabel("accuracy lost without it, in points")
+    axes.grid(axis="x", alpha=0.3)
+    save(figure, path)
 
 
 def _deployed(run: dict[str, Any]) -> list[float]:
@@ -127,21 +147,22 @@ def _deployed(run: dict[str, Any]) -> list[float]:
     return values
 
 
-def _after(results: Path, folder: Path) -> list[Path]:
+def _after(results: Results, folder: Path) -> None:
     """Accuracy right after fine-tuning minus that before, by round: a figure for each network of table C."""
     found: dict[str, list[Cell]] = {}
     for cell in TABLES["C"].cells:
-        if cell.base is not None and load(results, cell):
+        if cell.base is not None and results[cell.name]:
             found.setdefault(cell.base.rsplit("-", 1)[1], []).append(cell)
-    return [_after_of(results, model, cells, folder) for model, cells in found.items()]
+    for model, cells in found.items():
+        _after_of(results, model, cells, folder)
 
 
-def _after_of(results: Path, model: str, cells: Sequence[Cell], folder: Path) -> Path:
+def _after_of(results: Results, model: str, cells: Sequence[Cell], folder: Path) -> None:
     figure = Figure(figsize=(9, 5.6), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     axes.axhline(0, color="black", linewidth=0.8)
     for place, cell in enumerate(cells):
-        runs = load(results, cell)
+        runs = results[cell.name]
         changes = [[100 * (right - left) for left, right in zip(*_both(run), strict=True)] for run in runs.values()]
         rounds = next(iter(runs.values()))["rounds"]
         mean = [statistics.mean(values) for values in zip(*changes, strict=True)]
@@ -152,7 +173,7 @@ def _after_of(results: Path, model: str, cells: Sequence[Cell], folder: Path) ->
     axes.set(title=model, xlabel="round", ylabel="refined minus aggregate, points")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    return save(figure, folder / f"accuracy_after_{model}.png")
+    save(figure, folder / f"accuracy_after_{model}.png")
 
 
 def _both(run: dict[str, Any]) -> tuple[list[float], list[float]]:
@@ -177,8 +198,6 @@ def _label(base: str) -> str:
     return f"{algorithm}, {skew.replace('b0', 'beta 0')}, {model}"
 
 
-def save(figure: Figure, path: Path) -> Path:
-    """Writes a figure, without what would differ from one machine to the next."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure without metadata, which would differ between machines."""
     figure.savefig(path, metadata={"Software": None})
-    return path

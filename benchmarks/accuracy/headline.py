@@ -1,11 +1,12 @@
-"""Keeps what is measured of runs of the paper's protocol, finished or not, and puts it on docs/results.md.
+"""Keeps what is measured of runs of the paper's protocol, finished or not, and fills benchmarks/results/headline.md.
 
     python benchmarks/accuracy/headline.py RUN_FOLDER ... --commit COMMIT
 
-Of each run folder a small file goes to ``benchmarks/results/headline``; table and figure are made of all files there.
-Without folders only these are made anew. The runs themselves are ``fedftg run paper/RECIPE``, as the page says. A run
-may have a shortened schedule: fewer rounds, in which both rates, the clients' and the refiner's, fall as far as in all
-of the recipe's. It is compared with others of as many rounds.
+A line of each run is appended to ``benchmarks/results/headline.jsonl``; table and figure are made of all lines there.
+Without folders only these are made anew. The runs themselves are ``fedftg run paper`` and ``fedftg run paper_base``,
+with data set, partition law, algorithm, preset and seed set as wanted. A run may have a shortened schedule: fewer
+rounds, in which both rates, the clients' and the refiner's, fall as far as in all of the recipe's. It is compared with
+others of as many rounds.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 from figures import FOLDER as FIGURES
 from figures import OF_PRESET, save
 from matplotlib.figure import Figure
-from tables import KINDS, PAGE, last, read
+from tables import KINDS, RESULTS, last
 
 from fedftg import config as configs
 from fedftg import recipes
@@ -27,11 +28,10 @@ from fedftg.errors import InputError
 from fedftg.rundir import records
 from fedftg.rundir.folder import RunFolder
 
-HERE = Path(__file__).parent
-RESULTS = HERE.parent / "results" / "headline"
-RECIPES = recipes.folder() / "paper"
+HEADLINE = RESULTS / "headline.jsonl"
+PAGE = RESULTS / "headline.md"
 EVALUATIONS = 5
-"""Whose mean stands in the table: these curves still climb, so ten of them would reach far back."""
+"""Whose mean is in the table: these curves still climb, so ten of them would reach far back."""
 
 _BLOCK = re.compile(r"(<!-- headline: [^>]*-->\n)(.*?)(<!-- end of headline -->)", re.DOTALL)
 _COLOUR = {"base": "black", **OF_PRESET}
@@ -40,7 +40,7 @@ Result = dict[str, Any]
 
 
 def main() -> None:
-    """Keeps the runs that are given, then makes table and figure."""
+    """Keeps the given runs, then makes table and figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, help="folders of runs, finished or not")
     parser.add_argument("--commit", help="of the code that ran; needed with folders")
@@ -51,46 +51,36 @@ def main() -> None:
         found = [kept(folder, arguments.commit) for folder in arguments.runs]
     except InputError as error:
         parser.error(str(error))
-    for result in found:  # all are sound
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        records.write_json(file_of(result), result)
-        print(file_of(result))
-    results = load(RESULTS)
-    if results:
-        PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
-        draw(results, FIGURES / "headline_rounds.png")
-
-
-def file_of(result: Result) -> Path:
-    """Where it is kept."""
-    recipe = result["recipe"].removeprefix("paper/")
-    schedule = f"-in{result['shortened_to']}" if "shortened_to" in result else ""
-    return RESULTS / f"{recipe}-{result['preset']}-seed{result['seed']}{schedule}.json"
+    for result in found:
+        records.append(HEADLINE, result)
+    results = load(HEADLINE)
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
+    draw(results, FIGURES / "headline_rounds.png")
 
 
 def kept(folder: Path, commit: str) -> Result:
-    """What is kept of a run.
+    """Returns what is kept of a run.
 
     Raises:
-        InputError: the folder holds no run of a recipe of the paper's protocol, one with too few evaluations, or fewer
-            rounds than are kept of the same already.
+        InputError: the folder holds no run of the paper's protocol, or one with too few evaluations.
     """
     run = RunFolder(folder)
     config = configs.from_mapping(run.read_config())
-    preset = getattr(config.refiner, "preset", "base")
     rows = records.read(run.rounds_file)
     evaluated = [row for row in rows if row["accuracy"]]
-    changed, shortened = _changed(config, folder)
+    changed, shortened = differences(config, folder)
     if len(evaluated) < EVALUATIONS:
         raise InputError(
             f"{folder} has {len(evaluated)} evaluations in {len(rows)} rounds, a row needs {EVALUATIONS}; "
-            "go on with it by fedftg run --resume"
+            "continue it with fedftg run --resume"
         )
     session = records.read_json(folder / "environment.json")["sessions"][-1]
     measured = dict.fromkeys(name for row in evaluated for name in row["refine"])
+    law = "iid" if config.partition.law == "iid" else f"dir{round(10 * config.partition.alpha):02}"
+    refined = "_fedftg" if config.refiner.name == "fedftg" else ""
     result: Result = {
-        "recipe": f"paper/{config.name}",
-        "preset": preset,
+        "recipe": f"paper/{config.data.name}_{law}_{config.algorithm.name}{refined}",
+        "preset": getattr(config.refiner, "preset", "base"),
         "seed": config.seed,
         "settings": changed,
         "machine": {
@@ -109,63 +99,54 @@ def kept(folder: Path, commit: str) -> Result:
     }
     if shortened:
         result["shortened_to"] = config.rounds
-    before = read(file_of(result))
-    if before and before["rounds_done"] > result["rounds_done"]:
-        raise InputError(
-            f"{folder} has {result['rounds_done']} rounds, of {file_of(result).name} {before['rounds_done']} are kept; "
-            "delete that file to put this run in its place"
-        )
     return result
 
 
 _MAY_DIFFER = (*configs.RESUME_MAY_CHANGE, "executor", "evaluation.batch_size")
-"""From the recipe, in a run that stands under its name."""
-
-
+"""From the recipe, in a run of the paper's protocol."""
 _DECAYS = ("local.lr_decay", "refiner.lr_decay")
 _ALIKE = 0.01
 """By how much a rate's fall, decay to the power of the rounds, may miss the recipe's: decays are given in digits."""
 
 
-def _changed(config: configs.RunConfig, folder: Path) -> tuple[dict[str, Any], bool]:
-    """In what a run differs from its recipe with its preset and seed, and whether its schedule is a shortened one.
+def differences(config: configs.RunConfig, folder: Path) -> tuple[dict[str, Any], bool]:
+    """Returns what a run sets otherwise than its recipe, and whether its schedule is a shortened one.
+
+    The recipe is ``paper`` or ``paper_base`` with the run's data set, partition law, algorithm, preset and seed.
 
     Raises:
         InputError: it differs in more than how it ran, or a rate falls otherwise than in a shortened schedule.
     """
-    path = RECIPES / f"{config.name}.toml"
-    if not path.is_file():
-        raise InputError(f"{folder} is a run named {config.name!r}; only those of recipes/paper are kept")
-    given = [f"seed={config.seed}"]
-    if config.refiner.name == "fedftg":
-        given.append(f"refiner.preset={config.refiner.preset}")
-    recipe = configs.load(path, given)
+    refined = config.refiner.name == "fedftg"
+    given = [f"seed={config.seed}", f"data.name={config.data.name}", f"algorithm.name={config.algorithm.name}"]
+    given += [f"partition.law={config.partition.law}", f"partition.alpha={config.partition.alpha}"]
+    given += [f"refiner.preset={getattr(config.refiner, 'preset', None)}"] if refined else []
+    recipe = configs.load(recipes.find("paper" if refined else "paper_base"), given)
     as_recipe, as_run = (configs.flat(of.model_dump(mode="json")) for of in (recipe, config))
     found = {key: as_run.get(key) for key in sorted({*as_recipe, *as_run}) if as_run.get(key) != as_recipe.get(key)}
     decays = [key for key in _DECAYS if key in as_recipe]
     shortened = config.rounds < recipe.rounds and any(key in found for key in decays)
-    if shortened:
-        falls = {key: (as_recipe[key] ** recipe.rounds, as_run[key] ** config.rounds) for key in decays}
-        for key, (wanted, got) in falls.items():
-            if abs(got - wanted) > _ALIKE * wanted:
-                raise InputError(
-                    f"{folder} is not paper/{config.name} in {config.rounds} rounds: for the same fall of the rate "
-                    f"{key} must be {wanted ** (1 / config.rounds):.5f}, got {as_run[key]}"
-                )
+    for key in decays if shortened else []:
+        wanted, got = as_recipe[key] ** recipe.rounds, as_run[key] ** config.rounds
+        if abs(got - wanted) > _ALIKE * wanted:
+            raise InputError(
+                f"{folder} is not the recipe paper in {config.rounds} rounds: for the same fall of the rate "
+                f"{key} must be {wanted ** (1 / config.rounds):.5f}, got {as_run[key]}"
+            )
     for key in found:
         alike = any(key == may or key.startswith(f"{may}.") for may in _MAY_DIFFER)
         if not alike and not (shortened and key in decays):
-            raise InputError(
-                f"{folder} is not paper/{config.name}: {key} is {found[key]!r}, not {as_recipe.get(key)!r}"
-            )
-    return {key: value for key, value in found.items() if key not in ("data.root", "data.cache")}, shortened
+            raise InputError(f"{folder} is not the recipe paper: {key} is {found[key]!r}, not {as_recipe.get(key)!r}")
+    return {key: value for key, value in found.items() if key not in ("name", "data.root", "data.cache")}, shortened
 
 
-def load(results: Path) -> list[Result]:
-    """All kept runs, each federation's base first."""
-    found = [result for path in sorted(results.glob("*.json")) if (result := read(path)) is not None]
+def load(path: Path) -> list[Result]:
+    """Returns all kept runs, each federation's base first; of two lines of one run, the one with more rounds."""
+    lines = sorted(records.read(path), key=lambda of: of["rounds_done"])
+    runs = {(federation(of), of["preset"], of["seed"]): of for of in lines}
     return sorted(
-        found, key=lambda of: ("shortened_to" in of, federation(of), list(_COLOUR).index(of["preset"]), of["seed"])
+        runs.values(),
+        key=lambda of: ("shortened_to" in of, federation(of), list(_COLOUR).index(of["preset"]), of["seed"]),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 from collections.abc import Iterable, Mapping
@@ -11,33 +10,57 @@ from typing import Any
 
 from cells import SEEDS, TABLES, Cell, Rows, fits
 
+from fedftg.rundir import records
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+ACCURACY = RESULTS / "accuracy.jsonl"
+"""One line a run."""
+PAGES = (RESULTS / "accuracy.md", ROOT / "docs" / "results.md")
+"""Pages with tables of these runs."""
+
 CELLS = {cell.name: cell for rows in TABLES.values() for cell in rows.cells}
 """By name."""
 KINDS = ("selected", "all", "refined")
+EVALUATIONS = 10
+"""Whose mean is a run's accuracy in the tables."""
+
+Runs = dict[int, dict[str, Any]]
+"""A cell's results by seed."""
+Results = dict[str, Runs]
+"""By the cell's name."""
 
 
-def write_tables(results: Path) -> Path:
-    """Writes ``tables.md`` beside the results; tables without any result are left out."""
+def load(path: Path) -> Results:
+    """Returns all kept results that were made with the present settings of their cell; of two, the later line."""
+    kept: Results = {name: {} for name in CELLS}
+    for result in sorted(records.read(path), key=lambda result: result["seed"]):
+        cell = CELLS.get(result["cell"])
+        if cell is not None and fits(result["made_with"], cell):
+            kept[cell.name][result["seed"]] = result
+    return kept
+
+
+def write_tables(results: Results, path: Path) -> None:
+    """Writes all tables with every column; tables without any result are left out."""
     parts = ["# Accuracy tables", "", "Made by `benchmarks/accuracy/accuracy.py` from the files beside it.", ""]
     for name, rows in TABLES.items():
         lines = _table(results, rows, _COLUMNS)
         if len(lines) > 2:
             parts += [f"## {name}. {rows.title}", "", *lines, ""]
-    path = results / "tables.md"
-    results.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(parts), encoding="utf-8")
-    return path
 
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "results.md"
-_BLOCK = re.compile(r"(<!-- table (\w): [^>]*-->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- table (\w+): [^>]*-->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
 
-def fill_page(text: str, results: Path) -> str:
-    """The page's text with its tables, each between two comments, made anew from the results."""
+def fill_page(text: str, results: Results) -> str:
+    """Returns the page's text with its tables, each between two comments, made anew from the results."""
 
     def filled(block: re.Match[str]) -> str:
-        return block[1] + "\n".join(_table(results, TABLES[block[2]], _ON_PAGE)) + "\n" + block[4]
+        name = block[2]
+        lines = _summary(results) if name == "summary" else _table(results, TABLES[name], _ON_PAGE)
+        return block[1] + "\n".join(lines) + "\n" + block[4]
 
     return _BLOCK.sub(filled, text)
 
@@ -59,64 +82,66 @@ _ON_PAGE = {
 """The columns of the page, and what they are called there."""
 
 
-def read(path: Path) -> dict[str, Any] | None:
-    """A kept result; None where it is not there or not whole."""
-    try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return result
+_SUMMARY = {
+    "FedAvg, beta 0.1": "fedavg-fedftg-b0.1-gn",
+    "FedProx, beta 0.1": "fedprox-fedftg-b0.1-gn",
+    "FedDyn, beta 0.1": "feddyn-fedftg-b0.1-gn",
+    "SCAFFOLD, beta 0.1": "scaffold-fedftg-b0.1-gn",
+    "MOON, beta 0.1": "moon-fedftg-b0.1-gn",
+    "FedAvg, beta 0.1, BatchNorm": "fedavg-fedftg-b0.1-bn",
+    "FedAvg, beta 0.1, no normalisation": "fedavg-fedftg-b0.1-plain",
+    "FedAvg, beta 0.3": "fedavg-fedftg-b0.3-gn",
+    "FedAvg, IID": "fedavg-fedftg-iid-gn",
+    "FedAvg, beta 0.1, preset `paper`": "fedavg-paper-b0.1-gn",
+}
+"""The rows of the short table: the setting and its cell."""
 
 
-def load(results: Path, cell: Cell) -> dict[int, dict[str, Any]]:
-    """The kept results of a cell by seed; those of other settings under the same name are left out."""
-    found = [read(path) for path in sorted((results / cell.name).glob("seed*.json"))]
-    return {result["seed"]: result for result in found if result and fits(result["made_with"], cell)}
+def _summary(results: Results) -> list[str]:
+    """The short table: base, the average of its clients' last uploads, and what FedFTG deploys."""
+    lines = [("setting", "base", "base's `all`", "deployed", "gain, by seed"), ("---",) * 5]
+    for setting, name in _SUMMARY.items():
+        row, base = _row(results, CELLS[name]), _row(results, CELLS[str(CELLS[name].base)])
+        lines.append((setting, base["refined"], base["all"], row["refined"], row["gain over base"]))
+    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def spread(values: list[float], *, sign: bool = False) -> str:
-    """Mean and standard deviation over seeds in percent."""
+    """Returns mean and standard deviation over seeds in percent."""
     mean = 100 * statistics.mean(values)
     text = f"{mean:+.2f}" if sign else f"{mean:.2f}"
     return f"{text} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else text
 
 
-EVALUATIONS = 10
-"""Whose mean is a run's accuracy in the tables."""
-
-
 def last(result: dict[str, Any], *kinds: str, until: int | None = None, evaluations: int = EVALUATIONS) -> float:
-    """The mean of the last evaluations, or of those up to the round ``until``; the best kind at each of them."""
+    """Returns the mean of the last evaluations, or of those up to round ``until``; the best kind at each of them."""
     values = zip(*(result["accuracy"][kind] for kind in kinds), strict=True)
     taken = [max(of) for round, of in zip(result["rounds"], values, strict=True) if until is None or round <= until]
     return statistics.mean(taken[-evaluations:])
 
 
-def differences(results: Path, cell: Cell, other: str | None, until: int | None = None) -> dict[int, float]:
-    """By seed: the deployed model's accuracy minus that of the other cell, over the rounds that both have."""
-    if other is None:
-        return {}
-    theirs = load(results, CELLS[other])
+def differences(results: Results, cell: Cell, other: str | None, until: int | None = None) -> dict[int, float]:
+    """Returns, by seed, the deployed model's accuracy minus the other cell's, over the rounds that both have."""
+    theirs = results[other] if other is not None else {}
     found = {}
-    for seed, run in load(results, cell).items():
+    for seed, run in results[cell.name].items():
         if seed in theirs:
             end = min(run["rounds"][-1], theirs[seed]["rounds"][-1], until or run["rounds"][-1])
             found[seed] = last(run, "refined", until=end) - last(theirs[seed], "refined", until=end)
     return found
 
 
-def _table(results: Path, rows: Rows, columns: Iterable[str] | Mapping[str, str]) -> list[str]:
+def _table(results: Results, rows: Rows, columns: Iterable[str] | Mapping[str, str]) -> list[str]:
     """The lines of a table with these columns, whose values in a mapping are what they are called."""
     titles = columns if isinstance(columns, Mapping) else {name: name for name in columns}
-    found = [_row(results, cell, rows.until) for cell in rows.cells if load(results, cell)]
+    found = [_row(results, cell, rows.until) for cell in rows.cells if results[cell.name]]
     cells = [list(titles.values()), ["---"] * len(titles), *([row[name] for name in titles] for row in found)]
     return ["| " + " | ".join(row) + " |" for row in cells]
 
 
-def _row(results: Path, cell: Cell, until: int | None) -> dict[str, str]:
+def _row(results: Results, cell: Cell, until: int | None = None) -> dict[str, str]:
     """By column: what is said of a cell that has results, up to the round ``until``."""
-    by_seed = load(results, cell)
-    runs = list(by_seed.values())
+    runs = list(results[cell.name].values())
     end = min([run["rounds"][-1] for run in runs] + ([until] if until else []))
     to_end = [[v for r, v in zip(run["rounds"], run["accuracy"]["refined"], strict=True) if r <= end] for run in runs]
     after = [last(run, "refined", until=end) - last(run, "selected", until=end) for run in runs]
@@ -138,7 +163,7 @@ def _row(results: Path, cell: Cell, until: int | None) -> dict[str, str]:
 
 
 def _paired(gains: dict[int, float]) -> str:
-    """Mean, deviation, and each seed's in order; seeds are named where not all are there."""
+    """Mean, deviation, and each seed's in order; seeds are named where some are missing."""
     if not gains:
         return ""
     named = sorted(gains) != list(range(len(SEEDS)))

@@ -1,4 +1,4 @@
-"""FedFTG around Flower's FedAvg beside plain FedAvg: seconds a round, bytes a client, memory of the server.
+"""FedFTG around Flower's FedAvg compared with plain FedAvg: seconds a round, bytes a client, memory of the server.
 
     OMP_NUM_THREADS=1 python benchmarks/flower/flower_bench.py
 
@@ -12,7 +12,6 @@ import argparse
 import json
 import logging
 import os
-import platform
 import subprocess
 import sys
 import threading
@@ -28,6 +27,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
+from fedftg.engine.machine import environment
 from fedftg.flower import FedFTG, class_counts
 from fedftg.flower.local_grid import LocalGrid
 from fedftg.flower.records import record_bytes
@@ -165,9 +165,8 @@ def main() -> None:
         rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
         print(json.dumps(rows[-1]), flush=True)
     load = " ".join(f"{value:.1f}" for value in os.getloadavg())
-    print(
-        f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {options.threads} thread, load {load}"
-    )
+    machine = environment(options.threads, "cpu")
+    print(f"\n{machine['processor']}, {machine['cores']} cores, {options.threads} thread, load {load}")
     print(table(rows))
 
 

@@ -85,7 +85,7 @@ class Bench:
         yield {"what": "whole round", "seconds": whole, "memory MB": summary["peak_memory_mb"]}
 
     def local(self) -> Iterator[Row]:
-        """Local training beside bare loops, alternated: one with this process's threads, and processes of one each.
+        """Local training and bare loops, alternated: one with this process's threads, and processes of one each.
 
         A run's second round counts: the first one starts worker processes.
         """
@@ -122,7 +122,7 @@ class Bench:
             }  # fmt: skip
 
     def refine(self) -> Iterator[Row]:
-        """Each preset beside its necessary passes measured alone, alternated, with 10 teachers."""
+        """Each preset compared with its necessary passes measured alone, alternated, with 10 teachers."""
         for preset in ("paper", "official", "fedftg"):
             yield self._refining(preset, 10)
 

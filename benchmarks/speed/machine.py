@@ -1,13 +1,13 @@
-"""What this machine can do: the floor that measured times are held against."""
+"""What this machine is and can do: the floor that measured times are compared with."""
 
 from __future__ import annotations
 
 import os
-import platform
 import time
-from pathlib import Path
 
 import torch
+
+from fedftg.engine.machine import environment
 
 SIDE = 2048
 """Of the square matrices: large enough for the peak, small enough for a fraction of a second."""
@@ -18,10 +18,10 @@ def matmul_peak(dtype: torch.dtype, device: torch.device, tries: int = 5) -> flo
     left, right = (torch.randn(SIDE, SIDE, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(tries + 1):  # the first one warms up
-        _wait(device)
+        wait(device)
         start = time.perf_counter()
         torch.mm(left, right)
-        _wait(device)
+        wait(device)
         best = min(best, time.perf_counter() - start)
     return 2 * SIDE**3 / best
 
@@ -35,22 +35,14 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 def describe(device: torch.device) -> str:
     """One line: processor or GPU, cores, threads, load, torch."""
-    load = os.getloadavg()[0]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return (
-        f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, load {load:.1f}, torch {torch.__version__}"
-    )
+    found = environment(torch.get_num_threads(), str(device))
+    processor = f"{found['processor']} ({torch.backends.cpu.get_cpu_capability()})"
+    name = found["device"] if device.type == "cuda" else processor
+    load, version = os.getloadavg()[0], found["packages"]["torch"]
+    return f"{name}, {found['cores']} cores, {found['threads']} threads, load {load:.1f}, torch {version}"
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
+def wait(device: torch.device | str) -> None:
+    """Waits until a GPU has done what it was given."""
+    if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)

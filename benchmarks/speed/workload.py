@@ -1,7 +1,8 @@
-"""The work that is timed: the paper's round on random images, bare loops beside it, and how much arithmetic each is."""
+"""The work that is timed: the paper's round on random images, bare loops for comparison, and the FLOP of each."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from machine import wait
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,7 +33,7 @@ SHAPE = (3, 32, 32)
 
 
 def images(count: int, seed: int = 0) -> ImageDataset:
-    """So many random training images, with a tenth as many to test on."""
+    """Returns ``count`` random training images, and a tenth as many test images."""
     rng = np.random.default_rng(seed)
     train, test = (rng.integers(0, 256, (number, *SHAPE), dtype=np.uint8) for number in (count, max(count // 10, 1)))
     labels = np.arange(count) % CLASSES
@@ -49,11 +51,7 @@ def round_config(**changes: Any) -> RunConfig:
     settings |= {key.replace("__", "."): value for key, value in changes.items()}
     if settings.get("refiner.name") == "none":
         settings.pop("refiner.preset")
-    return configs.from_mapping(configs.apply({}, [f"{key}={_toml(value)}" for key, value in settings.items()]))
-
-
-def _toml(value: Any) -> str:
-    return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+    return configs.from_mapping(configs.apply({}, [f"{key}={json.dumps(value)}" for key, value in settings.items()]))
 
 
 def model(name: str, seed: int = 0, device: torch.device | str = "cpu") -> nn.Module:
@@ -71,7 +69,7 @@ def step_flops(module: nn.Module, batch: int) -> int:
 
 
 def bare_loop(module: nn.Module, batch: int, steps: int, device: torch.device | str = "cpu") -> float:
-    """Seconds of the plainest training loop there is: forward, backward, SGD on one batch that is there already."""
+    """Seconds of the plainest training loop: forward, backward, SGD, always on the same batch."""
     module.train()
     optimiser = torch.optim.SGD(module.parameters(), lr=0.01, weight_decay=1e-3, fused=True)
     inputs, labels = torch.randn(batch, *SHAPE, device=device), torch.arange(batch, device=device) % CLASSES
@@ -80,12 +78,12 @@ def bare_loop(module: nn.Module, batch: int, steps: int, device: torch.device | 
         nn.functional.cross_entropy(module(inputs), labels).backward()
         optimiser.step()
         optimiser.zero_grad()
-    _wait(device)
+    wait(device)
     return time.perf_counter() - start
 
 
 def bare_loops(name: str, steps: int, processes: int) -> float:
-    """Seconds of the slowest of so many processes of one thread, each with a `bare_loop` of so many steps."""
+    """Seconds of the slowest of ``processes`` processes of one thread, each with a `bare_loop` of ``steps`` steps."""
     code = (
         "import sys, torch; torch.set_num_threads(1); from fedftg.engine.machine import keep_freed_memory; "
         "keep_freed_memory(); from workload import BATCH, bare_loop, model; module = model(sys.argv[1]); "
@@ -126,7 +124,7 @@ class Refining:
         self.counts = torch.full((num_teachers, CLASSES), 50.0)
 
     def refine(self, iterations: int) -> float:
-        """Seconds of so many iterations."""
+        """Seconds of that many iterations."""
         distiller = Distiller(self.config.model_copy(update={"iterations": iterations}), self.generator)
         return self._timed(
             lambda: distiller.refine(
@@ -135,7 +133,7 @@ class Refining:
         )  # fmt: skip
 
     def necessary(self, iterations: int) -> tuple[float, float]:
-        """Seconds and FLOP of the forward and backward passes that so many iterations cannot do without, each alone.
+        """Seconds and FLOP of the forward and backward passes that the iterations need, each timed alone.
 
         Per generator step (as many as there are teachers in ``official``): generator forward and backward, teachers and
         student forward and backward to the images. Per batch for the student: generator and teachers forward. Per
@@ -150,13 +148,12 @@ class Refining:
         generator_steps = config.generator_steps * (1 if joint else self.num_teachers)
         # Each teacher sees each generator step once: in turn, or all of them jointly.
         teacher_steps = config.generator_steps * self.num_teachers
-        sets = config.student_steps if config.fresh_batches else 1
         passes: list[tuple[int, Callable[[], object]]] = [
             (generator_steps, lambda: self._generator(noise, labels, train=True)),
             (teacher_steps, lambda: self._to_images(one, batch)),
             (generator_steps, lambda: self._to_images(self._student(frozen=True), batch)),
-            (sets, lambda: self._generator(noise, labels, train=False)),
-            (sets * self.num_teachers, lambda: self._without_graph(one, batch)),
+            (1, lambda: self._generator(noise, labels, train=False)),
+            (self.num_teachers, lambda: self._without_graph(one, batch)),
             (config.student_steps, lambda: self._student(frozen=False)(batch).square().mean().backward()),
         ]
         seconds = flops = 0.0
@@ -190,13 +187,8 @@ class Refining:
         function(batch)
 
     def _timed(self, work: Callable[[], object]) -> float:
-        _wait(self.device)
+        wait(self.device)
         start = time.perf_counter()
         work()
-        _wait(self.device)
+        wait(self.device)
         return time.perf_counter() - start
-
-
-def _wait(device: torch.device | str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)

@@ -9,12 +9,20 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+)
 
 from fedftg.algorithms.base import AlgorithmConfig, RefinerConfig
 from fedftg.algorithms.fedftg import of_preset
 from fedftg.algorithms.registry import ALGORITHMS, REFINERS
-from fedftg.data.config import DataConfig, PartitionConfig
+from fedftg.data.config import MANY_CLASSES, DataConfig, PartitionConfig
 from fedftg.distill.config import PRESETS
 from fedftg.engine.evaluate import EvaluationConfig
 from fedftg.engine.executors import INTERCHANGEABLE, ExecutorConfig
@@ -57,7 +65,11 @@ def _algorithm(given: Any) -> Any:
     return _named("algorithm", ALGORITHMS, "fedavg", given)
 
 
-def _refiner(given: Any) -> Any:
+def _refiner(given: Any, info: ValidationInfo) -> Any:
+    data = info.data.get("data")  # validated before; missing where it is wrong
+    name = given.get("name", "fedftg") if isinstance(given, Mapping) else None
+    if data is not None and isinstance(name, str) and name in REFINERS:
+        given = {**REFINERS[name].defaults(MANY_CLASSES.get(data.name)), **given}
     return _named("refiner", REFINERS, "fedftg", given)
 
 
@@ -81,10 +93,10 @@ class RunConfig(BaseModel):
     cohort: CohortConfig = CohortConfig()
     model: ModelConfig = ModelConfig()
     algorithm: Annotated[SerializeAsAny[AlgorithmConfig], BeforeValidator(_algorithm)] = Field(
-        default_factory=lambda: _algorithm({})
+        default={}, validate_default=True
     )
     refiner: Annotated[SerializeAsAny[RefinerConfig], BeforeValidator(_refiner)] = Field(
-        default_factory=lambda: _refiner({})
+        default={}, validate_default=True
     )
     local: LocalConfig = LocalConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -220,7 +220,7 @@ def test_list_names_everything(python_m_fedftg: Any) -> None:
         "scaffold",
         "official",
         "pathological",
-        "paper/cifar10_dir03_fedavg_fedftg",
+        "paper_base",
         "default",
     ):
         assert f"  {name}\n" in done.stdout

@@ -1,6 +1,8 @@
-"""Every recipe states its result, means what its name says, and runs for a round."""
+"""Every recipe states its result, every composition of its parts builds, and three of them run for a round."""
 
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,103 +12,142 @@ import fedftg
 from fedftg import config as configs
 from fedftg import recipes
 from fedftg.data import sources
-from fedftg.data.config import DataConfig
+from fedftg.data.config import MANY_CLASSES, DataConfig
 from fedftg.data.dataset import ImageDataset
+from fedftg.errors import InputError
 from fedftg.rundir import checkpoint
 
-NAMES = recipes.names()
-DATA_SETS = {
-    "svhn": (10, (3, 32, 32)),
-    "tiny_imagenet": (200, (3, 64, 64)),
-    "food101": (101, (3, 64, 64)),
-    "compcars": (281, (3, 128, 128)),
-    "mio_tcd": (11, (3, 64, 64)),
-    "fashion_mnist": (10, (1, 28, 28)),
-}
-"""Classes and image shape of the sets in recipes/datasets."""
-ALGORITHMS = ("fedavg", "fedprox", "feddyn", "scaffold", "moon")
+SHAPES = {
+    "cifar10": (10, (3, 32, 32)), "cifar100": (100, (3, 32, 32)), "svhn": (10, (3, 32, 32)),
+    "tiny_imagenet": (200, (3, 64, 64)), "food101": (101, (3, 64, 64)), "compcars": (281, (3, 64, 64)),
+    "mio_tcd": (11, (3, 64, 64)), "fashion_mnist": (10, (1, 28, 28)),
+}  # fmt: skip
+ALGORITHMS = {
+    "fedavg": {}, "fedprox": {"mu": 1e-4}, "feddyn": {"alpha": 0.01}, "scaffold": {},
+    "moon": {"mu": 0.5, "temperature": 5.0},
+}  # fmt: skip
+"""With the settings of the FedFTG paper."""
 
 
-def test_all_recipes_of_the_plan_are_there() -> None:
-    expected = {"default", "default_base"}
-    settings = ["cifar10_cnn_dir03"]
-    settings += [f"paper/{data}_{law}" for data in ("cifar10", "cifar100") for law in ("iid", "dir06", "dir03")]
-    expected |= {
-        f"datasets/{data}_dir03_{clients}_fedavg{end}"
-        for data in DATA_SETS
-        for clients in (10, 100)
-        for end in ("", "_fedftg")
-    }
-    expected |= {f"{setting}_{name}{end}" for setting in settings for name in ALGORITHMS for end in ("", "_fedftg")}
-    assert set(NAMES) == expected
+def test_every_recipe_says_what_it_shows_and_has_a_base() -> None:
+    assert recipes.names() == sorted(
+        f"{name}{end}" for name in ("cifar10_cnn", "default", "paper", "ten_clients") for end in ("", "_base")
+    )
+    for name in recipes.names():
+        path = recipes.find(name)
+        header = [line for line in path.read_text().splitlines() if line.startswith("# ")]
+        assert "commit" in "".join(header) or "Not measured" in "".join(header), name
+        config = configs.load(path)
+        assert config.refiner.name == ("none" if name.endswith("_base") else "fedftg")
+        if name.endswith("_base"):
+            refined = configs.load(recipes.find(name.removesuffix("_base")))
+            assert config.model_copy(update={"refiner": refined.refiner, "name": refined.name}) == refined
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_header_and_meaning(name: str) -> None:
-    path = recipes.find(name)
-    first = path.read_text().splitlines()
-    assert first[0].startswith("# ")
-    assert first[1].startswith("# ")
-    assert "RESULT_" not in path.read_text()
-    config = configs.load(path)
-    parts = name.rpartition("/")[2].split("_")
-    if parts[0] == "default":
-        assert config.refiner.name == ("none" if "base" in parts else "fedftg")
-        return
-    assert name.rpartition("/")[2].startswith(f"{config.data.name}_")
-    assert config.algorithm.name == next(part for part in parts if part in ALGORITHMS)
-    assert config.refiner.name == ("fedftg" if parts[-1] == "fedftg" else "none")
-    law = next(part for part in parts if part == "iid" or part.startswith("dir"))
-    assert config.partition.law == ("iid" if law == "iid" else "dirichlet")
-    if law != "iid":
-        assert config.partition.alpha == int(law[3:]) / 10
-    if "10" in parts:
-        assert (config.partition.num_clients, config.cohort.size, config.rounds) == (10, 5, 200)
-    else:
-        assert (config.partition.num_clients, config.cohort.probability) == (100, 0.1)
-    local = config.local
-    assert (local.lr, local.lr_decay, local.epochs, local.batch_size) == (0.1, 0.998, 5, 50)
-    assert (local.weight_decay, local.max_grad_norm, local.momentum) == (1e-3, 10, 0)
-    assert local.steps == (50 if config.algorithm.name == "scaffold" else None)
-    settings = config.algorithm.model_dump()
-    assert settings.get("mu") == {"fedprox": 1e-4, "moon": 0.5}.get(config.algorithm.name)
-    assert settings.get("alpha") == {"feddyn": 0.01}.get(config.algorithm.name)
-    assert settings.get("temperature") == {"moon": 5.0}.get(config.algorithm.name)
-    if name.startswith("paper/"):
-        assert (config.rounds, config.model.name) == (1000, "resnet18")
-        if config.refiner.name == "fedftg":
-            refiner = config.refiner.model_dump()
-            assert refiner["preset"] == "paper"
-            assert refiner["noise_dim"] == (256 if config.data.name == "cifar100" else 100)
+def test_every_composition_is_in_the_papers_setting() -> None:
+    laws = (("iid", 0.3), ("dirichlet", 0.3), ("dirichlet", 0.6))
+    for recipe, data, (law, alpha), algorithm in product(("paper", "ten_clients"), SHAPES, laws, ALGORITHMS):
+        given = [f"data.name={data}", f"partition.law={law}", f"partition.alpha={alpha}", f"algorithm.name={algorithm}"]
+        config = configs.load(recipes.find(recipe), given)
+        assert (config.data.name, config.partition.law, config.partition.alpha) == (data, law, alpha)
+        assert ALGORITHMS[algorithm].items() <= config.algorithm.model_dump().items()
+        local, refiner = config.local, config.refiner.model_dump()
+        assert (local.lr, local.lr_decay, local.epochs, local.batch_size, local.steps) == (0.1, 0.998, 5, 50, None)
+        assert (local.weight_decay, local.max_grad_norm, local.momentum) == (1e-3, 10, 0)
+        assert refiner["noise_dim"] == (256 if SHAPES[data][0] >= 100 else 100)
+        if recipe == "paper":
+            assert (config.rounds, config.partition.num_clients, config.cohort.probability) == (1000, 100, 0.1)
+            assert (config.model.name, refiner["preset"]) == ("resnet18", "paper")
+        else:
+            assert (config.rounds, config.partition.num_clients, config.cohort.size) == (200, 10, 5)
+            assert refiner["preset"] == "fedftg"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_runs_for_a_round(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On 24 random images in the shape of the recipe's data set; every part of the recipe but its sizes is used."""
-    config = configs.load(recipes.find(name))
+def test_noise_follows_the_number_of_classes_unless_it_is_given() -> None:
+    def noise(given: dict[str, Any]) -> int:
+        return int(configs.from_mapping(given).refiner.model_dump()["noise_dim"])
 
-    def made_up(given: DataConfig, **_: object) -> ImageDataset:
-        shapes = {"cifar10": (10, (3, 32, 32)), "cifar100": (100, (3, 32, 32)), **DATA_SETS}
-        classes, shape = shapes[given.name]
-        assert given.image_size in (None, shape[1])
+    assert noise({}) == 100
+    assert noise({"data": {"name": "cifar100"}}) == 256
+    assert noise({"data": {"name": "cifar100"}, "refiner": {"noise_dim": 64}}) == 64
+    assert {name: count for name, (count, _) in SHAPES.items() if count >= 100} == MANY_CLASSES
+    kept = configs.load(recipes.find("paper"), ["data.name=cifar100"])
+    assert "noise_dim = 256" in kept.to_toml()
+    assert configs.from_mapping(kept.model_dump(mode="json", exclude_none=True)) == kept
+
+
+@pytest.mark.parametrize(
+    ("old", "now"),
+    [
+        ("recipes/cifar10_cnn_dir03_moon.toml", "cifar10_cnn_base --set algorithm.name=moon"),
+        ("cifar10_cnn_dir03_fedavg_fedftg", "cifar10_cnn"),
+        ("paper/cifar10_dir06_fedavg", "paper_base --set partition.alpha=0.6"),
+        (
+            "paper/cifar100_iid_moon_fedftg",
+            "paper --set data.name=cifar100 --set partition.law=iid --set algorithm.name=moon",
+        ),
+        ("datasets/tiny_imagenet_dir03_10_fedavg_fedftg", "ten_clients"),
+        ("datasets/compcars_dir03_10_fedavg", "ten_clients_base --set data.name=compcars --set data.image_size=128"),
+        ("datasets/svhn_dir03_100_fedavg_fedftg", "paper --set data.name=svhn --set refiner.preset=fedftg"),
+        (
+            "datasets/fashion_mnist_dir03_100_fedavg",
+            "paper_base --set data.name=fashion_mnist --set model.name=lenet_gn",
+        ),
+    ],
+)
+def test_an_old_name_answers_with_the_new_command(old: str, now: str) -> None:
+    with pytest.raises(InputError) as caught:
+        recipes.find(old)
+    assert str(caught.value) == f"recipe {old} is now: {now}"
+    name, *words = now.split()
+    configs.load(recipes.find(name), [word for word in words if word != "--set"])
+
+
+def test_what_is_no_recipe_is_one_line(tmp_path: Path) -> None:
+    for given, message in (
+        (str(tmp_path), "is a folder, not a recipe"),
+        ("mine/none.toml", "does not exist; give a path"),
+        ("papr.toml", "did you mean 'paper'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            recipes.find(given)
+
+
+def test_scaffolds_minibatches_are_those_of_its_epochs(tmp_path: Path) -> None:
+    """Clients of 71 or 72 digits: 2 epochs of 2 batches are 4 steps, the same ones; as 5 of 10 are the paper's 50."""
+    settings = ["rounds=1", "algorithm.name=scaffold", "refiner.name=none", "cohort.size=2"]
+    by_epochs, by_steps = (
+        fedftg.run("default", overrides=[*settings, given], out=tmp_path / given)
+        for given in ("local.epochs=2", "local.steps=4")
+    )
+    for name, value in by_epochs.state.params.items():
+        assert torch.equal(value, by_steps.state.params[name])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given"),
+    [
+        ("cifar10_cnn", ["algorithm.name=feddyn"]),
+        ("paper", ["data.name=cifar100", "algorithm.name=moon"]),
+        ("ten_clients", ["data.name=compcars"]),
+    ],
+)
+def test_runs_for_a_round(recipe: str, given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On 24 random images in the shape of the data set; every part of the recipe but its sizes is used."""
+
+    def made_up(config: DataConfig, **_: object) -> ImageDataset:
+        classes, shape = SHAPES[config.name]
         rng = np.random.default_rng(0)
-        images = rng.integers(0, 256, (24, *shape), dtype=np.uint8)
-        labels = rng.integers(0, classes, 24)
+        images, labels = rng.integers(0, 256, (24, *shape), dtype=np.uint8), rng.integers(0, classes, 24)
         names = list(map(str, range(classes)))
         return ImageDataset.from_tensors(images, labels, images[:8], labels[:8], class_names=names, augment="flip_crop")
 
-    if config.data.name != "digits":
-        monkeypatch.setattr(sources, "load", made_up)
-        # Writing ResNet-18 to disk sixty times is what other tests are for.
-        monkeypatch.setattr(checkpoint, "write", lambda *_: None)
+    monkeypatch.setattr(sources, "load", made_up)
+    monkeypatch.setattr(checkpoint, "write", lambda *_: None)  # tested elsewhere, and slow for ResNet-18
     small = [
         "rounds=1", "threads=1", "partition.num_clients=2", "cohort={size=2}", "local.epochs=1", "local.batch_size=6",
-        "checkpoint.every=1",
+        "refiner.iterations=1", "refiner.batch_size=4", "refiner.generator_steps=1", "refiner.student_steps=1",
     ]  # fmt: skip
-    if config.local.steps is not None:
-        small.append("local.steps=1")
-    if config.refiner.name == "fedftg":
-        small += [f"refiner.{key}" for key in ("iterations=1", "batch_size=4", "generator_steps=1", "student_steps=1")]
-    run = fedftg.run(recipes.find(name), overrides=small, out=tmp_path / "run")
+    run = fedftg.run(recipes.find(recipe), overrides=[*given, *small], out=tmp_path / "run")
     assert set(run.summary["accuracy"]) == {"selected", "all", "refined"}
     assert all(torch.isfinite(tensor).all() for tensor in run.state.params.values())

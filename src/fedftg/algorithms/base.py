@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -174,6 +174,11 @@ class RefinerConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
+
+    @classmethod
+    def defaults(cls, num_classes: int | None) -> dict[str, Any]:  # noqa: ARG003
+        """Returns the defaults that depend on the data set; ``num_classes`` is None where only the data tell."""
+        return {}
 
     def build(self, context: RefinerContext) -> Refiner:  # noqa: ARG002
         """The refiner for one experiment."""

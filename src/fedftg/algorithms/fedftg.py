@@ -163,6 +163,11 @@ class FedFTGConfig(RefinerConfig, DistillConfig):
         "when they last took part; 0 is off, 1 counts the absent like the present",
     )
 
+    @classmethod
+    def defaults(cls, num_classes: int | None) -> dict[str, Any]:
+        """From 100 classes on, the public code's noise of 256 for CIFAR-100; else the 100 of `DistillConfig`."""
+        return {"noise_dim": 256} if num_classes is not None and num_classes >= 100 else {}
+
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, given: Any) -> Any:
