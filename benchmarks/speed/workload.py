@@ -150,13 +150,12 @@ class Refining:
         generator_steps = config.generator_steps * (1 if joint else self.num_teachers)
         # Each teacher sees each generator step once: in turn, or all of them jointly.
         teacher_steps = config.generator_steps * self.num_teachers
-        sets = config.student_steps if config.fresh_batches else 1
         passes: list[tuple[int, Callable[[], object]]] = [
             (generator_steps, lambda: self._generator(noise, labels, train=True)),
             (teacher_steps, lambda: self._to_images(one, batch)),
             (generator_steps, lambda: self._to_images(self._student(frozen=True), batch)),
-            (sets, lambda: self._generator(noise, labels, train=False)),
-            (sets * self.num_teachers, lambda: self._without_graph(one, batch)),
+            (1, lambda: self._generator(noise, labels, train=False)),
+            (self.num_teachers, lambda: self._without_graph(one, batch)),
             (config.student_steps, lambda: self._student(frozen=False)(batch).square().mean().backward()),
         ]
         seconds = flops = 0.0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedftg.distill import teachers as teaching
 from fedftg.distill.teachers import ListedTeachers, StackedTeachers, stack_or_list
 from fedftg.errors import InputError
 from fedftg.params import stack
@@ -107,8 +108,15 @@ def test_stacked_is_listed() -> None:
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-def test_on_the_cpu_teachers_are_listed() -> None:
-    assert isinstance(three(None), ListedTeachers)
+def test_teachers_are_stacked_on_an_accelerator_while_copies_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    def function(params: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Tensor:
+        return images @ params["w"]
+
+    weights = [{"w": torch.ones(2, 2, device="meta")} for _ in range(3)]  # 3 * 16 bytes
+    for most, kind in ((48, StackedTeachers), (47, ListedTeachers)):
+        monkeypatch.setattr(teaching, "STACKED_UP_TO", most)
+        assert isinstance(stack_or_list(function, weights, [{}] * 3), kind)
+    assert isinstance(three(None), ListedTeachers)  # on the CPU
 
 
 def test_stacked_teachers_hold_no_gradient() -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from fedftg.algorithms.base import AlgorithmConfig, RefinerConfig
+from fedftg.algorithms.base import AlgorithmConfig, NoRefinerConfig, RefinerConfig
 from fedftg.algorithms.fedavg import FedAvgConfig
 from fedftg.algorithms.feddyn import FedDynConfig
 from fedftg.algorithms.fedftg import FedFTGConfig
 from fedftg.algorithms.fedprox import FedProxConfig
 from fedftg.algorithms.moon import MoonConfig
-from fedftg.algorithms.none import NoRefinerConfig
 from fedftg.algorithms.scaffold import ScaffoldConfig
 from fedftg.errors import InputError
 

@@ -1,4 +1,4 @@
-"""``K`` frozen teachers as one callable from images to logits ``(K, B, C)``."""
+"""``K`` frozen teachers as one callable from images to logits ``(K, B, C)``, and their weighted ensemble."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from fedftg.distill import losses
+from fedftg.distill.config import DistillConfig
+from fedftg.distill.labels import class_probabilities, ensemble_weights
 from fedftg.errors import InputError
 from fedftg.params import Params, stack
 
@@ -19,9 +22,11 @@ Classifier = Callable[[Tensor], Tensor]
 ClassifierFunction = Callable[[Params, Params, Tensor], Tensor]
 """``(params, buffers, images) -> logits (B, C)``, in evaluation mode."""
 
-
 STACKED_UP_TO = 2**30
 """Bytes of all teachers together: beyond, a second copy of them costs more memory than it saves launches."""
+
+MOST_AT_ONCE = 32
+"""Teachers whose graphs are in memory at a time where ``teacher_chunk`` is 0."""
 
 
 class Teachers(ABC):
@@ -140,10 +145,104 @@ def stack_or_list(
     return ListedTeachers([partial(function, p, b) for p, b in zip(frozen, buffers, strict=True)])
 
 
+class Ensemble:
+    """Teachers with the weight of each on the samples of each class.
+
+    Args:
+        teachers: ``K`` of them.
+        class_counts: ``(K, C)`` float64 on the CPU (`fedftg.distill.labels.check_class_counts`).
+        config: weights, temperature, ``teacher_chunk`` and ``precision``.
+        like: a tensor on the device and in the type of the images.
+    """
+
+    def __init__(
+        self, teachers: Teachers, class_counts: Float[Tensor, "K C"], config: DistillConfig, like: Tensor
+    ) -> None:
+        self.class_counts = class_counts
+        self._teachers, self._config = teachers, config
+        weights = ensemble_weights(class_counts, config.ensemble, config.ensemble_epsilon)
+        self._class_weights = weights.to(like)
+        self._mean_weights = (weights.double() @ class_probabilities(class_counts)).to(like)
+
+    def __len__(self) -> int:
+        """``K``."""
+        return len(self._teachers)
+
+    @property
+    def num_classes(self) -> int:
+        """``C``."""
+        return self._class_weights.shape[1]
+
+    def ranges(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """The teachers ``start <= k < stop`` as ranges whose graphs are in memory at a time."""
+        size = self._config.teacher_chunk or MOST_AT_ONCE
+        return [(first, min(first + size, stop)) for first in range(start, stop, size)]
+
+    def weights(self, labels: Int[Tensor, " B"], start: int, stop: int) -> Float[Tensor, "K B"]:
+        """``a_k(y_i)`` of the teachers ``start <= k < stop``: ``(stop - start, B)``."""
+        return self._class_weights[start:stop][:, labels]
+
+    def logits(self, images: Float[Tensor, "B D H W"], start: int, stop: int) -> Float[Tensor, "K B C"]:
+        """Logits ``(stop - start, B, C)`` of the teachers ``start <= k < stop``.
+
+        Raises:
+            InputError: another number of classes than the class counts have.
+        """
+        with autocast(self._config, images.device):
+            logits = self._teachers.part(start, stop)(images)
+        logits = logits.to(images.dtype)
+        expected = (stop - start, images.shape[0], self.num_classes)
+        if tuple(logits.shape) != expected:
+            raise InputError(
+                f"the teachers' logits must have shape (teachers, batch, classes) = {expected}, "
+                f"got {tuple(logits.shape)}; student, teachers and class_counts must have the same classes"
+            )
+        return logits
+
+    @torch.no_grad()
+    def probabilities(
+        self,
+        images: Float[Tensor, "B D H W"],
+        labels: Int[Tensor, " B"] | None,
+        logits: Float[Tensor, "K B C"] | None = None,
+    ) -> Float[Tensor, "B C"]:
+        """``(B, C)``: the weighted mean of the teachers' probabilities, without a graph.
+
+        Args:
+            images: for the teachers.
+            labels: the class of each image; None where it is unknown: a teacher's weight is then its mean over
+                ``p_t(y)``, which for ``ensemble = "class"`` is its share of all samples, as FedDF weights.
+            logits: those of all teachers on these images, where they are known.
+        """
+        parts = []
+        for first, last in self.ranges(0, len(self)) if logits is None else [(0, len(self))]:
+            if labels is None:
+                weights = self._mean_weights[first:last, None].expand(-1, len(images))
+            else:
+                weights = self.weights(labels, first, last)
+            found = self.logits(images, first, last) if logits is None else logits
+            parts.append(losses.ensemble_probabilities(found, weights, self._config.temperature))
+        return torch.stack(parts).sum(dim=0)
+
+
+def autocast(config: DistillConfig, device: torch.device) -> torch.autocast:
+    """The precision of the frozen teachers and the generator; the student and all losses stay in full precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
+
+
+def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy, also of a module that keeps a result with its graph as an attribute, such as its last features."""
+    memo = memo or {}
+    for layer in module.modules():
+        kept = [value for value in vars(layer).values() if isinstance(value, Tensor) and value.grad_fn is not None]
+        memo |= {id(value): value.detach() for value in kept}
+    return copy.deepcopy(module, memo)
+
+
 def _frozen_view(module: nn.Module) -> nn.Module:
     """The same module with its own modes and flags, evaluating, without weight gradients; values are shared."""
     # deepcopy takes what the memo already holds for an object instead of copying it.
     memo: dict[int, Any] = {id(buffer): buffer for buffer in module.buffers()}
     for parameter in module.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
-    return copy.deepcopy(module, memo).eval()
+    return copied(module, memo).eval()
