@@ -169,7 +169,7 @@ def test_wrong_inputs(models: list[nn.Module], counts: Tensor, classifier: Calla
         ((student, teachers, counts[:2]), {}, r"\(3, C\), got \(2, 3\)"),
         ((student, teachers, torch.zeros(3, 3)), {}, "all 0"),
         ((student, teachers, [[1, 2], [3]]), {}, "class_counts must be a table"),
-        ((student, teachers, counts[:, :2]), {}, "logits must have shape"),
+        ((student, teachers, counts[:, :2]), {}, r"student must return logits of shape .* = \(2, 2\), got \(2, 3\)"),
         ((nn.Flatten(), teachers, counts), {}, "has no parameters"),
         ((frozen, teachers, counts), {}, "requires_grad_"),
         ((student, teachers, counts), {"image_shape": (3, 32, 32)}, "student does not take images of shape"),
@@ -183,9 +183,13 @@ def test_wrong_inputs(models: list[nn.Module], counts: Tensor, classifier: Calla
             {},
             "teacher 2 must be a classifier, got OrderedDict",
         ),
-        ((classifier(0, classes=4), teachers, counts), {}, "student's logits"),
-        ((Pair(), teachers, counts), {}, r"student's logits must have shape .* got tuple"),
-        ((student, [classifier(0), classifier(1), classifier(2, classes=4)], counts), {}, "same classes"),
+        ((classifier(0, classes=4), teachers, counts), {}, r"student must return logits .* got \(2, 4\)"),
+        ((Pair(), teachers, counts), {}, r"student must return logits .* got tuple"),
+        (
+            (student, [classifier(0), classifier(1), classifier(2, classes=4)], counts),
+            {},
+            "teacher 2 must return .* same classes",
+        ),
     ):
         with pytest.raises(InputError, match=message) as error:
             refine(*arguments, **{"image_shape": SHAPE, **changed})  # type: ignore[arg-type]

@@ -162,9 +162,9 @@ def test_at_most_a_chunk_of_teachers_is_called_at_a_time(
     sizes: list[int] = []
     call = ListedTeachers.__call__
 
-    def counted(self: ListedTeachers, images: Tensor) -> Tensor:
-        sizes.append(len(self))
-        return call(self, images)
+    def counted(self: ListedTeachers, images: Tensor, start: int, stop: int) -> Tensor:
+        sizes.append(stop - start)
+        return call(self, images, start, stop)
 
     monkeypatch.setattr(ListedTeachers, "__call__", counted)
     monkeypatch.setattr(teachers, "MOST_AT_ONCE", at_once)
@@ -400,23 +400,8 @@ def test_bfloat16_without_the_hardware_is_refused(bench: Callable[..., Bench], m
         bench("paper", precision="bfloat16")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"noise": torch.zeros(2, 6, 7)}, r"noise must have shape.*\(2, 6, 6\).*got \(2, 6, 7\)"),
-        ({"labels": torch.zeros(2, 5, dtype=torch.int64)}, r"labels \(2, 6\), got"),
-        ({"labels": torch.full((2, 6), 3)}, "whole numbers from 0 to 2"),
-        ({"labels": torch.zeros(2, 6)}, "whole numbers from 0 to 2"),
-    ],
-)
-def test_wrong_batches(bench: Callable[..., Bench], counts: Tensor, arguments: dict[str, Tensor], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        bench().refine(counts, **arguments)
-
-
 def test_wrong_inputs(
     bench: Callable[..., Bench],
-    classifier: Callable[..., nn.Module],
     generator: Callable[..., Generator],
     config: Callable[..., DistillConfig],
     counts: Tensor,
@@ -430,12 +415,7 @@ def test_wrong_inputs(
     ):
         with pytest.raises(InputError, match=message):
             bench().refine(wrong)
-    for attribute, value, message in (
-        ("student", classifier(0, classes=4), r"student's logits.*\(6, 3\), got \(6, 4\)"),
-        ("student", classifier(0).requires_grad_(False), "requires a gradient"),
-        ("teachers", [classifier(0, classes=4)] * 3, r"teachers' logits.*\(3, 6, 3\), got \(3, 6, 4\)"),
-    ):
-        one = bench()
-        setattr(one, attribute, value)
-        with pytest.raises(InputError, match=message):
-            one.refine(counts)
+    one = bench()
+    one.student.requires_grad_(False)
+    with pytest.raises(InputError, match="requires a gradient"):
+        one.refine(counts)

@@ -77,8 +77,7 @@ def test_a_function_is_called_as_it_is() -> None:
 def test_parts(stacked: bool) -> None:
     teachers = three(stacked)
     assert len(teachers) == 3
-    assert len(teachers.part(1, 3)) == 2
-    torch.testing.assert_close(teachers.part(1, 3)(IMAGES), teachers(IMAGES)[1:3])
+    torch.testing.assert_close(teachers(IMAGES, 1, 3), teachers(IMAGES)[1:3])
 
 
 def three(stacked: bool | None) -> ListedTeachers | StackedTeachers:
@@ -137,9 +136,3 @@ def test_stacked_teachers_hold_no_gradient() -> None:
 def test_no_teacher(build: partial[object]) -> None:
     with pytest.raises(InputError, match="got no teacher"):
         build()
-
-
-def test_teachers_with_different_classes() -> None:
-    teachers = ListedTeachers([classifier(0, classes=4), classifier(1, classes=5)])
-    with pytest.raises(InputError, match=r"same classes, got logits \(5, 4\) from teacher 0 and \(5, 5\) from teach"):
-        teachers(IMAGES)

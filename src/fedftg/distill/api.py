@@ -14,7 +14,7 @@ from fedftg.distill.config import DistillConfig, preset
 from fedftg.distill.distiller import Distiller, DistillMetrics, Progress
 from fedftg.distill.generator import Generator
 from fedftg.distill.labels import check_class_counts, class_probabilities, sample_labels
-from fedftg.distill.teachers import Classifier, ListedTeachers, copied
+from fedftg.distill.teachers import Classifier, ListedTeachers, copied, frozen
 from fedftg.errors import InputError
 from fedftg.params import first_non_finite
 from fedftg.seeds import SERVER, forked, seed_for, torch_rng
@@ -101,10 +101,10 @@ def refine(
     settings = preset(config) if isinstance(config, str) else config
     if isinstance(teachers, nn.Module) and not isinstance(teachers, nn.ModuleList):
         raise InputError(f"teachers must be a list of classifiers, got one {type(teachers).__name__}; pass [teacher]")
-    classifiers = list(teachers)
-    _check_models(student, classifiers)
-    ensemble = ListedTeachers(classifiers)
-    counts = _counts(class_counts, len(classifiers))
+    models: list[Classifier] = [student, *teachers]
+    _check_models(student, models)
+    ensemble = ListedTeachers(models[1:])
+    counts = _counts(class_counts, len(ensemble))
     if generator is None:
         new = _new_generator(settings, counts.shape[1], image_shape, seed)
     else:
@@ -113,7 +113,7 @@ def refine(
     place = next(student.parameters())
     new = new.to(place)
     start, model = copy.deepcopy(new).eval(), copied(student)
-    _probe(model, ensemble, torch.zeros(2, *new.image_shape).to(place))
+    _probe(models, torch.zeros(2, *new.image_shape).to(place), counts.shape[1])
     metrics = Distiller(settings, new).refine(
         model, ensemble, counts, rng=torch_rng(seed, 0, SERVER, "refine"), progress=progress
     )
@@ -128,8 +128,8 @@ def refine(
     )
 
 
-def _check_models(student: nn.Module, teachers: Sequence[Classifier]) -> None:
-    for name, model in (("student", student), *((f"teacher {k}", teacher) for k, teacher in enumerate(teachers))):
+def _check_models(student: nn.Module, models: Sequence[Classifier]) -> None:
+    for name, model in zip(_names(models), models, strict=True):
         if not callable(model):
             raise InputError(
                 f"{name} must be a classifier, got {type(model).__name__}; load weights into a module and pass that"
@@ -160,22 +160,24 @@ def _new_generator(settings: DistillConfig, num_classes: int, image_shape: Seque
 
 
 @torch.no_grad()
-def _probe(model: nn.Module, teachers: ListedTeachers, images: Tensor) -> None:
-    """Calls every classifier once: a wrong image shape, device or type is one line before any work is done."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    calls: list[tuple[str, Classifier]] = [("student", model)]
-    calls += [(f"teacher {k}", teachers.part(k, k + 1)) for k in range(len(teachers))]
-    for name, call in calls:
+def _probe(models: Sequence[Classifier], images: Tensor, num_classes: int) -> None:
+    """Calls the student and every teacher once: what is wrong is one line before any work is done."""
+    for name, model in zip(_names(models), models, strict=True):
         try:
-            call(images)
-        except InputError:
-            raise
+            logits = frozen(model)(images)
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
             raise InputError(
                 f"{name} does not take images of shape {tuple(images.shape)} on {images.device}: {reason}; "
                 "pass the image_shape that it was trained with, and put all models on one device"
             ) from error
-    for module, training in modes:
-        module.training = training
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        if got != (len(images), num_classes):
+            raise InputError(
+                f"{name} must return logits of shape (batch, classes) = {(len(images), num_classes)}, got {got}; "
+                "student, teachers and class_counts must have the same classes"
+            )
+
+
+def _names(models: Sequence[Classifier]) -> list[str]:
+    return ["student", *(f"teacher {k}" for k in range(len(models) - 1))]

@@ -98,7 +98,7 @@ def student_steps(
     call.student.train(config.student_mode == "train")
     total = torch.zeros((), device=images.device)
     for _ in range(config.student_steps):
-        logits = call.logits(images)
+        logits = call.student(images)
         loss = losses.student_loss(logits, ensemble, kind=config.student_loss, temperature=config.temperature)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

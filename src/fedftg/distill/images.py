@@ -45,22 +45,6 @@ class Call:
     given: Mapping[str, Tensor | None] = field(default_factory=dict)
     """Tensors to use in place of drawn ones, by the source's own names."""
 
-    def logits(self, images: Float[Tensor, "B D H W"]) -> Float[Tensor, "B C"]:
-        """Logits ``(B, C)`` of the student in its present mode.
-
-        Raises:
-            InputError: no tensor, or another number of classes than the class counts have.
-        """
-        logits: Tensor = self.student(images)
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        expected = (images.shape[0], self.ensemble.num_classes)
-        if got != expected:
-            raise InputError(
-                f"the student's logits must have shape (batch, classes) = {expected}, got {got}; "
-                "class_counts needs one column per class of the student"
-            )
-        return logits
-
     @contextmanager
     def frozen_student(self) -> Iterator[None]:
         """Evaluation mode and no gradients of weights: the backward pass to the images costs about a third less."""
@@ -155,8 +139,7 @@ class GeneratorImages:
         ``noise`` ``(I, B, Z)`` and ``labels`` ``(I, B)`` may be given.
 
         Raises:
-            InputError: class counts of other classes than the generator's; given noise or labels of another shape, or
-                labels that are no classes.
+            InputError: class counts of other classes than the generator's.
         """
         config, classes = self._config, call.ensemble.num_classes
         if classes != self._generator.num_classes:
@@ -170,10 +153,10 @@ class GeneratorImages:
             group["lr"] = config.generator_lr * call.lr_scale
         self._optimizer.zero_grad()
         if config.generator_warmup and self._calls == 0:
-            for draw in self._draw(call, config.generator_warmup):
+            for draw in self._draw(call, config.generator_warmup, {}):
                 self.improve(call, draw)
         self._calls += 1
-        return self._draw(call, call.iterations, call.given.get("noise"), call.given.get("labels"))
+        return self._draw(call, call.iterations, call.given)
 
     def improve(self, call: Call, draw: NoiseAndLabels) -> dict[str, Float[Tensor, ""]]:
         """``generator_steps`` on one batch; the mean over them of discrepancy, fidelity and diversity."""
@@ -231,23 +214,14 @@ class GeneratorImages:
     def _new_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self._generator.parameters(), lr=self._config.generator_lr)
 
-    def _draw(
-        self, call: Call, number: int, noise: Tensor | None = None, labels: Tensor | None = None
-    ) -> list[NoiseAndLabels]:
-        config, shape = self._config, (number, self._config.batch_size)
+    def _draw(self, call: Call, number: int, given: Mapping[str, Tensor | None]) -> list[NoiseAndLabels]:
+        shape = (number, self._config.batch_size)
+        noise, labels = given.get("noise"), given.get("labels")
         if noise is None or labels is None:
             # Labels first, and both where one is given: another order would change every run.
-            drawn = sample_labels(call.ensemble.class_counts, *shape, config.label_sampling, rng=call.rng)
-            drawn_noise = torch.randn(*shape, config.noise_dim, generator=call.rng)
+            drawn = sample_labels(call.ensemble.class_counts, *shape, self._config.label_sampling, rng=call.rng)
+            drawn_noise = torch.randn(*shape, self._config.noise_dim, generator=call.rng)
             noise, labels = drawn_noise if noise is None else noise, drawn if labels is None else labels
-        if tuple(noise.shape) != (*shape, config.noise_dim) or tuple(labels.shape) != shape:
-            raise InputError(
-                f"noise must have shape (iterations, batch_size, noise_dim) = {(*shape, config.noise_dim)} and "
-                f"labels {shape}, got {tuple(noise.shape)} and {tuple(labels.shape)}"
-            )
-        classes = self._generator.num_classes
-        if labels.is_floating_point() or int(labels.min()) < 0 or int(labels.max()) >= classes:
-            raise InputError(f"labels must be whole numbers from 0 to {classes - 1}, got {labels.dtype} or others")
         return list(zip(noise.to(self._device, self._dtype), labels.to(self._device, torch.int64), strict=True))
 
     def _generate(self, draw: NoiseAndLabels) -> Float[Tensor, "B D H W"]:
@@ -272,46 +246,39 @@ class GeneratorImages:
         """
         ensemble, size = call.ensemble, part[1] - part[0]
         teacher_logits = ensemble.logits(images, *part)
-        student_logits = call.logits(images)
+        student_logits = call.student(images)
         mask = self._mask(call, draw, images, student_logits, teacher_logits if size == len(ensemble) else None)
-        discrepancy, fidelity = self._terms(teacher_logits, student_logits, draw[1], call, part, mask)
+        loss, terms = self._loss(call, draw[1], teacher_logits, student_logits, mask, part)
         diversity = losses.diversity(draw[0], images)
-        loss = self._weighted(discrepancy, fidelity)
         if self._config.lambda_dis:
             # Each of K single steps carries 1/K of the diversity, so that they and the joint step have the same sum.
             loss = loss + self._config.lambda_dis * diversity / (len(ensemble) / size)
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
-        return torch.stack([discrepancy, fidelity, size / len(ensemble) * diversity]).detach()
+        return torch.cat([terms, (size / len(ensemble) * diversity).detach()[None]])
 
     def _backward_in_chunks(self, call: Call, draw: NoiseAndLabels, images: Tensor, part: tuple[int, int]) -> Tensor:
         """The same gradient, collected at the images and at the student's logits with one chunk's graphs in memory."""
         leaf = images.detach().requires_grad_()
-        student_logits = call.logits(leaf)
+        student_logits = call.student(leaf)
         student_leaf = student_logits.detach().requires_grad_()
-        mask = self._mask(call, draw, leaf.detach(), student_leaf)
+        mask = self._mask(call, draw, leaf.detach(), student_leaf, None)
         diversity = (part[1] - part[0]) / len(call.ensemble) * losses.diversity(draw[0], leaf)
         (self._config.lambda_dis * diversity).backward(inputs=[leaf])  # type: ignore[no-untyped-call]
         sums = torch.zeros(2, device=self._device)
         for chunk in call.ensemble.ranges(*part):
             teacher_logits = call.ensemble.logits(leaf, *chunk)
-            discrepancy, fidelity = self._terms(teacher_logits, student_leaf, draw[1], call, chunk, mask)
-            loss = self._weighted(discrepancy, fidelity)
+            loss, terms = self._loss(call, draw[1], teacher_logits, student_leaf, mask, chunk)
             if loss.requires_grad:
                 loss.backward(inputs=[leaf, student_leaf])  # type: ignore[no-untyped-call]
-            sums += torch.stack([discrepancy, fidelity]).detach()
+            sums += terms
         if student_leaf.grad is not None:
-            student_logits.backward(student_leaf.grad, inputs=[leaf])  # type: ignore[no-untyped-call]
+            student_logits.backward(student_leaf.grad, inputs=[leaf])
         images.backward(leaf.grad)  # type: ignore[no-untyped-call]
         return torch.cat([sums, diversity.detach()[None]])
 
     def _mask(
-        self,
-        call: Call,
-        draw: NoiseAndLabels,
-        images: Tensor,
-        student_logits: Tensor,
-        teacher_logits: Tensor | None = None,
+        self, call: Call, draw: NoiseAndLabels, images: Tensor, student_logits: Tensor, teacher_logits: Tensor | None
     ) -> Tensor | None:
         """``(B,)``: the samples that count in L_md; None where all do."""
         if self._config.discrepancy_mask == "none":
@@ -319,16 +286,16 @@ class GeneratorImages:
         ensemble = call.ensemble.probabilities(images, draw[1], teacher_logits)
         return losses.transferable(ensemble, student_logits, draw[1])
 
-    def _terms(
+    def _loss(
         self,
+        call: Call,
+        labels: Tensor,
         teacher_logits: Tensor,
         student_logits: Tensor,
-        labels: Tensor,
-        call: Call,
-        part: tuple[int, int],
         mask: Tensor | None,
+        part: tuple[int, int],
     ) -> tuple[Tensor, Tensor]:
-        """``L_md`` and ``L_cls`` of some teachers, weighted and summed."""
+        """``lambda_cls L_cls - lambda_md L_md`` of some teachers, and both terms ``(2,)`` without a graph."""
         config, weights = self._config, call.ensemble.weights(labels, *part)
         discrepancy = losses.model_discrepancy(
             teacher_logits.detach() if config.teacher_gradient == "detached" else teacher_logits,
@@ -338,13 +305,11 @@ class GeneratorImages:
             temperature=config.temperature,
             mask=mask,
         )
-        return discrepancy, losses.fidelity(teacher_logits, labels, weights, weighting=config.fidelity_weighting)
-
-    def _weighted(self, discrepancy: Tensor, fidelity: Tensor) -> Tensor:
-        """``lambda_cls L_cls - lambda_md L_md``; a term of weight 0 is left out: it cannot turn the others into NaN."""
-        config = self._config
+        fidelity = losses.fidelity(teacher_logits, labels, weights, weighting=config.fidelity_weighting)
+        # A term of weight 0 is left out, so that it cannot turn the others into NaN.
         loss = -config.lambda_md * discrepancy if config.lambda_md else discrepancy.new_zeros(())
-        return loss + config.lambda_cls * fidelity if config.lambda_cls else loss
+        loss = loss + config.lambda_cls * fidelity if config.lambda_cls else loss
+        return loss, torch.stack([discrepancy, fidelity]).detach()
 
 
 def _has_bfloat16(device: torch.device) -> bool:

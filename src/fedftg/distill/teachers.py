@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -29,29 +28,29 @@ MOST_AT_ONCE = 32
 """Teachers whose graphs are in memory at a time where ``teacher_chunk`` is 0."""
 
 
-class Teachers(ABC):
+@runtime_checkable
+class Teachers(Protocol):
     """Teachers in evaluation mode: gradients reach the images and never the teachers' weights."""
 
-    @abstractmethod
     def __len__(self) -> int:
         """``K``."""
+        ...
 
-    @abstractmethod
-    def __call__(self, images: Float[Tensor, "B D H W"]) -> Float[Tensor, "K B C"]:
-        """Logits ``(K, B, C)``, differentiable with respect to the images."""
+    def __call__(
+        self, images: Float[Tensor, "B D H W"], start: int = 0, stop: int | None = None
+    ) -> Float[Tensor, "K B C"]:
+        """Logits ``(stop - start, B, C)`` of the teachers ``start <= k < stop``; None: to the last.
 
-    @abstractmethod
-    def part(self, start: int, stop: int) -> Teachers:
-        """The teachers ``start <= k < stop``; nothing is copied."""
+        They are differentiable with respect to the images.
+        """
+        ...
 
 
-class ListedTeachers(Teachers):
+class ListedTeachers:
     """Teachers of any architectures, called one after the other.
 
     Args:
-        classifiers: modules or functions from images ``(B, D, H, W)`` to logits ``(B, C)``. A module is put in
-            evaluation mode and frozen in a view that shares its values: the module itself stays as it is, and later
-            changes in place of its values are seen. A function is called as it is and must evaluate, not train.
+        classifiers: modules or functions from images ``(B, D, H, W)`` to logits ``(B, C)``; see `frozen`.
 
     Raises:
         InputError: no teacher.
@@ -60,35 +59,20 @@ class ListedTeachers(Teachers):
     def __init__(self, classifiers: Sequence[Classifier]) -> None:
         if not classifiers:
             raise InputError("got no teacher, at least 1 is needed; pass the models to distil from")
-        self._classifiers = [_frozen_view(c) if isinstance(c, nn.Module) else c for c in classifiers]
+        self._classifiers = [frozen(classifier) for classifier in classifiers]
 
     def __len__(self) -> int:
         """``K``."""
         return len(self._classifiers)
 
-    def __call__(self, images: Float[Tensor, "B D H W"]) -> Float[Tensor, "K B C"]:
-        """Logits ``(K, B, C)``.
-
-        Raises:
-            InputError: the teachers differ in the shape of their logits.
-        """
-        logits = [classifier(images) for classifier in self._classifiers]
-        for index, other in enumerate(logits):
-            if other.shape != logits[0].shape:
-                raise InputError(
-                    f"all teachers must have the same classes, got logits {tuple(logits[0].shape)} from teacher 0 "
-                    f"and {tuple(other.shape)} from teacher {index}"
-                )
-        return torch.stack(logits)
-
-    def part(self, start: int, stop: int) -> ListedTeachers:
-        """The teachers ``start <= k < stop``; nothing is copied."""
-        chosen = object.__new__(ListedTeachers)
-        chosen._classifiers = self._classifiers[start:stop]
-        return chosen
+    def __call__(
+        self, images: Float[Tensor, "B D H W"], start: int = 0, stop: int | None = None
+    ) -> Float[Tensor, "K B C"]:
+        """Logits ``(stop - start, B, C)``."""
+        return torch.stack([classifier(images) for classifier in self._classifiers[start:stop]])
 
 
-class StackedTeachers(Teachers):
+class StackedTeachers:
     """Teachers of one architecture, called together by ``torch.func.vmap``.
 
     Args:
@@ -107,15 +91,14 @@ class StackedTeachers(Teachers):
         """``K``."""
         return next(iter(self._params.values())).shape[0]
 
-    def __call__(self, images: Float[Tensor, "B D H W"]) -> Float[Tensor, "K B C"]:
-        """Logits ``(K, B, C)``."""
-        logits: Tensor = torch.func.vmap(self._function, in_dims=(0, 0, None))(self._params, self._buffers, images)
-        return logits
-
-    def part(self, start: int, stop: int) -> StackedTeachers:
-        """The teachers ``start <= k < stop``; nothing is copied."""
+    def __call__(
+        self, images: Float[Tensor, "B D H W"], start: int = 0, stop: int | None = None
+    ) -> Float[Tensor, "K B C"]:
+        """Logits ``(stop - start, B, C)``."""
         params = {name: tensor[start:stop] for name, tensor in self._params.items()}
-        return StackedTeachers(self._function, params, {n: tensor[start:stop] for n, tensor in self._buffers.items()})
+        buffers = {name: tensor[start:stop] for name, tensor in self._buffers.items()}
+        logits: Tensor = torch.func.vmap(self._function, in_dims=(0, 0, None))(params, buffers, images)
+        return logits
 
 
 def stack_or_list(
@@ -134,9 +117,7 @@ def stack_or_list(
     Raises:
         InputError: no teacher.
     """
-    if not params:
-        raise InputError("got no teacher, at least 1 is needed; pass the models to distil from")
-    if stacked is None:
+    if stacked is None and params:
         size = len(params) * sum(tensor.nbytes for tensor in params[0].values())
         stacked = next(iter(params[0].values())).device.type != "cpu" and size <= STACKED_UP_TO
     if stacked:
@@ -183,21 +164,10 @@ class Ensemble:
         return self._class_weights[start:stop][:, labels]
 
     def logits(self, images: Float[Tensor, "B D H W"], start: int, stop: int) -> Float[Tensor, "K B C"]:
-        """Logits ``(stop - start, B, C)`` of the teachers ``start <= k < stop``.
-
-        Raises:
-            InputError: another number of classes than the class counts have.
-        """
+        """Logits ``(stop - start, B, C)`` of the teachers ``start <= k < stop``."""
         with autocast(self._config, images.device):
-            logits = self._teachers.part(start, stop)(images)
-        logits = logits.to(images.dtype)
-        expected = (stop - start, images.shape[0], self.num_classes)
-        if tuple(logits.shape) != expected:
-            raise InputError(
-                f"the teachers' logits must have shape (teachers, batch, classes) = {expected}, "
-                f"got {tuple(logits.shape)}; student, teachers and class_counts must have the same classes"
-            )
-        return logits
+            logits = self._teachers(images, start, stop)
+        return logits.to(images.dtype)
 
     @torch.no_grad()
     def probabilities(
@@ -239,10 +209,16 @@ def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def _frozen_view(module: nn.Module) -> nn.Module:
-    """The same module with its own modes and flags, evaluating, without weight gradients; values are shared."""
+def frozen(classifier: Classifier) -> Classifier:
+    """A view of a module that evaluates and has no weight gradients; a function is returned as it is.
+
+    The view shares the module's values, so later changes in place are seen; the module keeps its modes and flags. A
+    function must evaluate, not train.
+    """
+    if not isinstance(classifier, nn.Module):
+        return classifier
     # deepcopy takes what the memo already holds for an object instead of copying it.
-    memo: dict[int, Any] = {id(buffer): buffer for buffer in module.buffers()}
-    for parameter in module.parameters():
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in classifier.buffers()}
+    for parameter in classifier.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
-    return copied(module, memo).eval()
+    return copied(classifier, memo).eval()
