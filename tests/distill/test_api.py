@@ -93,7 +93,7 @@ def test_sample(models: list[nn.Module], config: Callable[..., DistillConfig]) -
             result.sample(n, wrong)  # type: ignore[arg-type]
 
 
-def test_a_generator_goes_on(
+def test_a_generator_is_continued(
     models: list[nn.Module], counts: Tensor, config: Callable[..., DistillConfig], generator: Callable[..., Generator]
 ) -> None:
     given = generator(noise_dim=9)
