@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Shapes in signatures are checked here and nowhere else: a checked function fails inside torch.compile.
 install_import_hook(
-    [f"fedftg.distill.{name}" for name in ("losses", "teachers", "generator", "steps")], "beartype.beartype"
+    [f"fedftg.distill.{name}" for name in ("losses", "teachers", "generator", "images")], "beartype.beartype"
 )
 
 

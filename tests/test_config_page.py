@@ -1,12 +1,15 @@
 """docs/config.md lists every key of a recipe; `python tests/test_config_page.py` writes it anew."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel
+import pytest
+from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 
-from fedftg.algorithms.registry import ALGORITHMS
+from fedftg.algorithms.base import Refiner, RefinerConfig, RefinerContext
+from fedftg.algorithms.registry import ALGORITHMS, REFINERS, register_refiner
 from fedftg.config import RunConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "config.md"
@@ -16,18 +19,32 @@ A recipe is TOML; `--set key=value` lays over it. `extends = "other.toml"` start
 Choosing another `algorithm.name` or `refiner.name` drops the recipe's other settings of that section; another
 `refiner.preset` keeps only what differs from the old one. What a run used stands in its `config.toml`.
 
-The defaults below are those without a recipe; `fedftg run` takes the recipe `default`. The keys of `refiner` are in
-[refine](refine.md), the names of data sets and models in [data](data.md) and [models](models.md).
+The defaults below are those without a recipe; `fedftg run` takes the recipe `default`. What each preset of `fedftg`
+sets is in [refine](refine.md); the names of data sets and models are in [data](data.md) and [models](models.md).
 
 | key | default | meaning |
 |---|---|---|
 """
 
 
-def row(key: str, field: FieldInfo) -> str:
-    default = field.get_default(call_default_factory=True)
+def row(key: str, field: FieldInfo, of: str = "", default: Any = None) -> str:
+    """One key; ``of`` names the algorithm or refiner that has it."""
     shown = "" if default is None else f"`{list(default) if isinstance(default, tuple) else default}`"
-    return f"| `{key}` | {shown} | {field.description or ''} |\n"
+    meaning = (field.description or "").replace("|", "\\|")
+    return f"| `{key}`{f' ({of})' if of else ''} | {shown} | {meaning} |\n"
+
+
+def registered(kind: str, table: Mapping[str, type[BaseModel]], default: str) -> list[str]:
+    """The names of a table, and the keys of each with the defaults of its class."""
+    lines = [f"| `{kind}.name` | `{default}` | {', '.join(table)} |\n"]
+    for name, config in table.items():
+        values = dict(config())
+        lines += [
+            row(f"{kind}.{key}", field, name, values[key])
+            for key, field in config.model_fields.items()
+            if key != "name"
+        ]
+    return lines
 
 
 def rendered() -> str:
@@ -35,23 +52,36 @@ def rendered() -> str:
     for name, field in RunConfig.model_fields.items():
         section: Any = field.annotation
         if name == "algorithm":
-            lines.append(f"| `algorithm.name` | `fedavg` | {', '.join(ALGORITHMS)} |\n")
-            for algorithm, config in ALGORITHMS.items():
-                for key, item in config.model_fields.items():
-                    if key != "name":
-                        lines.append(row(f"algorithm.{key}", item).replace("` |", f"` ({algorithm}) |", 1))
+            lines += registered(name, ALGORITHMS, "fedavg")
         elif name == "refiner":
-            lines.append("| `refiner.name` | `fedftg` | none or fedftg |\n")
-            lines.append("| `refiner.preset` | `fedftg` | paper, official, fedftg; `refiner.FIELD` changes a field |\n")
+            lines += registered(name, REFINERS, "fedftg")
         elif isinstance(section, type) and issubclass(section, BaseModel):
-            lines += [row(f"{name}.{key}", item) for key, item in section.model_fields.items()]
+            values = dict(section())
+            lines += [row(f"{name}.{key}", item, "", values[key]) for key, item in section.model_fields.items()]
         else:
-            lines.append(row(name, field))
+            lines.append(row(name, field, "", field.get_default(call_default_factory=True)))
     return HEADER + "".join(lines)
 
 
 def test_page_is_what_the_config_says() -> None:
     assert PAGE.read_text() == rendered()
+
+
+class SmoothConfig(RefinerConfig):
+    """What a plugin registers."""
+
+    name: Literal["smooth"] = "smooth"
+    weight: float = Field(default=0.5, ge=0, description="of the model before | after")
+
+    def build(self, context: RefinerContext) -> Refiner:
+        raise NotImplementedError
+
+
+def test_a_registered_refiner_appears(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(REFINERS, "smooth", SmoothConfig)
+    register_refiner("smooth", SmoothConfig)
+    assert "| `refiner.name` | `fedftg` | none, fedftg, smooth |" in rendered()
+    assert "| `refiner.weight` (smooth) | `0.5` | of the model before \\| after |" in rendered()
 
 
 if __name__ == "__main__":

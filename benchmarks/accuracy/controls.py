@@ -19,7 +19,6 @@ class Interpolation:
     """``(1 - weight) aggregate + weight (what it gave in the round before)``: smoothing over rounds, nothing else."""
 
     weight: float
-    needs_client_models = False
 
     def init(self, params: Params, rng: torch.Generator) -> Memory:
         return {}

@@ -143,7 +143,7 @@ class Refining:
         batch = torch.randn(size, *SHAPE, device=self.device)
         noise = torch.randn(size, config.noise_dim, device=self.device)
         labels = torch.arange(size, device=self.device) % CLASSES
-        one = self.teachers.part(0, 1)
+        one = partial(self.teachers, start=0, stop=1)
         joint = config.generator_update == "joint"
         generator_steps = config.generator_steps * (1 if joint else self.num_teachers)
         # Each teacher sees each generator step once: in turn, or all of them jointly.

@@ -20,10 +20,8 @@ from pydantic import (
 )
 
 from fedftg.algorithms.base import AlgorithmConfig, RefinerConfig
-from fedftg.algorithms.fedftg import of_preset
 from fedftg.algorithms.registry import ALGORITHMS, REFINERS
 from fedftg.data.config import MANY_CLASSES, DataConfig, PartitionConfig
-from fedftg.distill.config import PRESETS
 from fedftg.engine.evaluate import EvaluationConfig
 from fedftg.engine.executors import INTERCHANGEABLE, ExecutorConfig
 from fedftg.engine.local_train import LocalConfig
@@ -200,8 +198,10 @@ def _lay_over(given: Mapping[str, Any], pairs: Sequence[tuple[str, Any]]) -> dic
             current = result.get(section)
             if isinstance(current, dict) and current.get("name", value) != value:
                 result[section] = {}
-        if key == "refiner.preset" and isinstance(result.get("refiner"), dict):
-            result["refiner"] = _without_preset(result["refiner"])
+        refiner = result.get("refiner")
+        if key.startswith("refiner.") and isinstance(refiner, dict):
+            chosen = REFINERS.get(str(refiner.get("name", "fedftg")), RefinerConfig)
+            result["refiner"] = chosen.kept(refiner, key.removeprefix("refiner."))
         other = {"cohort.size": "probability", "cohort.probability": "size"}.get(key)
         if other and isinstance(result.get("cohort"), dict):
             result["cohort"].pop(other, None)
@@ -214,13 +214,6 @@ def _lay_over(given: Mapping[str, Any], pairs: Sequence[tuple[str, Any]]) -> dic
                 raise InputError(f"cannot set {key}: {parent!r} is a single value and has no keys below it")
         target[leaf] = value
     return result
-
-
-def _without_preset(refiner: dict[str, Any]) -> dict[str, Any]:
-    """The settings that differ from the preset that they came with: those that another preset leaves in place."""
-    name = str(refiner.get("preset", "fedftg"))
-    values = of_preset(name) if name in PRESETS else {}
-    return {key: value for key, value in refiner.items() if key not in values or values[key] != value}
 
 
 def _split(override: str) -> tuple[str, Any]:

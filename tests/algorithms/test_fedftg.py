@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedftg.algorithms.base import ClientResult, RefinerContext, ServerState
-from fedftg.algorithms.fedftg import FedFTG, FedFTGConfig, Past
+from fedftg.algorithms.fedftg import FedFTG, FedFTGConfig, PreviousRounds
 from fedftg.distill.distiller import Distiller
 from fedftg.distill.teachers import stack_or_list
 from fedftg.models.functional import FunctionalModel, values
@@ -111,7 +111,7 @@ def test_memory_is_all_that_the_next_round_needs(model: FunctionalModel) -> None
 
 def test_past_keeps_the_last_counts_of_every_client(model: FunctionalModel) -> None:
     """Client 4 first gives (1, 0, 0), then (0, 7, 0): with 2 present, the absent hold (0, 7, 0) + (0, 0, 5)."""
-    past = Past()
+    past = PreviousRounds()
     assert past.class_counts([]) is None
     past = past.after([upload(model, 9, [0, 0, 5]), upload(model, 4, [1, 0, 0])], {"w": torch.ones(1)})
     past = past.after([upload(model, 4, [0, 7, 0]), upload(model, 2, [1, 1, 1])], {"w": torch.zeros(1)})
@@ -120,7 +120,7 @@ def test_past_keeps_the_last_counts_of_every_client(model: FunctionalModel) -> N
     assert isinstance(absent, Tensor)
     assert absent.tolist() == [0, 7, 5]
     assert past.class_counts([2, 4, 9]) is None
-    again = Past.of(past.memory())
+    again = PreviousRounds.of(past.memory())
     assert {client: counts.tolist() for client, counts in again.counts.items()} == {
         2: [1, 1, 1], 4: [0, 7, 0], 9: [0, 0, 5]
     }  # fmt: skip
@@ -128,7 +128,7 @@ def test_past_keeps_the_last_counts_of_every_client(model: FunctionalModel) -> N
 
 
 def test_clients_that_hold_nothing_are_no_reason_for_a_teacher(model: FunctionalModel) -> None:
-    assert Past().after([upload(model, 0, [0, 0, 0])], {}).class_counts([1]) is None
+    assert PreviousRounds().after([upload(model, 0, [0, 0, 0])], {}).class_counts([1]) is None
 
 
 def test_presets_say_whether_the_absent_count() -> None:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from fedftg.algorithms.base import Algorithm, ClientResult, LocalTask, ServerState
+from fedftg.algorithms.base import Algorithm, AlgorithmConfig, ClientResult, LocalTask, ServerState
 from fedftg.algorithms.fedavg import FedAvgConfig
 from fedftg.algorithms.feddyn import FedDynConfig
 from fedftg.algorithms.fedprox import FedProxConfig
-from fedftg.algorithms.moon import contrastive
+from fedftg.algorithms.moon import MoonConfig, contrastive
 from fedftg.algorithms.scaffold import ScaffoldConfig
 from fedftg.params import Params
 
@@ -125,3 +125,13 @@ def test_contrastive_by_hand() -> None:
     current, other = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])
     assert contrastive(current, 3 * current, other, 0.5).item() == pytest.approx(math.log(1 + math.exp(-2)))
     assert contrastive(current, other, other, 0.5).item() == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("config", [FedAvgConfig(), FedProxConfig(), FedDynConfig(), ScaffoldConfig(), MoonConfig()])
+def test_upload_like_is_zeros_in_the_form_of_what_finish_uploads(config: AlgorithmConfig) -> None:
+    algorithm = config.build(2)
+    now = state(1.0, algorithm.server.init({"w": torch.zeros(1)}))
+    todo = task(now, algorithm, algorithm.local.init_memory(now.params, {}))
+    extra, _ = algorithm.local.finish({"w": torch.ones(1)}, {}, todo, 1)
+    like = algorithm.local.upload_like(now.params)
+    assert like == {name: torch.zeros_like(tensor) for name, tensor in extra.items()}

@@ -93,7 +93,7 @@ def test_sample(models: list[nn.Module], config: Callable[..., DistillConfig]) -
             result.sample(n, wrong)  # type: ignore[arg-type]
 
 
-def test_a_generator_goes_on(
+def test_a_generator_is_continued(
     models: list[nn.Module], counts: Tensor, config: Callable[..., DistillConfig], generator: Callable[..., Generator]
 ) -> None:
     given = generator(noise_dim=9)
@@ -117,6 +117,46 @@ def test_non_finite_result_is_rolled_back(
     assert all(torch.equal(tensor, given.state_dict()[name]) for name, tensor in result.generator.state_dict().items())
 
 
+class KeepsFeatures(nn.Module):
+    """Keeps its last features, with their graph, as an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(64, 5), nn.Linear(5, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.features = self.body(images.flatten(1)).relu()
+        return self.head(self.features)
+
+
+def test_what_callers_really_pass(counts: Tensor, config: Callable[..., DistillConfig]) -> None:
+    """Inside ``no_grad``, models that keep their features, teachers as a generator, counts as a list of tensors."""
+    models = [KeepsFeatures() for _ in range(4)]
+    for model in models:
+        model(torch.ones(2, *SHAPE)).sum().backward()
+    before = [snapshot(model) for model in models]
+    with torch.no_grad():
+        result = refine(models[0], (model for model in models[1:]), list(counts), config=config(), image_shape=SHAPE)
+        assert not torch.is_grad_enabled()
+    assert all(unchanged(model, state) for model, state in zip(models, before, strict=True))
+    assert not unchanged(result.model, before[0])
+    assert all(parameter.grad is None for parameter in result.model.parameters())
+
+
+def test_the_students_type_is_kept(classifier: Callable[..., nn.Module], counts: Tensor, config: Any) -> None:
+    teachers = [classifier(seed).double() for seed in (1, 2, 3)]
+    settings = config(generator_warmup=1)
+    result = refine(classifier(4).double(), teachers, counts, config=settings, image_shape=SHAPE)
+    assert result.rolled_back is None
+    assert {tensor.dtype for tensor in result.model.parameters()} == {torch.float64}
+    assert result.sample(3)[0].dtype == torch.float64
+
+
+class Pair(KeepsFeatures):
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return images, super().forward(images)
+
+
 def test_wrong_inputs(models: list[nn.Module], counts: Tensor, classifier: Callable[..., nn.Module]) -> None:
     student, teachers = models[0], models[1:]
     frozen = copy.deepcopy(student).requires_grad_(False)
@@ -126,10 +166,10 @@ def test_wrong_inputs(models: list[nn.Module], counts: Tensor, classifier: Calla
         ((student, teachers, counts), {"config": "papper"}, "unknown preset 'papper'; did you mean 'paper'"),
         ((student, [], counts), {}, "at least 1"),
         ((student, teachers[0], counts), {}, "must be a list of classifiers"),
-        ((student, teachers, counts[:2]), {}, r"\(3, 3\), got \(2, 3\)"),
+        ((student, teachers, counts[:2]), {}, r"\(3, C\), got \(2, 3\)"),
         ((student, teachers, torch.zeros(3, 3)), {}, "all 0"),
         ((student, teachers, [[1, 2], [3]]), {}, "class_counts must be a table"),
-        ((student, teachers, counts[:, :2]), {}, "logits must have shape"),
+        ((student, teachers, counts[:, :2]), {}, r"student must return logits of shape .* = \(2, 2\), got \(2, 3\)"),
         ((nn.Flatten(), teachers, counts), {}, "has no parameters"),
         ((frozen, teachers, counts), {}, "requires_grad_"),
         ((student, teachers, counts), {"image_shape": (3, 32, 32)}, "student does not take images of shape"),
@@ -143,8 +183,13 @@ def test_wrong_inputs(models: list[nn.Module], counts: Tensor, classifier: Calla
             {},
             "teacher 2 must be a classifier, got OrderedDict",
         ),
-        ((classifier(0, classes=4), teachers, counts), {}, "student's logits"),
-        ((student, [classifier(0), classifier(1), classifier(2, classes=4)], counts), {}, "same classes"),
+        ((classifier(0, classes=4), teachers, counts), {}, r"student must return logits .* got \(2, 4\)"),
+        ((Pair(), teachers, counts), {}, r"student must return logits .* got tuple"),
+        (
+            (student, [classifier(0), classifier(1), classifier(2, classes=4)], counts),
+            {},
+            "teacher 2 must return .* same classes",
+        ),
     ):
         with pytest.raises(InputError, match=message) as error:
             refine(*arguments, **{"image_shape": SHAPE, **changed})  # type: ignore[arg-type]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from fedftg.distill.config import PRESETS, DistillConfig, preset
 from fedftg.errors import InputError
@@ -43,26 +42,10 @@ def test_official_differs_from_the_paper_in_these_fields_only() -> None:
     }
 
 
-def test_fedftg_is_a_preset_of_its_own() -> None:
-    assert differences(preset("paper"), preset("fedftg"))
-    assert differences(preset("official"), preset("fedftg"))
-    assert preset("fedftg") == PRESETS["fedftg"]
-
-
-@pytest.mark.parametrize("name", sorted(PRESETS))
-def test_an_override_changes_one_field(name: str) -> None:
-    assert set(differences(preset(name), preset(name, iterations=77))) == {"iterations"}
-
-
 def test_every_field_says_what_it_is() -> None:
     for name, field in DistillConfig.model_fields.items():
         assert field.description, name
         assert "\n" not in field.description
-
-
-def test_a_config_is_frozen() -> None:
-    with pytest.raises(ValidationError):
-        preset("paper").iterations = 3
 
 
 @pytest.mark.parametrize(
@@ -75,17 +58,16 @@ def test_a_config_is_frozen() -> None:
         ({"student_lr": float("nan")}, "student_lr must .*got nan"),
         ({"temperature": 0.0}, "temperature must .*got 0.0"),
         ({"student_momentum": 1.0}, "student_momentum must .*got 1.0"),
-        ({"generator_ema": 1.0}, "generator_ema must .*got 1.0"),
         ({"discrepancy": "js"}, "discrepancy must .*'kl' or 'l1_logits'.*got 'js'"),
         ({"student_mode": "test"}, "student_mode must .*got 'test'"),
     ],
 )
-def test_wrong_values_are_told_in_one_line(overrides: dict[str, Any], message: str) -> None:
+def test_wrong_values_give_one_line(overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         preset("fedftg", **overrides)
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_preset_is_told_with_the_nearest() -> None:
+def test_an_unknown_preset_names_the_nearest() -> None:
     with pytest.raises(InputError, match="unknown preset 'offical'; did you mean 'official'"):
         preset("offical")

@@ -1,6 +1,6 @@
 """docs/refine.md: its code runs, and its table says what the presets are.
 
-After a change of a preset or a field: ``python tests/distill/test_refine_page.py`` writes the table anew.
+After a change of a preset or a field: ``python tests/distill/test_refine_page.py`` rewrites the table.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedftg.distill import teachers as teaching
 from fedftg.distill.teachers import ListedTeachers, StackedTeachers, stack_or_list
 from fedftg.errors import InputError
 from fedftg.params import stack
@@ -76,8 +77,7 @@ def test_a_function_is_called_as_it_is() -> None:
 def test_parts(stacked: bool) -> None:
     teachers = three(stacked)
     assert len(teachers) == 3
-    assert len(teachers.part(1, 3)) == 2
-    torch.testing.assert_close(teachers.part(1, 3)(IMAGES), teachers(IMAGES)[1:3])
+    torch.testing.assert_close(teachers(IMAGES, 1, 3), teachers(IMAGES)[1:3])
 
 
 def three(stacked: bool | None) -> ListedTeachers | StackedTeachers:
@@ -107,8 +107,15 @@ def test_stacked_is_listed() -> None:
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-def test_on_the_cpu_teachers_are_listed() -> None:
-    assert isinstance(three(None), ListedTeachers)
+def test_teachers_are_stacked_on_an_accelerator_while_copies_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    def function(params: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Tensor:
+        return images @ params["w"]
+
+    weights = [{"w": torch.ones(2, 2, device="meta")} for _ in range(3)]  # 3 * 16 bytes
+    for most, kind in ((48, StackedTeachers), (47, ListedTeachers)):
+        monkeypatch.setattr(teaching, "STACKED_UP_TO", most)
+        assert isinstance(stack_or_list(function, weights, [{}] * 3), kind)
+    assert isinstance(three(None), ListedTeachers)  # on the CPU
 
 
 def test_stacked_teachers_hold_no_gradient() -> None:
@@ -129,9 +136,3 @@ def test_stacked_teachers_hold_no_gradient() -> None:
 def test_no_teacher(build: partial[object]) -> None:
     with pytest.raises(InputError, match="got no teacher"):
         build()
-
-
-def test_teachers_with_different_classes() -> None:
-    teachers = ListedTeachers([classifier(0, classes=4), classifier(1, classes=5)])
-    with pytest.raises(InputError, match=r"same classes, got logits \(5, 4\) from teacher 0 and \(5, 5\) from teach"):
-        teachers(IMAGES)

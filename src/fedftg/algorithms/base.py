@@ -6,9 +6,9 @@ the engine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -86,6 +86,10 @@ class ServerState:
 class LocalRule(Protocol):
     """One client's part of an algorithm. Works under ``torch.func.vmap``: no branch on data, no write in place."""
 
+    def upload_like(self, params: Params) -> Params:
+        """Zeros in the form of what `finish` uploads besides the model, for a model with these parameters."""
+        ...
+
     def init_memory(self, params: Params, buffers: Params) -> Memory:
         """What a client that never took part remembers; given are the initial global values."""
         ...
@@ -121,11 +125,6 @@ class ServerRule(Protocol):
 
 class Refiner(Protocol):
     """Improves the aggregated model on the server."""
-
-    @property
-    def needs_client_models(self) -> bool:
-        """False where only the aggregate is used, so that uploads may be summed and dropped."""
-        ...
 
     def init(self, params: Params, rng: torch.Generator) -> Memory:
         """What the refiner remembers before the first round, such as a generator's weights."""
@@ -166,6 +165,10 @@ class RefinerContext:
     num_classes: int
     image_shape: tuple[int, int, int]
     device: torch.device
+    mean: tuple[float, ...] = ()
+    """Of the images per channel, as they were normalised for the clients; empty where it is not known."""
+    std: tuple[float, ...] = ()
+    """Likewise."""
 
 
 class RefinerConfig(BaseModel):
@@ -183,3 +186,35 @@ class RefinerConfig(BaseModel):
     def build(self, context: RefinerContext) -> Refiner:  # noqa: ARG002
         """The refiner for one experiment."""
         raise TypeError(f"{type(self).__name__} does not define build(context) -> Refiner")
+
+    @classmethod
+    def kept(cls, given: Mapping[str, Any], key: str) -> dict[str, Any]:  # noqa: ARG003
+        """Those of a recipe's settings that stay when ``--set`` or a recipe that extends it sets ``key``: all."""
+        return dict(given)
+
+
+class NoRefiner:
+    """Returns the state as it is."""
+
+    def init(self, params: Params, rng: torch.Generator) -> Memory:  # noqa: ARG002
+        """Nothing is remembered."""
+        return {}
+
+    def refine(
+        self,
+        state: ServerState,
+        results: Sequence[ClientResult],  # noqa: ARG002
+        rng: torch.Generator,  # noqa: ARG002
+    ) -> tuple[ServerState, Metrics]:
+        """The same state, no metrics."""
+        return state, {}
+
+
+class NoRefinerConfig(RefinerConfig):
+    """``refiner.name = "none"``: what is deployed is the aggregate."""
+
+    name: Literal["none"] = "none"
+
+    def build(self, context: RefinerContext) -> Refiner:  # noqa: ARG002
+        """Needs nothing."""
+        return NoRefiner()

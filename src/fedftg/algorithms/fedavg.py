@@ -56,6 +56,10 @@ def update_norm(before: ServerState, params: Params) -> Metrics:
 class PlainLocal:
     """Cross-entropy and plain gradients; the other local rules compose it for the parts that they leave as they are."""
 
+    def upload_like(self, params: Params) -> Params:  # noqa: ARG002
+        """Nothing besides the model."""
+        return {}
+
     def init_memory(self, params: Params, buffers: Params) -> Memory:  # noqa: ARG002
         """Nothing is remembered."""
         return {}

@@ -18,9 +18,9 @@ follow as always.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -28,11 +28,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from fedftg.algorithms.base import ClientResult, Memory, Metrics, Refiner, RefinerConfig, RefinerContext, ServerState
-from fedftg.distill.config import DistillConfig, preset
+from fedftg.distill.config import PRESETS, DistillConfig, preset
 from fedftg.distill.distiller import Distiller
 from fedftg.distill.generator import Generator
-from fedftg.distill.teachers import ClassifierFunction, stack_or_list
-from fedftg.models.functional import FunctionalModel, values
+from fedftg.distill.teachers import stack_or_list
+from fedftg.models.functional import values
 from fedftg.params import Params, prefixed, unprefixed
 from fedftg.seeds import forked
 
@@ -51,11 +51,6 @@ class FedFTG:
     absent_weight: float = 0.0
     """See `FedFTGConfig`."""
 
-    @property
-    def needs_client_models(self) -> bool:
-        """Every client's model is a teacher."""
-        return True
-
     def init(self, params: Params, rng: torch.Generator) -> Memory:  # noqa: ARG002
         """The generator's initial weights, drawn from ``rng``."""
         return self._distiller(int(torch.randint(2**62, (), generator=rng))).memory()
@@ -69,12 +64,12 @@ class FedFTG:
         model = self.context.model
         student = model.module(state.params, state.buffers)
         ordered = sorted((r for r in results if r.num_samples > 0), key=lambda result: result.client)
-        past = Past.of(state.refiner) if self.absent_weight else Past()
+        previous = PreviousRounds.of(state.refiner) if self.absent_weight else PreviousRounds()
         taught = [(r.params, r.buffers, r.class_counts.to(torch.float64)) for r in ordered]
-        absent = past.class_counts([r.client for r in ordered])
+        absent = previous.class_counts([r.client for r in ordered])
         if absent is not None:
-            taught.append((past.part(state.params), past.part(state.buffers), self.absent_weight * absent))
-        function = _compiled(model) if self.config.compile_teachers else partial(model, train=False)
+            taught.append((previous.part(state.params), previous.part(state.buffers), self.absent_weight * absent))
+        function = partial(model, train=False)
         teachers = stack_or_list(function, [params for params, _, _ in taught], [buffers for _, buffers, _ in taught])
         counts = torch.stack([counts for _, _, counts in taught])
         scale = self.config.lr_decay**state.round
@@ -82,7 +77,7 @@ class FedFTG:
         params, buffers = values(student)
         memory = distiller.memory()
         if self.absent_weight:
-            memory |= past.after(ordered, {**params, **buffers}).memory()
+            memory |= previous.after(ordered, {**params, **buffers}).memory()
         return replace(state, params=params, buffers=buffers, refiner=memory), metrics.means()
 
     def _distiller(self, seed: int) -> Distiller:
@@ -94,7 +89,7 @@ class FedFTG:
 
 
 @dataclass(frozen=True)
-class Past:
+class PreviousRounds:
     """What the server remembers of rounds before this one."""
 
     model: Params = field(default_factory=dict)
@@ -103,12 +98,12 @@ class Past:
     """``(C,)`` int64 of each client, as it gave them when it last took part."""
 
     @staticmethod
-    def of(memory: Memory) -> Past:
+    def of(memory: Memory) -> PreviousRounds:
         """From what `memory` gave."""
         if _CLIENTS not in memory:
-            return Past()
+            return PreviousRounds()
         counts = dict(zip(memory[_CLIENTS].tolist(), memory[_COUNTS].cpu(), strict=True))
-        return Past(unprefixed(memory, _MODEL), counts)
+        return PreviousRounds(unprefixed(memory, _MODEL), counts)
 
     def memory(self) -> Memory:
         """As named tensors, which a checkpoint can hold."""
@@ -125,21 +120,10 @@ class Past:
         """The remembered values of these names."""
         return {name: self.model[name] for name in like}
 
-    def after(self, results: Sequence[ClientResult], model: Params) -> Past:
+    def after(self, results: Sequence[ClientResult], model: Params) -> PreviousRounds:
         """With this round's clients and its fine-tuned model; clients in ascending order."""
         counts = self.counts | {result.client: result.class_counts.cpu().to(torch.int64) for result in results}
-        return Past(model, dict(sorted(counts.items())))
-
-
-@lru_cache(maxsize=1)
-def _compiled(model: FunctionalModel) -> ClassifierFunction:
-    """The model in evaluation mode through ``torch.compile``; kept, for each call would compile anew.
-
-    On a CPU (AVX2, one thread) ResNet-18 takes 30 % less time forward, 4 % less forward and backward; compiling takes
-    one to three minutes.
-    """
-    compiled: ClassifierFunction = torch.compile(partial(model, train=False), dynamic=False)
-    return compiled
+        return PreviousRounds(model, dict(sorted(counts.items())))
 
 
 def of_preset(name: str) -> dict[str, Any]:
@@ -174,6 +158,13 @@ class FedFTGConfig(RefinerConfig, DistillConfig):
         if not isinstance(given, dict):
             return given
         return {**of_preset(str(given.get("preset", "fedftg"))), **given}
+
+    @classmethod
+    def kept(cls, given: Mapping[str, Any], key: str) -> dict[str, Any]:
+        """Another preset leaves in place the settings that differ from the preset that they came with."""
+        name = str(given.get("preset", "fedftg"))
+        values = of_preset(name) if key == "preset" and name in PRESETS else {}
+        return {field: value for field, value in given.items() if field not in values or values[field] != value}
 
     def build(self, context: RefinerContext) -> Refiner:
         """The refiner for one experiment."""

@@ -22,7 +22,7 @@ ALGORITHMS: Registry[type[AlgorithmConfig]] = Registry(
 REFINERS: Registry[type[RefinerConfig]] = Registry(
     "refiner",
     {
-        "none": "fedftg.algorithms.none:NoRefinerConfig",
+        "none": "fedftg.algorithms.base:NoRefinerConfig",
         "fedftg": "fedftg.algorithms.fedftg:FedFTGConfig",
     },
 )

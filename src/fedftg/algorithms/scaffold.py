@@ -37,6 +37,10 @@ from fedftg.params import Params
 class ControlledLocal(PlainLocal):
     """Every step is corrected by the difference of the global and the client's own control variate."""
 
+    def upload_like(self, params: Params) -> Params:
+        """The change of ``c_k`` has the form of the parameters."""
+        return tree.zeros_like(params)
+
     def init_memory(self, params: Params, buffers: Params) -> Memory:  # noqa: ARG002
         """``c_k = 0``, so round 1 is FedAvg."""
         return tree.zeros_like(params)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,10 +14,10 @@ from fedftg.distill.config import DistillConfig, preset
 from fedftg.distill.distiller import Distiller, DistillMetrics, Progress
 from fedftg.distill.generator import Generator
 from fedftg.distill.labels import check_class_counts, class_probabilities, sample_labels
-from fedftg.distill.teachers import Classifier, ListedTeachers
+from fedftg.distill.teachers import Classifier, ListedTeachers, copied, frozen
 from fedftg.errors import InputError
 from fedftg.params import first_non_finite
-from fedftg.seeds import SERVER, seed_for, torch_rng
+from fedftg.seeds import SERVER, forked, seed_for, torch_rng
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class RefineResult:
     """What `refine` returns."""
 
     model: nn.Module
-    """The refined copy of the student, in the mode that the student was given in."""
+    """The refined copy of the student, in the student's mode."""
     generator: Generator
     metrics: DistillMetrics
     """Per iteration."""
@@ -68,8 +68,8 @@ class RefineResult:
 
 def refine(
     student: nn.Module,
-    teachers: Sequence[Classifier],
-    class_counts: Num[Tensor, "K C"] | Sequence[Sequence[float]],
+    teachers: Iterable[Classifier],
+    class_counts: Num[Tensor, "K C"] | Sequence[Sequence[float] | Tensor],
     *,
     config: str | DistillConfig = "fedftg",
     generator: Generator | None = None,
@@ -99,32 +99,27 @@ def refine(
         InputError: inputs that do not fit together; the message says what to do.
     """
     settings = preset(config) if isinstance(config, str) else config
-    device, dtype = _place(student)
     if isinstance(teachers, nn.Module) and not isinstance(teachers, nn.ModuleList):
         raise InputError(f"teachers must be a list of classifiers, got one {type(teachers).__name__}; pass [teacher]")
-    _check_models(student, teachers)
-    ensemble = ListedTeachers(list(teachers))
+    models: list[Classifier] = [student, *teachers]
+    _check_models(student, models)
+    ensemble = ListedTeachers(models[1:])
     counts = _counts(class_counts, len(ensemble))
     if generator is None:
         new = _new_generator(settings, counts.shape[1], image_shape, seed)
     else:
         new = copy.deepcopy(generator)
         settings = settings.model_copy(update={"noise_dim": new.noise_dim})
-        if new.num_classes != counts.shape[1]:
-            raise InputError(
-                f"class_counts must have a column for each of the generator's {new.num_classes} classes, "
-                f"got {counts.shape[1]}"
-            )
-    new = new.to(device, dtype)
-    start = copy.deepcopy(new).eval()
-    model = _copy_of(student)
-    _probe(model, ensemble, torch.zeros(2, *new.image_shape, device=device, dtype=dtype))
+    place = next(student.parameters())
+    new = new.to(place)
+    start, model = copy.deepcopy(new).eval(), copied(student)
+    _probe(models, torch.zeros(2, *new.image_shape).to(place), counts.shape[1])
     metrics = Distiller(settings, new).refine(
         model, ensemble, counts, rng=torch_rng(seed, 0, SERVER, "refine"), progress=progress
     )
     broken = first_non_finite(model.state_dict()) or first_non_finite(new.state_dict())
     return RefineResult(
-        model=_copy_of(student) if broken else model,
+        model=copied(student) if broken else model,
         generator=start if broken else new.eval(),
         metrics=metrics,
         rolled_back=f"{broken} is not finite; lower student_lr or generator_lr" if broken else None,
@@ -133,15 +128,8 @@ def refine(
     )
 
 
-def _place(student: nn.Module) -> tuple[torch.device, torch.dtype]:
-    parameter = next(student.parameters(), None)
-    if parameter is None:
-        raise InputError(f"student {type(student).__name__} has no parameters; give a classifier that can be trained")
-    return parameter.device, parameter.dtype
-
-
-def _check_models(student: nn.Module, teachers: Sequence[Classifier]) -> None:
-    for name, model in (("student", student), *((f"teacher {k}", teacher) for k, teacher in enumerate(teachers))):
+def _check_models(student: nn.Module, models: Sequence[Classifier]) -> None:
+    for name, model in zip(_names(models), models, strict=True):
         if not callable(model):
             raise InputError(
                 f"{name} must be a classifier, got {type(model).__name__}; load weights into a module and pass that"
@@ -149,21 +137,17 @@ def _check_models(student: nn.Module, teachers: Sequence[Classifier]) -> None:
         broken = first_non_finite(model.state_dict()) if isinstance(model, nn.Module) else None
         if broken:
             raise InputError(f"{name} has values in {broken} that are not finite; leave it out, or train it anew")
+    if next(student.parameters(), None) is None:
+        raise InputError(f"student {type(student).__name__} has no parameters; give a classifier that can be trained")
 
 
-def _copy_of(student: nn.Module) -> nn.Module:
-    copied = copy.deepcopy(student)
-    copied.zero_grad()
-    return copied
-
-
-def _counts(class_counts: Tensor | Sequence[Sequence[float]], num_teachers: int) -> Float[Tensor, "K C"]:
+def _counts(class_counts: Tensor | Sequence[Sequence[float] | Tensor], num_teachers: int) -> Float[Tensor, "K C"]:
     try:
-        counts = torch.as_tensor(class_counts)
-    except (TypeError, ValueError) as error:
+        if not isinstance(class_counts, Tensor):
+            class_counts = torch.stack([torch.as_tensor(row) for row in class_counts])
+    except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"class_counts must be a table (teachers, classes) of numbers, got {error}") from None
-    columns = counts.shape[1] if counts.ndim == 2 else 0
-    return check_class_counts(counts, num_teachers=num_teachers, num_classes=columns)
+    return check_class_counts(class_counts, num_teachers=num_teachers)
 
 
 def _new_generator(settings: DistillConfig, num_classes: int, image_shape: Sequence[int], seed: int) -> Generator:
@@ -171,31 +155,29 @@ def _new_generator(settings: DistillConfig, num_classes: int, image_shape: Seque
         shape = tuple(int(size) for size in image_shape)
     except (TypeError, ValueError):
         raise InputError(f"image_shape must be three whole numbers such as (3, 32, 32), got {image_shape!r}") from None
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed_for(seed, 0, SERVER, "generator"))
+    with forked(seed_for(seed, 0, SERVER, "generator"), torch.device("cpu")):
         return Generator(settings.noise_dim, num_classes, shape, settings.generator_width)
 
 
 @torch.no_grad()
-def _probe(model: nn.Module, teachers: ListedTeachers, images: Tensor) -> None:
-    """Calls every classifier once, so that a wrong image shape, device or type is told in one line."""
-    modes = [(module, module.training) for module in model.modules()]
-    calls: list[tuple[str, Classifier]] = [("student", model.eval())]
-    calls += [(f"teacher {k}", _only(teachers.part(k, k + 1))) for k in range(len(teachers))]
-    for name, call in calls:
+def _probe(models: Sequence[Classifier], images: Tensor, num_classes: int) -> None:
+    """Calls the student and every teacher once: what is wrong is one line before any work is done."""
+    for name, model in zip(_names(models), models, strict=True):
         try:
-            call(images)
-        except InputError:
-            raise
+            logits = frozen(model)(images)
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
             raise InputError(
                 f"{name} does not take images of shape {tuple(images.shape)} on {images.device}: {reason}; "
                 "pass the image_shape that it was trained with, and put all models on one device"
             ) from error
-    for module, training in modes:
-        module.training = training
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        if got != (len(images), num_classes):
+            raise InputError(
+                f"{name} must return logits of shape (batch, classes) = {(len(images), num_classes)}, got {got}; "
+                "student, teachers and class_counts must have the same classes"
+            )
 
 
-def _only(teacher: ListedTeachers) -> Classifier:
-    return lambda images: teacher(images)[0]
+def _names(models: Sequence[Classifier]) -> list[str]:
+    return ["student", *(f"teacher {k}" for k in range(len(models) - 1))]

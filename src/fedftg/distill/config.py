@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedftg.distill.labels import Ensemble, LabelSampling
+from fedftg.distill.labels import EnsembleWeighting, LabelSampling
 from fedftg.distill.losses import Discrepancy, FidelityWeighting, StudentLoss
 from fedftg.errors import explain, unknown
 
@@ -60,7 +60,7 @@ class DistillConfig(BaseModel):
         default="iid",
         description="iid: from p_t(y); proportional: laid out by proportion, shuffled; uniform: over held classes",
     )
-    ensemble: Ensemble = Field(
+    ensemble: EnsembleWeighting = Field(
         default="class", description="weights of the teachers: class is a_k(y), samples by their data, uniform 1/K"
     )
     ensemble_epsilon: float = Field(
@@ -100,14 +100,6 @@ class DistillConfig(BaseModel):
     generator_warmup: int = Field(
         default=0, ge=0, description="generator-only iterations before those of the first call"
     )
-    fresh_batches: bool = Field(default=False, description="new noise and labels for every student step")
-    generator_ema: float = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="0 is off; else the student also sees images of a generator averaged over calls with this factor, "
-        "from the second call on (DFRD)",
-    )
     teacher_chunk: int = Field(
         default=0,
         ge=0,
@@ -116,11 +108,6 @@ class DistillConfig(BaseModel):
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32",
         description="arithmetic of the frozen teachers and the generator; bfloat16 needs hardware that has it",
-    )
-    compile_teachers: bool = Field(
-        default=False,
-        description="run the teachers of a federation through torch.compile: a minute or more once, same numbers up to "
-        "rounding",
     )
 
 

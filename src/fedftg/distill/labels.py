@@ -11,21 +11,19 @@ from torch import Tensor
 from fedftg.errors import InputError
 
 LabelSampling = Literal["iid", "proportional", "uniform"]
-Ensemble = Literal["class", "samples", "uniform"]
+EnsembleWeighting = Literal["class", "samples", "uniform"]
 
 
-def check_class_counts(
-    class_counts: Num[Tensor, "K C"], *, num_teachers: int, num_classes: int
-) -> Float[Tensor, "K C"]:
+def check_class_counts(class_counts: Num[Tensor, "K C"], *, num_teachers: int) -> Float[Tensor, "K C"]:
     """``(K, C)`` float64 on the CPU, after checking shape and values.
 
     Raises:
         InputError: wrong shape, a negative or non-finite count, or no sample at all.
     """
-    if tuple(class_counts.shape) != (num_teachers, num_classes):
+    if class_counts.ndim != 2 or len(class_counts) != num_teachers:
         raise InputError(
-            f"class_counts must have shape (teachers, classes) = ({num_teachers}, {num_classes}), "
-            f"got {tuple(class_counts.shape)}; give one row per teacher and one column per class"
+            f"class_counts must have shape (teachers, classes) = ({num_teachers}, C), got "
+            f"{tuple(class_counts.shape)}; give one row per teacher and one column per class"
         )
     counts = class_counts.detach().to("cpu", torch.float64)
     if not bool(torch.isfinite(counts).all()) or bool((counts < 0).any()):
@@ -45,7 +43,7 @@ def class_probabilities(class_counts: Float[Tensor, "K C"]) -> Float[Tensor, " C
 
 
 def ensemble_weights(
-    class_counts: Float[Tensor, "K C"], kind: Ensemble = "class", epsilon: float = 0.0
+    class_counts: Float[Tensor, "K C"], kind: EnsembleWeighting = "class", epsilon: float = 0.0
 ) -> Float[Tensor, "K C"]:
     """``(K, C)`` float32: ``a_k(y)``, the weight of teacher ``k`` on a sample drawn for class ``y``.
 

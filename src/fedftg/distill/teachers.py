@@ -1,17 +1,19 @@
-"""``K`` frozen teachers as one callable from images to logits ``(K, B, C)``."""
+"""``K`` frozen teachers as one callable from images to logits ``(K, B, C)``, and their weighted ensemble."""
 
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from fedftg.distill import losses
+from fedftg.distill.config import DistillConfig
+from fedftg.distill.labels import class_probabilities, ensemble_weights
 from fedftg.errors import InputError
 from fedftg.params import Params, stack
 
@@ -19,34 +21,36 @@ Classifier = Callable[[Tensor], Tensor]
 ClassifierFunction = Callable[[Params, Params, Tensor], Tensor]
 """``(params, buffers, images) -> logits (B, C)``, in evaluation mode."""
 
-
 STACKED_UP_TO = 2**30
 """Bytes of all teachers together: beyond, a second copy of them costs more memory than it saves launches."""
 
+MOST_AT_ONCE = 32
+"""Teachers whose graphs are in memory at a time where ``teacher_chunk`` is 0."""
 
-class Teachers(ABC):
+
+@runtime_checkable
+class Teachers(Protocol):
     """Teachers in evaluation mode: gradients reach the images and never the teachers' weights."""
 
-    @abstractmethod
     def __len__(self) -> int:
         """``K``."""
+        ...
 
-    @abstractmethod
-    def __call__(self, images: Float[Tensor, "B D H W"]) -> Float[Tensor, "K B C"]:
-        """Logits ``(K, B, C)``, differentiable with respect to the images."""
+    def __call__(
+        self, images: Float[Tensor, "B D H W"], start: int = 0, stop: int | None = None
+    ) -> Float[Tensor, "K B C"]:
+        """Logits ``(stop - start, B, C)`` of the teachers ``start <= k < stop``; None: to the last.
 
-    @abstractmethod
-    def part(self, start: int, stop: int) -> Teachers:
-        """The teachers ``start <= k < stop``; nothing is copied."""
+        They are differentiable with respect to the images.
+        """
+        ...
 
 
-class ListedTeachers(Teachers):
+class ListedTeachers:
     """Teachers of any architectures, called one after the other.
 
     Args:
-        classifiers: modules or functions from images ``(B, D, H, W)`` to logits ``(B, C)``. A module is put in
-            evaluation mode and frozen in a view that shares its values: the module itself stays as it is, and later
-            changes in place of its values are seen. A function is called as it is and must evaluate, not train.
+        classifiers: modules or functions from images ``(B, D, H, W)`` to logits ``(B, C)``; see `frozen`.
 
     Raises:
         InputError: no teacher.
@@ -55,35 +59,20 @@ class ListedTeachers(Teachers):
     def __init__(self, classifiers: Sequence[Classifier]) -> None:
         if not classifiers:
             raise InputError("got no teacher, at least 1 is needed; pass the models to distil from")
-        self._classifiers = [_frozen_view(c) if isinstance(c, nn.Module) else c for c in classifiers]
+        self._classifiers = [frozen(classifier) for classifier in classifiers]
 
     def __len__(self) -> int:
         """``K``."""
         return len(self._classifiers)
 
-    def __call__(self, images: Float[Tensor, "B D H W"]) -> Float[Tensor, "K B C"]:
-        """Logits ``(K, B, C)``.
-
-        Raises:
-            InputError: the teachers differ in the shape of their logits.
-        """
-        logits = [classifier(images) for classifier in self._classifiers]
-        for index, other in enumerate(logits):
-            if other.shape != logits[0].shape:
-                raise InputError(
-                    f"all teachers must have the same classes, got logits {tuple(logits[0].shape)} from teacher 0 "
-                    f"and {tuple(other.shape)} from teacher {index}"
-                )
-        return torch.stack(logits)
-
-    def part(self, start: int, stop: int) -> ListedTeachers:
-        """The teachers ``start <= k < stop``; nothing is copied."""
-        chosen = object.__new__(ListedTeachers)
-        chosen._classifiers = self._classifiers[start:stop]
-        return chosen
+    def __call__(
+        self, images: Float[Tensor, "B D H W"], start: int = 0, stop: int | None = None
+    ) -> Float[Tensor, "K B C"]:
+        """Logits ``(stop - start, B, C)``."""
+        return torch.stack([classifier(images) for classifier in self._classifiers[start:stop]])
 
 
-class StackedTeachers(Teachers):
+class StackedTeachers:
     """Teachers of one architecture, called together by ``torch.func.vmap``.
 
     Args:
@@ -102,15 +91,14 @@ class StackedTeachers(Teachers):
         """``K``."""
         return next(iter(self._params.values())).shape[0]
 
-    def __call__(self, images: Float[Tensor, "B D H W"]) -> Float[Tensor, "K B C"]:
-        """Logits ``(K, B, C)``."""
-        logits: Tensor = torch.func.vmap(self._function, in_dims=(0, 0, None))(self._params, self._buffers, images)
-        return logits
-
-    def part(self, start: int, stop: int) -> StackedTeachers:
-        """The teachers ``start <= k < stop``; nothing is copied."""
+    def __call__(
+        self, images: Float[Tensor, "B D H W"], start: int = 0, stop: int | None = None
+    ) -> Float[Tensor, "K B C"]:
+        """Logits ``(stop - start, B, C)``."""
         params = {name: tensor[start:stop] for name, tensor in self._params.items()}
-        return StackedTeachers(self._function, params, {n: tensor[start:stop] for n, tensor in self._buffers.items()})
+        buffers = {name: tensor[start:stop] for name, tensor in self._buffers.items()}
+        logits: Tensor = torch.func.vmap(self._function, in_dims=(0, 0, None))(params, buffers, images)
+        return logits
 
 
 def stack_or_list(
@@ -129,9 +117,7 @@ def stack_or_list(
     Raises:
         InputError: no teacher.
     """
-    if not params:
-        raise InputError("got no teacher, at least 1 is needed; pass the models to distil from")
-    if stacked is None:
+    if stacked is None and params:
         size = len(params) * sum(tensor.nbytes for tensor in params[0].values())
         stacked = next(iter(params[0].values())).device.type != "cpu" and size <= STACKED_UP_TO
     if stacked:
@@ -140,10 +126,99 @@ def stack_or_list(
     return ListedTeachers([partial(function, p, b) for p, b in zip(frozen, buffers, strict=True)])
 
 
-def _frozen_view(module: nn.Module) -> nn.Module:
-    """The same module with its own modes and flags, evaluating, without weight gradients; values are shared."""
+class Ensemble:
+    """Teachers with the weight of each on the samples of each class.
+
+    Args:
+        teachers: ``K`` of them.
+        class_counts: ``(K, C)`` float64 on the CPU (`fedftg.distill.labels.check_class_counts`).
+        config: weights, temperature, ``teacher_chunk`` and ``precision``.
+        like: a tensor on the device and in the type of the images.
+    """
+
+    def __init__(
+        self, teachers: Teachers, class_counts: Float[Tensor, "K C"], config: DistillConfig, like: Tensor
+    ) -> None:
+        self.class_counts = class_counts
+        self._teachers, self._config = teachers, config
+        weights = ensemble_weights(class_counts, config.ensemble, config.ensemble_epsilon)
+        self._class_weights = weights.to(like)
+        self._mean_weights = (weights.double() @ class_probabilities(class_counts)).to(like)
+
+    def __len__(self) -> int:
+        """``K``."""
+        return len(self._teachers)
+
+    @property
+    def num_classes(self) -> int:
+        """``C``."""
+        return self._class_weights.shape[1]
+
+    def ranges(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """The teachers ``start <= k < stop`` as ranges whose graphs are in memory at a time."""
+        size = self._config.teacher_chunk or MOST_AT_ONCE
+        return [(first, min(first + size, stop)) for first in range(start, stop, size)]
+
+    def weights(self, labels: Int[Tensor, " B"], start: int, stop: int) -> Float[Tensor, "K B"]:
+        """``a_k(y_i)`` of the teachers ``start <= k < stop``: ``(stop - start, B)``."""
+        return self._class_weights[start:stop][:, labels]
+
+    def logits(self, images: Float[Tensor, "B D H W"], start: int, stop: int) -> Float[Tensor, "K B C"]:
+        """Logits ``(stop - start, B, C)`` of the teachers ``start <= k < stop``."""
+        with autocast(self._config, images.device):
+            logits = self._teachers(images, start, stop)
+        return logits.to(images.dtype)
+
+    @torch.no_grad()
+    def probabilities(
+        self,
+        images: Float[Tensor, "B D H W"],
+        labels: Int[Tensor, " B"] | None,
+        logits: Float[Tensor, "K B C"] | None = None,
+    ) -> Float[Tensor, "B C"]:
+        """``(B, C)``: the weighted mean of the teachers' probabilities, without a graph.
+
+        Args:
+            images: for the teachers.
+            labels: the class of each image; None where it is unknown: a teacher's weight is then its mean over
+                ``p_t(y)``, which for ``ensemble = "class"`` is its share of all samples, as FedDF weights.
+            logits: those of all teachers on these images, where they are known.
+        """
+        parts = []
+        for first, last in self.ranges(0, len(self)) if logits is None else [(0, len(self))]:
+            if labels is None:
+                weights = self._mean_weights[first:last, None].expand(-1, len(images))
+            else:
+                weights = self.weights(labels, first, last)
+            found = self.logits(images, first, last) if logits is None else logits
+            parts.append(losses.ensemble_probabilities(found, weights, self._config.temperature))
+        return torch.stack(parts).sum(dim=0)
+
+
+def autocast(config: DistillConfig, device: torch.device) -> torch.autocast:
+    """The precision of the frozen teachers and the generator; the student and all losses stay in full precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
+
+
+def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy, also of a module that keeps a result with its graph as an attribute, such as its last features."""
+    memo = memo or {}
+    for layer in module.modules():
+        kept = [value for value in vars(layer).values() if isinstance(value, Tensor) and value.grad_fn is not None]
+        memo |= {id(value): value.detach() for value in kept}
+    return copy.deepcopy(module, memo)
+
+
+def frozen(classifier: Classifier) -> Classifier:
+    """A view of a module that evaluates and has no weight gradients; a function is returned as it is.
+
+    The view shares the module's values, so later changes in place are seen; the module keeps its modes and flags. A
+    function must evaluate, not train.
+    """
+    if not isinstance(classifier, nn.Module):
+        return classifier
     # deepcopy takes what the memo already holds for an object instead of copying it.
-    memo: dict[int, Any] = {id(buffer): buffer for buffer in module.buffers()}
-    for parameter in module.parameters():
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in classifier.buffers()}
+    for parameter in classifier.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
-    return copy.deepcopy(module, memo).eval()
+    return copied(classifier, memo).eval()
