@@ -19,7 +19,6 @@ from fedftg.data.federation import Federation
 from fedftg.engine import executors
 from fedftg.engine.choice import Work
 from fedftg.engine.machine import cpu_threads, environment, keep_freed_memory, peak_memory_mb, resolve_device
-from fedftg.engine.memory import ClientStore
 from fedftg.engine.workers import Origin
 from fedftg.errors import InputError
 from fedftg.models import registry as models
@@ -28,8 +27,8 @@ from fedftg.params import clone, to_device
 from fedftg.progress import Progress, Silent
 from fedftg.rounds import Experiment
 from fedftg.rundir import checkpoint, records
+from fedftg.rundir.clients import ClientStore
 from fedftg.rundir.folder import RunFolder, summarise
-from fedftg.rundir.packs import Packs
 from fedftg.rundir.records import Record
 from fedftg.seeds import SERVER, seed_for, torch_rng
 
@@ -102,7 +101,6 @@ def build(config: RunConfig, dataset: ImageDataset | None = None, progress: Prog
         {**params, **buffers},
         sizes,
         config.evaluation.track_all,
-        bound=config.checkpoint.client_memory_mb * 1e6,
     )
     origin = Origin(config.plugins, config.model, seed_for(config.seed, 0, SERVER, "model"), config.algorithm)
     share = config.cohort.probability or 1.0
@@ -164,7 +162,7 @@ def execute(
         except BaseException:
             progress.finish()
             raise
-        experiment.clients.packs = Packs(run_folder.checkpoint)
+        experiment.clients.keep_in(run_folder.checkpoint)
         session = environment(threads, str(experiment.data.device))
         session["executor"] = experiment.executor.description
         with closing(experiment.executor):
@@ -200,12 +198,11 @@ def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress) -
             if done % config.checkpoint.every == 0 or done == config.rounds:
                 # All of it but the last rename comes before the record, which says how long it took.
                 start = time.perf_counter()
-                index = checkpoint.write(folder.checkpoint, experiment.state, experiment.clients)
-                seconds = record["seconds"]["checkpoint"] + time.perf_counter() - start
-                record["seconds"]["checkpoint"] = round(seconds, 6)
+                index = checkpoint.write(experiment.state, experiment.clients)
+                record["seconds"]["checkpoint"] = round(time.perf_counter() - start, 6)
             records.append(folder.rounds_file, record)
             if index is not None:
-                checkpoint.commit(folder.checkpoint, index)
+                checkpoint.commit(index, experiment.clients)
                 saved = done
             progress.round_done(record)
     except KeyboardInterrupt:
@@ -213,7 +210,7 @@ def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress) -
         if record is not None and record["round"] == experiment.state.round > saved:
             if len(records.read(folder.rounds_file)) < experiment.state.round:
                 records.append(folder.rounds_file, record)
-            checkpoint.save(folder.checkpoint, experiment.state, experiment.clients)
+            checkpoint.save(experiment.state, experiment.clients)
         raise
     finally:
         progress.finish()
@@ -222,8 +219,7 @@ def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress) -
 def _restore(experiment: Experiment, folder: RunFolder, session: Record) -> None:
     config = experiment.config
     before = folder.read_partition()
-    # A run of version 0.1 has no digest.
-    if before != {key: value for key, value in experiment.partition_record.items() if key != "digest" or key in before}:
+    if before != experiment.partition_record:
         raise InputError(
             f"{folder.path} was started on other data or another division of it (see its partition.json); "
             "give the same data, or start a new run"
@@ -238,7 +234,7 @@ def _restore(experiment: Experiment, folder: RunFolder, session: Record) -> None
             )
         _check_model(experiment.state, kept.state, folder.checkpoint)
         experiment.state = _on(kept.state, experiment.data.device)
-        experiment.clients.restore(kept.places, kept.change_sum)
+        experiment.clients.restore(kept.clients, kept.change_sum)
     folder.check_records(done)
     if folder.finished and done == config.rounds:
         return
