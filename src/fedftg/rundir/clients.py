@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 import os
 import shutil
 import tempfile
@@ -30,7 +29,7 @@ from fedftg.rundir.records import PUT_BACK
 _ALIGNMENT = 64
 
 Layout = dict[str, Any]
-"""A row's tensors, ``memory`` and ``upload`` as ``[name, type, shape, offset]``, and its ``size`` in bytes."""
+"""A row's tensors, ``memory`` and ``upload`` as ``[name, type, shape, start, stop]``, and its ``size`` in bytes."""
 
 
 class ClientStore:
@@ -194,7 +193,7 @@ class _Rows:
         entries, size = self.layouts[number][part], self.layouts[number]["size"]
         if not entries:
             return {}
-        start, stop = entries[0][3], entries[-1][3] + _nbytes(entries[-1])
+        start, stop = entries[0][3], entries[-1][4]
         content = np.fromfile(self._file(number), np.uint8, count=stop - start, offset=slot * size + start)
         return _views(torch.from_numpy(content), entries, start)
 
@@ -223,26 +222,20 @@ def _layout(memory: Memory, upload: Params) -> Layout:
     entries: list[list[Any]] = []
     size = 0
     for name, tensor in [*upload.items(), *(() if shared else memory.items())]:
-        entries.append([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), size])
+        entries.append([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), size, size + tensor.nbytes])
         size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-    uploaded = entries[: len(upload)]
-    kept = (
-        [[name, *entry[1:]] for name, entry in zip(memory, uploaded, strict=True)] if shared else entries[len(upload) :]
-    )
+    uploaded, kept = entries[: len(upload)], entries[len(upload) :]
+    if shared:
+        kept = [[name, *entry[1:]] for name, entry in zip(memory, uploaded, strict=True)]
     return {"memory": kept, "upload": uploaded, "size": size}
 
 
 def _views(content: Tensor, entries: Sequence[list[Any]], start: int) -> Params:
     """Returns tensors as views of the bytes of a row from ``start`` on."""
     return {
-        entry[0]: content[entry[3] - start :][: _nbytes(entry)].view(getattr(torch, entry[1])).view(entry[2])
-        for entry in entries
+        name: content[first - start : stop - start].view(getattr(torch, kind)).view(shape)
+        for name, kind, shape, first, stop in entries
     }
-
-
-def _nbytes(entry: list[Any]) -> int:
-    kind: torch.dtype = getattr(torch, entry[1])
-    return math.prod(entry[2]) * kind.itemsize
 
 
 def _shares(num_samples: Sequence[int]) -> list[float]:
