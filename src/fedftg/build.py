@@ -14,7 +14,6 @@ from fedftg.data.federation import Federation
 from fedftg.engine import executors
 from fedftg.engine.choice import Work
 from fedftg.engine.machine import resolve_device
-from fedftg.engine.memory import ClientStore
 from fedftg.engine.workers import Origin
 from fedftg.errors import InputError
 from fedftg.experiment import Experiment
@@ -22,6 +21,7 @@ from fedftg.models import registry as models
 from fedftg.models.functional import FunctionalModel
 from fedftg.params import clone
 from fedftg.progress import Progress
+from fedftg.rundir.clients import ClientStore
 from fedftg.rundir.records import Record
 from fedftg.seeds import SERVER, seed_for, torch_rng
 
@@ -84,7 +84,6 @@ def build(config: RunConfig, dataset: ImageDataset | None = None, progress: Prog
         {**params, **buffers},
         sizes,
         config.evaluation.track_all,
-        bound=config.checkpoint.client_memory_mb * 1e6,
     )
     origin = Origin(config.plugins, config.model, seed_for(config.seed, 0, SERVER, "model"), config.algorithm)
     share = config.cohort.probability or 1.0

@@ -34,17 +34,11 @@ Section = TypeVar("Section", bound=BaseModel)
 
 
 class CheckpointConfig(BaseModel):
-    """How often the state is written, and how much of what clients keep stays in memory."""
+    """How often a checkpoint is written."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    every: int = Field(default=1, ge=1, description="write the state each so many rounds, and after the last one")
-    client_memory_mb: float = Field(
-        default=512,
-        ge=0,
-        description="MB of what clients keep (memories, last uploads) that stay in host memory between rounds; the "
-        "rest is read from the checkpoint's folder when needed; 0 keeps none; results are the same",
-    )
+    every: int = Field(default=1, ge=1, description="write a checkpoint every N rounds and after the last one")
 
 
 def _named(key: str, table: Mapping[str, type[Section]], default: str, given: Any) -> Any:

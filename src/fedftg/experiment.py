@@ -9,17 +9,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fedftg.algorithms.base import Algorithm, ClientResult, LocalTask, Metrics, Refiner, ServerState
+from fedftg.algorithms.base import Algorithm, ClientResult, LocalTask, Metrics, Refiner, ServerState, rejection
 from fedftg.config import RunConfig
 from fedftg.data.federation import Federation
 from fedftg.engine import sampling
 from fedftg.engine.evaluate import Measured, evaluate, evaluate_clients
 from fedftg.engine.executors import Executor, Rejected
-from fedftg.engine.memory import ClientStore, rejection
 from fedftg.models.functional import FunctionalModel
 from fedftg.params import Params, first_non_finite, to_device
 from fedftg.progress import Progress
 from fedftg.rundir import records
+from fedftg.rundir.clients import ClientStore
 from fedftg.rundir.records import Record
 from fedftg.seeds import SERVER, seed_for, torch_rng
 
@@ -62,8 +62,6 @@ class Experiment:
         with clock.phase("evaluate"):
             due = number % self.config.evaluation.every == 0 or number == self.config.rounds
             measured = self._evaluate(number, selected, refined, clients, progress) if due else Measured()
-        with clock.phase("checkpoint"):
-            clients.settle(self.clients)
         self.state, self.clients = replace(refined, round=number), clients
         record: Record = {"round": number, "clients": cohort}
         if rejected:

@@ -26,7 +26,6 @@ from fedftg.params import to_device
 from fedftg.progress import Progress
 from fedftg.rundir import checkpoint, records
 from fedftg.rundir.folder import RunFolder, summarise
-from fedftg.rundir.packs import Packs
 from fedftg.rundir.records import Record
 
 RUNS = Path("runs")
@@ -164,7 +163,7 @@ def execute(
         except BaseException:
             progress.finish()
             raise
-        experiment.clients.packs = Packs(run_folder.checkpoint)
+        experiment.clients.keep_in(run_folder.checkpoint)
         session = environment(threads, str(experiment.data.device))
         session["executor"] = experiment.executor.description
         with closing(experiment.executor):
@@ -200,12 +199,11 @@ def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress) -
             if done % config.checkpoint.every == 0 or done == config.rounds:
                 # All of it but the last rename comes before the record, which says how long it took.
                 start = time.perf_counter()
-                index = checkpoint.write(folder.checkpoint, experiment.state, experiment.clients)
-                seconds = record["seconds"]["checkpoint"] + time.perf_counter() - start
-                record["seconds"]["checkpoint"] = round(seconds, 6)
+                index = checkpoint.write(experiment.state, experiment.clients)
+                record["seconds"]["checkpoint"] = round(time.perf_counter() - start, 6)
             records.append(folder.rounds_file, record)
             if index is not None:
-                checkpoint.commit(folder.checkpoint, index)
+                checkpoint.commit(index, experiment.clients)
                 saved = done
             progress.round_done(record)
     except KeyboardInterrupt:
@@ -213,7 +211,7 @@ def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress) -
         if record is not None and record["round"] == experiment.state.round > saved:
             if len(records.read(folder.rounds_file)) < experiment.state.round:
                 records.append(folder.rounds_file, record)
-            checkpoint.save(folder.checkpoint, experiment.state, experiment.clients)
+            checkpoint.save(experiment.state, experiment.clients)
         raise
     finally:
         progress.finish()
@@ -222,10 +220,9 @@ def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress) -
 def _restore(experiment: Experiment, folder: RunFolder, session: Record) -> None:
     config = experiment.config
     before = folder.read_partition()
-    # A run of version 0.1 has no digest.
-    if before != {key: value for key, value in experiment.partition_record.items() if key != "digest" or key in before}:
+    if before != experiment.partition_record:
         raise InputError(
-            f"{folder.path} was started on other data or another division of it (see its partition.json); "
+            f"{folder.path} was started on other data or another partition of it (see its partition.json); "
             "give the same data, or start a new run"
         )
     kept = checkpoint.load(folder.checkpoint)
@@ -238,7 +235,7 @@ def _restore(experiment: Experiment, folder: RunFolder, session: Record) -> None
             )
         _check_model(experiment.state, kept.state, folder.checkpoint)
         experiment.state = _on(kept.state, experiment.data.device)
-        experiment.clients.restore(kept.places, kept.change_sum)
+        experiment.clients.restore(kept.clients, kept.change_sum)
     folder.check_records(done)
     if folder.finished and done == config.rounds:
         return

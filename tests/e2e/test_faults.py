@@ -8,7 +8,7 @@ import torch
 
 import fedftg
 from fedftg import build, experiment
-from fedftg.algorithms.base import ClientResult, ServerState
+from fedftg.algorithms.base import ClientResult, ServerState, rejection
 from fedftg.engine import executors
 from fedftg.errors import ClientError
 from fedftg.params import Params
@@ -36,6 +36,14 @@ def spoil(monkeypatch: pytest.MonkeyPatch, clients: Sequence[int], round: int) -
         return result
 
     monkeypatch.setattr(executors, "train", spoiled)
+
+
+def test_rejection_names_the_tensor() -> None:
+    parts: dict[str, Params] = {part: {"w": torch.ones(2)} for part in ("params", "buffers", "extra", "memory")}
+    assert rejection(ClientResult(0, 1, torch.ones(2), **parts, loss=0.0)) is None
+    for part, kind in (("params", "parameter"), ("buffers", "buffer"), ("extra", "upload"), ("memory", "memory")):
+        bad = {**parts, part: {"w": torch.ones(2), "c": torch.tensor([1.0, float("inf")])}}
+        assert rejection(ClientResult(0, 1, torch.ones(2), **bad, loss=0.0)) == f"non-finite {kind} c"
 
 
 def test_non_finite_update_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,15 +115,11 @@ def test_non_finite_aggregate_is_not_taken(tmp_path: Path, monkeypatch: pytest.M
     config = fedftg.RunConfig(**{**SETTINGS, "algorithm": {"name": "moon"}})
     watched = build.build(config)
     watched.run_round(Progress())
-    before, clients = watched.state, watched.clients
+    before, memories = watched.state, [watched.clients.memory(client) for client in range(4)]
     watched.run_round(Progress())
     assert all(torch.equal(watched.state.params[name], before.params[name]) for name in before.params)
-    assert watched.clients.held == clients.held
-    assert all(
-        torch.equal(value, clients.memory(client)[name])
-        for client in clients.held
-        for name, value in watched.clients.memory(client).items()
-    )
+    for client, memory in enumerate(memories):
+        assert all(torch.equal(watched.clients.memory(client)[name], value) for name, value in memory.items())
     run = fedftg.run(config, out=tmp_path / "run")
     rows = records.read(tmp_path / "run" / "rounds.jsonl")
     assert "the aggregate was not finite" in rows[1]["rolled_back"]

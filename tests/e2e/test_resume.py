@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import fedftg as package
 from fedftg.params import Params
 from fedftg.rundir import checkpoint
-from fedftg.rundir.packs import Packs
+from fedftg.rundir.clients import ClientStore
 from fedftg.rundir.tensors import read_tensors
 
 # Kills its own process with SIGKILL at one point of round 3, the first time that it gets there.
@@ -29,66 +29,69 @@ def die():
 
 from fedftg.distill import distiller
 from fedftg.engine import executors
-from fedftg.rundir import checkpoint, tensors
+from fedftg.rundir import checkpoint, clients, tensors
 
-state = dict(round=0, calls=0)
-train, student_steps, write_json, write_chunks = (
-    executors.train, distiller.student_steps, checkpoint.write_json, tensors.write_chunks
-)
+seen = dict(round=0, calls=0)
+train, student_steps, write_row = executors.train, distiller.student_steps, clients._Rows.write
+write_index, write_tensors = checkpoint.write_atomically, tensors.write_atomically
 
 def watched_train(model, rule, task, batches, counts, settings):
-    if task.round != state["round"]:
-        state.update(round=task.round, calls=0)
-    state["calls"] += 1
-    if POINT == "local" and task.round == 3 and state["calls"] == 2:
+    if task.round != seen["round"]:
+        seen.update(round=task.round, calls=0)
+    seen["calls"] += 1
+    if POINT == "local" and task.round == 3 and seen["calls"] == 2:
         die()
     return train(model, rule, task, batches, counts, settings)
 
 def watched_student_steps(*arguments):
     result = student_steps(*arguments)
-    if POINT == "refine" and state["round"] == 3:
+    if POINT == "refine" and seen["round"] == 3:
         die()
     return result
 
-def watched_write_json(path, value):
-    if POINT == "checkpoint-index" and path.name == "checkpoint.json" and value["round"] == 3:
+def watched_write_row(*arguments):
+    number = write_row(*arguments)
+    if POINT == "clients" and seen["round"] == 3:  # one row of three is written
         die()
-    write_json(path, value)
+    return number
 
-def watched_write_chunks(path, chunks, sync=True):
-    kind = {{"checkpoint-file": "state", "clients-file": "clients"}}.get(POINT)
-    if kind and path.name.startswith(kind) and state["round"] == 3 and not MARK.exists():
-        content = b"".join(chunks)
+def watched_write_index(path, content):
+    if POINT == "checkpoint-index" and seen["round"] == 3:
+        die()
+    write_index(path, content)
+
+def watched_write_tensors(path, content):
+    if POINT == "checkpoint-file" and seen["round"] == 3 and not MARK.exists():
+        content = b"".join(content)
         path.with_name(path.name + ".part").write_bytes(content[: len(content) // 2])
         die()
-    write_chunks(path, chunks, sync=sync)
+    write_tensors(path, content)
 
 executors.train = watched_train
 distiller.student_steps = watched_student_steps
-checkpoint.write_json = watched_write_json
-tensors.write_chunks = watched_write_chunks
+clients._Rows.write = watched_write_row
+checkpoint.write_atomically = watched_write_index
+tensors.write_atomically = watched_write_tensors
 """
 
-ALGORITHMS = ("fedavg", "feddyn", "scaffold", "moon")
 Read = Callable[[Path], list[dict[str, Any]]]
 
 
 def assert_same_weights(left: Path, right: Path) -> None:
-    """State and clients; a client's record may lie in another file where checkpoints or the bound differ."""
-    folders = [left / "checkpoint", right / "checkpoint"]
-    kept = [checkpoint.load(folder) for folder in folders]
-    assert kept[0] is not None
-    assert kept[1] is not None
-    assert kept[0].state.round == kept[1].state.round
-    states = [read_tensors(folder / f"state-{kept[0].state.round:06d}.safetensors") for folder in folders]
+    """Compares state and clients; a client's row may lie in another place where checkpoints differ."""
+    kept, states, stores = [], [], []
+    for folder in (left / "checkpoint", right / "checkpoint"):
+        found = checkpoint.load(folder)
+        assert found is not None
+        kept.append(found.clients["clients"].keys())
+        states.append(read_tensors(folder / found.clients["state"]))
+        stores.append(ClientStore(dict, {}, [1], True, folder))
+        stores[-1].restore(found.clients, found.change_sum)
     assert_same(*states)
-    assert kept[0].places.keys() == kept[1].places.keys()
-    for client in kept[0].places:
-        one, other = (
-            Packs(folder).read(part.places[client], client) for folder, part in zip(folders, kept, strict=True) if part
-        )
-        assert_same(one.memory, other.memory)
-        assert_same(one.upload, other.upload)
+    assert kept[0] == kept[1]
+    for client in map(int, kept[0]):
+        assert_same(*(store.memory(client) for store in stores))
+        assert_same(*(store.upload(client) for store in stores))
 
 
 def assert_same(ours: Params, theirs: Params) -> None:
@@ -103,18 +106,15 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "point", "every", "bound"),
+    ("algorithm", "point", "every"),
     [
-        *((name, point, 1, 512) for name in ALGORITHMS for point in ("local", "refine", "checkpoint-file")),
-        ("scaffold", "checkpoint-index", 1, 512),
-        ("feddyn", "local", 2, 512),
-        ("feddyn", "refine", 4, 512),
-        # Nothing in memory between rounds, and little: files of clients also between checkpoints.
-        ("scaffold", "clients-file", 1, 0),
-        ("moon", "checkpoint-index", 1, 0),
-        ("scaffold", "clients-file", 2, 0),
-        ("moon", "clients-file", 2, 0.2),
-        ("moon", "refine", 4, 0),
+        *(("scaffold", point, 1) for point in ("local", "refine", "clients", "checkpoint-file", "checkpoint-index")),
+        *(("moon", point, 1) for point in ("local", "clients", "checkpoint-index")),
+        *(("fedavg", point, 1) for point in ("refine", "checkpoint-file")),
+        ("feddyn", "local", 2),
+        ("feddyn", "refine", 4),
+        ("scaffold", "clients", 2),
+        ("moon", "clients", 4),
     ],
 )
 def test_killed_and_resumed(
@@ -126,7 +126,6 @@ def test_killed_and_resumed(
     algorithm: str,
     point: str,
     every: int,
-    bound: float,
 ) -> None:
     (tmp_path / "killer.py").write_text(KILLER.format(point=point, mark=tmp_path / "mark"))
     settings = ["default", *tiny, "--set", f"algorithm.name={algorithm}"]
@@ -135,7 +134,6 @@ def test_killed_and_resumed(
         done = fedftg("run", *settings, "--out", str(whole))
         assert done.returncode == 0, done.stderr
     extra = ["--set", 'plugins=["killer"]', "--set", f"checkpoint.every={every}"]
-    extra += ["--set", f"checkpoint.client_memory_mb={bound}"]
     killed = fedftg("run", *settings, *extra, "--out", "killed", path=tmp_path)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "killed" / "summary.json").exists()
@@ -145,33 +143,9 @@ def test_killed_and_resumed(
     assert read_records(tmp_path / "killed") == read_records(whole)
     assert len(read_records(whole)) == 4
     assert_same_weights(tmp_path / "killed", whole)
-    named = json.loads((tmp_path / "killed" / "checkpoint" / "checkpoint.json").read_text())
     left = {path.name for path in (tmp_path / "killed" / "checkpoint").iterdir()}
-    assert left == {"checkpoint.json", named["state"], *named["clients"]}
+    assert left == {"checkpoint.json", "state-000004.safetensors", "clients-0.bin"}
     assert not list((tmp_path / "killed").rglob("*.part"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["scaffold", "moon"])
-def test_the_bound_of_memory_changes_nothing(
-    fedftg: Any, tiny: list[str], read_records: Read, uninterrupted: Path, tmp_path: Path, algorithm: str
-) -> None:
-    """Little in memory and a checkpoint at the end only; nothing in memory, and more when resumed."""
-    settings = ["default", *tiny, "--set", f"algorithm.name={algorithm}"]
-    whole = uninterrupted / algorithm
-    if not whole.exists():
-        assert fedftg("run", *settings, "--out", str(whole)).returncode == 0
-    little, none = (["--set", f"checkpoint.client_memory_mb={bound}"] for bound in (0.2, 0))
-    for arguments in (
-        [*settings, *little, "--set", "checkpoint.every=4", "--out", "little"],
-        [*settings, *none, "--set", "rounds=2", "--out", "parts"],
-        ["--resume", *little, "--set", "rounds=4", "--out", "parts"],
-    ):
-        done = fedftg("run", *arguments)
-        assert done.returncode == 0, done.stderr
-    for out in ("little", "parts"):
-        assert read_records(tmp_path / out) == read_records(whole)
-        assert_same_weights(tmp_path / out, whole)
 
 
 @pytest.mark.parametrize("step", ["write", "commit"])
@@ -179,7 +153,7 @@ def test_interrupted_while_the_state_is_written(
     no_refiner: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_records: Read, step: str
 ) -> None:
     """The round was done, so Ctrl-C keeps it: it is on record once, and the state is written then."""
-    settings = [*no_refiner[1::2], "rounds=3", "algorithm.name=scaffold", "checkpoint.client_memory_mb=0"]
+    settings = [*no_refiner[1::2], "rounds=3", "algorithm.name=scaffold"]
     whole = package.run("default", overrides=settings, out=tmp_path / "whole")
     real, calls = getattr(checkpoint, step), []
 
@@ -299,14 +273,12 @@ def test_a_model_can_be_had_from_a_run_whose_clients_files_are_damaged(
     fedftg: Any, no_refiner: list[str], tmp_path: Path
 ) -> None:
     assert fedftg("run", "default", *no_refiner, "--set", "rounds=1", "--out", "r").returncode == 0
-    (file,) = (tmp_path / "r" / "checkpoint").glob("clients-*")
-    file.write_bytes(b"torn")
+    (tmp_path / "r" / "checkpoint" / "clients-0.bin").write_bytes(b"torn")
     assert fedftg("export", "r", "--to", "model.safetensors").returncode == 0
     assert load_file(tmp_path / "model.safetensors")
     done = fedftg("run", "--resume", "--out", "r", "--set", "rounds=2")
     assert done.returncode == 2
-    assert "cannot be read" in done.stderr
-    assert "put the file back, or start a new run with another --out" in done.stderr
+    assert "clients-0.bin is missing or cut off; put the file back, or start a new run with another" in done.stderr
 
 
 def test_export_is_the_deployed_model(fedftg: Any, tiny: list[str], tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_three_rounds_are_those_of_the_simulator(federation: Callable[..., Any],
     "overrides",
     [
         ("partition.feature_noise=0.3", "partition.law=quantity"),
-        ("cohort.probability=0.5", "checkpoint.every=2", "checkpoint.client_memory_mb=0"),
+        ("cohort.probability=0.5", "checkpoint.every=2"),
         ("evaluation.track_all=false", "local.momentum=0.9"),
         ("partition.test_share=0.3", "evaluation.every=2", "partition.feature_noise=0.3"),
     ],

@@ -45,11 +45,6 @@ def test_what_a_dead_start_left_is_no_obstacle(tmp_path: Path) -> None:
     assert RunFolder(tmp_path).read_config() == {"rounds": 1}
 
 
-def test_no_run(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds no run"):
-        RunFolder(tmp_path / "nothing").read_config()
-
-
 def test_summary_by_hand() -> None:
     """12 rounds, evaluated in the even ones: refined 0.2, 0.4, ..., so mean of all six is 0.7, best 1.2 in round 12."""
     rows = []

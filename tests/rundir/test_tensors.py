@@ -6,7 +6,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fedftg.errors import InputError
-from fedftg.rundir.tensors import read_tensors, write_joined, write_tensors
+from fedftg.rundir.tensors import read_tensors, write_tensors
 
 
 def test_the_library_reads_what_we_write(tmp_path: Path) -> None:
@@ -25,13 +25,6 @@ def test_the_library_reads_what_we_write(tmp_path: Path) -> None:
     assert list(read_tensors(tmp_path / "file")) == list(given)
     with safe_open(tmp_path / "file", "pt") as file:
         assert file.metadata()["note"] == "ä"
-
-
-def test_joined(tmp_path: Path) -> None:
-    write_joined(tmp_path / "file", {"a": [torch.ones(2), torch.zeros(3)], "b": [torch.ones(2, 2)]}, {})
-    back = load_file(tmp_path / "file")
-    assert back["a"].tolist() == [1.0, 1.0, 0.0, 0.0, 0.0]
-    assert back["b"].shape == (2, 2)
 
 
 def test_no_file_is_one_line(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from fedftg.models.functional import FunctionalModel
-from fedftg.params import Params
+from fedftg.params import Params, first_non_finite
 
 Memory = Params
 """What a rule keeps between rounds: named tensors, possibly none."""
@@ -69,6 +69,16 @@ class ClientResult:
     memory: Memory
     loss: float
     """Mean of the local loss over the client's steps; NaN where it made none."""
+
+
+def rejection(result: ClientResult) -> str | None:
+    """Returns why an update must not be averaged, which is its first tensor that is not finite; None if it may be."""
+    parts = {"parameter": result.params, "buffer": result.buffers, "upload": result.extra, "memory": result.memory}
+    for kind, tensors in parts.items():
+        name = first_non_finite(tensors)
+        if name is not None:
+            return f"non-finite {kind} {name}"
+    return None
 
 
 @dataclass(frozen=True)

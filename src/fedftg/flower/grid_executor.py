@@ -8,9 +8,8 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedftg.algorithms.base import Algorithm, ClientResult, LocalRule, LocalTask
+from fedftg.algorithms.base import Algorithm, ClientResult, LocalRule, LocalTask, rejection
 from fedftg.engine.executors import Rejected
-from fedftg.engine.memory import rejection
 from fedftg.flower import mail, records
 from fedftg.flower.client_app import message_template
 from fedftg.flower.records import RecordError

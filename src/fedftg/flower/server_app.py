@@ -21,7 +21,6 @@ from fedftg.data.dataset import ImageDataset
 from fedftg.engine import sampling
 from fedftg.engine.evaluate import Measured
 from fedftg.engine.machine import resolve_device
-from fedftg.engine.memory import ClientStore
 from fedftg.errors import InputError
 from fedftg.experiment import Experiment, Models
 from fedftg.flower.grid_executor import GridExecutor, no_memory
@@ -32,6 +31,7 @@ from fedftg.flower.settings import AppSettings, agreement, app_settings, on_serv
 from fedftg.loop import Run
 from fedftg.progress import PlainLines, Progress
 from fedftg.rundir import records
+from fedftg.rundir.clients import ClientStore
 from fedftg.rundir.folder import RunFolder
 from fedftg.rundir.records import Record
 
@@ -252,7 +252,6 @@ def _assemble(
         {**params, **buffers},
         [remote.num_samples(client) for client in range(remote.num_clients)],
         config.evaluation.track_all,
-        bound=config.checkpoint.client_memory_mb * 1e6,
     )
     executor = GridExecutor(
         grid,

@@ -1,17 +1,15 @@
-"""The folder of a run: what is in it, and how it comes to be."""
+"""The folder of a run: its files, and how they are written and checked."""
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedftg.errors import InputError
 from fedftg.rundir import records
-from fedftg.rundir.records import Record
+from fedftg.rundir.records import PUT_BACK, Record
 
 _FIRST_FILES = {
     "environment.json",
@@ -23,31 +21,21 @@ _FIRST_FILES = {
 """What a run that died before it was set up may leave; config.toml, written last, makes a folder a run."""
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run's files, and the ways in which they are written."""
+    """Paths of a run's files, and the ways in which they are written.
 
-    path: Path
+    Args:
+        path: the folder; need not exist yet.
+    """
 
-    @property
-    def config_file(self) -> Path:
-        """Every setting of the run."""
-        return self.path / "config.toml"
-
-    @property
-    def rounds_file(self) -> Path:
-        """One JSON object a round."""
-        return self.path / "rounds.jsonl"
-
-    @property
-    def summary_file(self) -> Path:
-        """There once all rounds are done."""
-        return self.path / "summary.json"
-
-    @property
-    def checkpoint(self) -> Path:
-        """The folder of the last whole state."""
-        return self.path / "checkpoint"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.toml"
+        self.rounds_file = path / "rounds.jsonl"
+        self.summary_file = path / "summary.json"  # exists once all rounds are done
+        self.environment_file = path / "environment.json"
+        self.partition_file = path / "partition.json"
+        self.checkpoint = path / "checkpoint"
 
     @property
     def finished(self) -> bool:
@@ -59,7 +47,7 @@ class RunFolder:
         try:
             taken = self.path.exists() and {item.name for item in self.path.iterdir()} - _FIRST_FILES
         except OSError as error:
-            raise InputError(f"cannot write to {self.path}: {error.strerror}; choose another folder by --out") from None
+            raise self._not_writable(error) from None
         if taken:
             raise InputError(f"{self.path} exists already; go on with it by --resume, or give another --out")
 
@@ -72,66 +60,63 @@ class RunFolder:
         self.check_free()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            records.write_json(self.path / "environment.json", {"sessions": [environment]})
-            records.write_json(self.path / "partition.json", partition)
+            records.write_json(self.environment_file, {"sessions": [environment]})
+            records.write_json(self.partition_file, partition)
             records.write_atomically(self.config_file, config_toml.encode())
         except OSError as error:
-            raise InputError(f"cannot write to {self.path}: {error.strerror}; choose another folder by --out") from None
+            raise self._not_writable(error) from None
 
     def reopen(self, config_toml: str, environment: Record, num_rounds: int) -> None:
-        """Makes the folder ready to go on after ``num_rounds`` rounds: what lies beyond them is dropped."""
+        """Prepares the folder to resume after ``num_rounds`` rounds: what lies beyond them is dropped."""
         self.summary_file.unlink(missing_ok=True)  # first: a summary says that the run is finished
-        path = self.path / "environment.json"
-        sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"]
-        records.write_json(path, {"sessions": [*sessions, {**environment, "resumed_after_round": num_rounds}]})
+        sessions = records.read_json(self.environment_file)["sessions"]
+        session = {**environment, "resumed_after_round": num_rounds}
+        records.write_json(self.environment_file, {"sessions": [*sessions, session]})
         records.write_atomically(self.config_file, config_toml.encode())
         records.cut(self.rounds_file, num_rounds)
 
     def amend_session(self, **changed: Any) -> None:
-        """Puts right what turned out to be otherwise in the last session of ``environment.json``."""
-        path = self.path / "environment.json"
-        *before, last = json.loads(path.read_text(encoding="utf-8"))["sessions"]
-        records.write_json(path, {"sessions": [*before, {**last, **changed}]})
+        """Corrects the last session of ``environment.json``."""
+        *before, last = records.read_json(self.environment_file)["sessions"]
+        records.write_json(self.environment_file, {"sessions": [*before, {**last, **changed}]})
 
     def read_partition(self) -> Record:
-        """Who holds what, as it was written when the run started.
+        """Returns who holds what, as it was written when the run started.
 
         Raises:
             InputError: the file is missing or damaged.
         """
-        path = self.path / "partition.json"
         try:
-            return records.read_json(path)
+            return records.read_json(self.partition_file)
         except (OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read ({error}); start a new run") from None
+            raise InputError(f"{self.partition_file} cannot be read ({error}); start a new run") from None
 
     def check_records(self, num_rounds: int) -> None:
-        """Makes sure that a run can go on after the ``num_rounds`` rounds of its checkpoint, 0 where it has none.
+        """Checks that a run can be resumed after the ``num_rounds`` rounds of its checkpoint, 0 where it has none.
 
         Raises:
-            InputError: rounds have no record, a line is damaged, or the checkpoint that there was is gone: to go on
-                would write over what is left of the run.
+            InputError: rounds have no record, a line is damaged, or the checkpoint was taken away: to resume would
+                overwrite what is left of the run.
         """
         try:
             found = [row["round"] for row in records.read(self.rounds_file)]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self.rounds_file} cannot be read ({error}); {records.PUT_BACK}") from None
-        if found[:num_rounds] != list(range(1, num_rounds + 1)):
-            lacks = next(number for number in range(1, num_rounds + 1) if found[number - 1 : number] != [number])
-            raise InputError(
-                f"{self.rounds_file} lacks round {lacks} of the {num_rounds} that the checkpoint has; "
-                f"{records.PUT_BACK}"
-            )
+            raise InputError(f"{self.rounds_file} cannot be read ({error}); {PUT_BACK}") from None
+        for number in range(1, num_rounds + 1):
+            if found[number - 1 : number] != [number]:
+                raise InputError(
+                    f"{self.rounds_file} lacks round {number} of the {num_rounds} that the checkpoint has; {PUT_BACK}"
+                )
         # A run that dies between a record and its checkpoint has one of `every` rounds at most.
         every = self.read_config().get("checkpoint", {}).get("every", 1)
         if num_rounds == 0 and (self.finished or len(found) > every):
             raise InputError(
                 f"{self.path} has {len(found)} rounds, but its checkpoint {self.checkpoint / 'checkpoint.json'} is "
-                f"gone; {records.PUT_BACK}"
+                f"gone; {PUT_BACK}"
             )
 
     def read_config(self) -> dict[str, Any]:
-        """The settings that the run was started with.
+        """Returns the settings that the run was started with.
 
         Raises:
             InputError: the folder is no run.
@@ -145,9 +130,12 @@ class RunFolder:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{self.config_file} is not valid TOML: {error}") from None
 
+    def _not_writable(self, error: OSError) -> InputError:
+        return InputError(f"cannot write to {self.path}: {error.strerror}; choose another folder by --out")
+
 
 def summarise(header: Record, rows: Sequence[Record], targets: Sequence[float], peak_memory_mb: float) -> Record:
-    """The content of ``summary.json`` from the records of all rounds.
+    """Returns the content of ``summary.json`` from the records of all rounds.
 
     ``client_accuracy`` is that of the last evaluation. ``rounds_to`` gives for each target the first round whose
     deployed (``refined``) accuracy reached it, or None.
@@ -159,12 +147,8 @@ def summarise(header: Record, rows: Sequence[Record], targets: Sequence[float], 
         if series:
             last = [value for _, value in series[-10:]]
             best_round, best = max(series, key=lambda pair: pair[1])
-            accuracy[kind] = {
-                "final": series[-1][1],
-                "best": best,
-                "best_round": best_round,
-                "mean_last_10": sum(last) / len(last),
-            }
+            mean = sum(last) / len(last)
+            accuracy[kind] = {"final": last[-1], "best": best, "best_round": best_round, "mean_last_10": mean}
     clients: Record = next((row["client_accuracy"] for row in reversed(rows) if "client_accuracy" in row), {})
     reached = {
         str(target): next((row["round"] for row in evaluated if row["accuracy"]["refined"] >= target), None)

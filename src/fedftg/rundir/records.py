@@ -12,15 +12,15 @@ from typing import Any
 Record = dict[str, Any]
 
 PHASES = ("local", "aggregate", "refine", "evaluate", "checkpoint")
-"""What a record's ``seconds`` are split into; checkpoint: writing the state, and clients' records beyond the bound."""
+"""What a record's ``seconds`` are split into; aggregate includes clients' rows, checkpoint is writing the state."""
 
 
 PUT_BACK = "put the file back, or start a new run with another --out"
-"""What to do where a run's file is gone or damaged."""
+"""What to do where a run's file is missing or damaged."""
 
 
 def finite(value: Any) -> Any:
-    """The same value with NaN and infinities replaced by None, which JSON can hold."""
+    """Returns the value with NaN and infinities replaced by None, which JSON can hold."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -31,7 +31,7 @@ def finite(value: Any) -> Any:
 
 
 def append(path: Path, record: Record) -> None:
-    """Adds one line and has it written to disk."""
+    """Adds one line, and returns once it is on disk."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(finite(record), allow_nan=False) + "\n")
         file.flush()
@@ -39,7 +39,7 @@ def append(path: Path, record: Record) -> None:
 
 
 def read(path: Path) -> list[Record]:
-    """All whole lines; a torn last line is left out."""
+    """Returns all whole lines, without a torn last one; none where there is no file."""
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
@@ -53,7 +53,7 @@ def cut(path: Path, num_records: int) -> None:
 
 
 def read_json(path: Path) -> Record:
-    """The object in a JSON file."""
+    """Returns the object in a JSON file."""
     value: Record = json.loads(path.read_text(encoding="utf-8"))
     return value
 
@@ -63,29 +63,18 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, (json.dumps(finite(value), indent=2, allow_nan=False) + "\n").encode())
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes aside, has it written to disk, renames: a reader sees the old file or the new one, never a part."""
-    write_chunks(path, (content,))
-
-
-def write_chunks(path: Path, chunks: Iterable[bytes | memoryview], *, sync: bool = True) -> None:
-    """As `write_atomically`, of content that comes in pieces; without ``sync`` a power cut may still take it away."""
+def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
+    """Writes a file aside, flushes it to disk and renames it: a reader sees the old file or the new one."""
     aside = path.with_name(path.name + ".part")
     with aside.open("wb") as file:
-        for chunk in chunks:
+        for chunk in (content,) if isinstance(content, bytes) else content:
             file.write(chunk)
         file.flush()
-        if sync:
-            os.fsync(file.fileno())
+        os.fsync(file.fileno())
     os.replace(aside, path)
-    if sync:
-        sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Has a folder's list of names written to disk, so that a rename survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    # A rename survives a power cut once its folder is on disk.
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        os.fsync(folder)
     finally:
-        os.close(descriptor)
+        os.close(folder)
