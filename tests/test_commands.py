@@ -61,7 +61,7 @@ def test_natural_clients_are_as_many_as_values(asked: list[tuple[str, ...]], tmp
     assert json.loads((tmp_path / "partition.json").read_text())["indices"][0] == [0, 3, 6, 9]
 
 
-def test_another_division_is_never_overwritten(
+def test_another_partition_is_never_overwritten(
     asked: list[tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -73,15 +73,15 @@ def test_another_division_is_never_overwritten(
     swapped = sources.load(None, columns=())
     first = made()
     content = first.read_bytes()
-    assert made() == first  # the same division: the same folder
+    assert made() == first  # the same partition: the same folder
     second = made("seed=1")
     assert second.parent.name == f"{first.parent.name}-2"
     assert first.read_bytes() == content
     assert made("seed=1") == second
     assert made(out="here").read_bytes() == content
-    with pytest.raises(InputError, match="here holds another division already; give another folder by --out"):
+    with pytest.raises(InputError, match="here holds another partition already; give another folder by --out"):
         made("seed=1", out="here")
-    with pytest.raises(InputError, match="holds another division"):  # the same rows, but a share of them held back
+    with pytest.raises(InputError, match="holds another partition"):  # the same rows, but a share of them held back
         made("partition.test_share=0.5", out="here")
     monkeypatch.setattr(sources, "load", lambda *_, **__: swapped)
     assert made("partition.law=iid").parent.name.endswith("-3")  # iid: the same rows whatever the labels

@@ -60,16 +60,6 @@ def test_report_reads_only_folders() -> None:
         assert imported_parts(path) <= {"report", "errors", "params"}, path.name
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SOURCE).as_posix())
-def test_files_and_functions_stay_short(path: Path) -> None:
-    text = path.read_text()
-    assert text.count("\n") <= 400
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert node.end_lineno is not None
-            assert node.end_lineno - node.lineno + 1 <= 80, node.name
-
-
 def test_no_drawers_for_things_that_belong_nowhere() -> None:
     assert not {path.stem for path in FILES} & {"utils", "common", "helpers", "util", "misc"}
 

@@ -75,7 +75,7 @@ def partition(recipe: str | None, overrides: Sequence[str], out: Path | None) ->
         _say(console, f"images that were not RGB and were converted: {modes}")
     _say(console, f"heatmap: {found.plot}")
     _say(console, f"sizes: {found.sizes}")
-    _say(console, f"division: {found.data}")
+    _say(console, f"partition: {found.data}")
 
 
 @cli.command(name="list")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from fedftg import config as configs
 from fedftg import experiment, recipes
 from fedftg.algorithms.registry import ALGORITHMS, REFINERS
 from fedftg.config import RunConfig
-from fedftg.data import saved_partition, sources
+from fedftg.data import sources
 from fedftg.data.config import DataConfig, PartitionConfig
 from fedftg.data.dataset import ImageDataset
-from fedftg.data.federated import divide
-from fedftg.data.partition import LAWS, describe, needed_columns, skew
+from fedftg.data.federated import partition_dataset
+from fedftg.data.partition import LAWS, class_counts, describe, needed_columns, save, skew, to_json
 from fedftg.distill.config import PRESETS
 from fedftg.engine.executors import EXECUTORS
 from fedftg.errors import InputError
@@ -154,7 +154,7 @@ def report(folder: Path) -> Report:
 def partition(
     recipe: str | None, overrides: Sequence[str], out: Path | None, progress: Progress | None = None
 ) -> PartitionReport:
-    """Splits the data as the recipe would, without training; writes a heatmap, the sizes and the division itself."""
+    """Splits the data as the recipe would, without training; writes a heatmap, the sizes and the partition itself."""
     from fedftg.report import plots  # half a second of import time that commands without a plot do not need
 
     config = configs.load(recipes.find(recipe or recipes.DEFAULT), overrides)
@@ -164,10 +164,10 @@ def partition(
     finally:
         progress.finish()
     labels = dataset.train_labels.numpy()
-    division = divide(dataset, config.partition, config.seed)
-    parts = division.whole
-    held_back = [len(test) for test in division.held_back] if config.partition.test_share > 0 else None
-    counts = np.stack([np.bincount(labels[part], minlength=dataset.num_classes) for part in parts])
+    found = partition_dataset(dataset, config.partition, config.seed)
+    parts = found.whole
+    held_back = [len(test) for test in found.held_back] if config.partition.test_share > 0 else None
+    counts = class_counts(parts, labels, dataset.num_classes)
     names, table_of_counts, measures = list(dataset.class_names), counts.tolist(), skew(counts)
     groups = _groups(dataset, config.partition, parts)
     about: dict[str, Any] = {
@@ -178,17 +178,9 @@ def partition(
         **({"groups": groups} if groups is not None else {}),
         **({"converted": dict(dataset.converted)} if dataset.converted else {}),
     }
-    folder = _partition_folder(out, config.name, lambda path: saved_partition.holds(path, parts, labels, about))
-    data = saved_partition.write(
-        folder / "partition.json",
-        parts,
-        labels,
-        law=config.partition.law,
-        class_names=names,
-        class_counts=table_of_counts,
-        skew=measures,
-        about=about,
-    )
+    text = to_json(parts, labels, law=config.partition.law, class_names=names, about=about)
+    folder = _partition_folder(out, config.name, text)
+    data = save(folder / "partition.json", text)
     title = f"{config.data.name}, {describe(config.partition)}, seed {config.seed}"
     plot = plots.partition_heatmap(table_of_counts, names, folder / "partition.png", title=title)
     sizes = plots.partition_sizes(counts.sum(axis=1).tolist(), folder / "sizes.png", title=title)
@@ -197,12 +189,12 @@ def partition(
     )
 
 
-def _partition_folder(out: Path | None, name: str, is_this: Callable[[Path], bool]) -> Path:
-    """Where a division is written: never over another one, which a run may be using."""
+def _partition_folder(out: Path | None, name: str, text: str) -> Path:
+    """Where a partition is written: never over another one, which a run may be using."""
     folder, number = out or RUNS / "partitions" / name, 1
-    while (folder / "partition.json").exists() and not is_this(folder / "partition.json"):
+    while (folder / "partition.json").exists() and (folder / "partition.json").read_text("utf-8") != text:
         if out is not None:
-            raise InputError(f"{folder} holds another division already; give another folder by --out")
+            raise InputError(f"{folder} holds another partition already; give another folder by --out")
         number += 1
         folder = RUNS / "partitions" / f"{name}-{number}"
     _make(folder)
@@ -210,7 +202,7 @@ def _partition_folder(out: Path | None, name: str, is_this: Callable[[Path], boo
 
 
 def _groups(dataset: ImageDataset, config: PartitionConfig, parts: Sequence[NDArray[np.integer]]) -> list[str] | None:
-    """The value of the column that each client's rows have; None for laws that divide by no column."""
+    """The value of the column that each client's rows have; None for laws without a column."""
     if config.column is None or config.law not in ("domain", "natural"):
         return None
     values = dataset.columns[config.column]

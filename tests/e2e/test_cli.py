@@ -154,7 +154,7 @@ def test_compare_runs_what_is_missing_only(fedftg: Any, tmp_path: Path) -> None:
     assert list((tmp_path / "runs" / "comparisons").glob("*/accuracy.png"))
 
 
-def test_partition_writes_heatmap_sizes_and_the_division(fedftg: Any, tmp_path: Path) -> None:
+def test_partition_writes_heatmap_sizes_and_the_partition(fedftg: Any, tmp_path: Path) -> None:
     done = fedftg("partition", "default", "--set", "partition.num_clients=6", "--set", "partition.test_share=0.2",
                   "--out", "p")  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -163,7 +163,7 @@ def test_partition_writes_heatmap_sizes_and_the_division(fedftg: Any, tmp_path: 
     assert content["law"] == "dirichlet"
     assert {path.name for path in (tmp_path / "p").iterdir()} == {"partition.json", "partition.png", "sizes.png"}
     assert all((tmp_path / "p" / name).stat().st_size > 5_000 for name in ("partition.png", "sizes.png"))
-    for line in ("heatmap: p/partition.png", "sizes: p/sizes.png", "division: p/partition.json"):
+    for line in ("heatmap: p/partition.png", "sizes: p/sizes.png", "partition: p/partition.json"):
         assert f"{line}\n" in done.stdout
     assert "held back" in done.stdout
     assert "clients without samples: 0" in done.stdout
@@ -186,7 +186,7 @@ def test_saved_partition_is_used_again(fedftg: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
-def test_partition_by_a_law_of_flwr(fedftg: Any, tmp_path: Path) -> None:
+def test_partition_by_shards(fedftg: Any, tmp_path: Path) -> None:
     done = fedftg("partition", "default", "--set", "partition.law=shards", "--out", "p")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
