@@ -10,7 +10,7 @@ from fedftg.algorithms.base import Algorithm, Batch, LocalTask, Refiner, Refiner
 from fedftg.config import RunConfig
 from fedftg.data import federated
 from fedftg.data.dataset import ImageDataset
-from fedftg.data.federation import Federation
+from fedftg.data.federated import Federation
 from fedftg.engine import executors
 from fedftg.engine.choice import Work
 from fedftg.engine.machine import resolve_device

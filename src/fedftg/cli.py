@@ -203,11 +203,9 @@ def write_partition(console: Console, config: RunConfig, out: Path | None) -> No
     Raises:
         InputError: an impossible partition, or ``out`` holds another one.
     """
-    import numpy as np
-
-    from fedftg.data import saved_partition, sources
-    from fedftg.data.federated import divide
-    from fedftg.data.partition import describe, needed_columns, skew
+    from fedftg.data import sources
+    from fedftg.data.federated import partition_dataset
+    from fedftg.data.partition import class_counts, describe, needed_columns, save, skew, to_json
     from fedftg.report import plots, table
 
     law = config.partition
@@ -217,14 +215,13 @@ def write_partition(console: Console, config: RunConfig, out: Path | None) -> No
     finally:
         progress.finish()
     labels = dataset.train_labels.numpy()
-    clients = divide(dataset, law, config.seed)
+    clients = partition_dataset(dataset, law, config.seed)
     held_back = [len(test) for test in clients.held_back] if law.test_share > 0 else None
     groups: list[str] | None = None
     if law.column is not None and law.law in ("domain", "natural"):
         values = dataset.columns[law.column]
         groups = [str(values[part[0]]) if len(part) else "-" for part in clients.whole]
-    counts = np.stack([np.bincount(labels[part], minlength=dataset.num_classes) for part in clients.whole])
-    names, measures = list(dataset.class_names), skew(counts)
+    counts, names = class_counts(clients.whole, labels, dataset.num_classes), list(dataset.class_names)
     about: dict[str, Any] = {
         "data": config.data.model_dump(mode="json", exclude_none=True),
         "partition": law.model_dump(mode="json", exclude_none=True),
@@ -232,29 +229,19 @@ def write_partition(console: Console, config: RunConfig, out: Path | None) -> No
     }
     optional = {"held_back": held_back, "groups": groups, "converted": dict(dataset.converted) or None}
     about |= {key: value for key, value in optional.items() if value is not None}
+    text = to_json(clients.whole, labels, law=law.law, class_names=names, about=about)
     # Never over another partition, which a run may be using.
     folder, number = out or RUNS / "partitions" / config.name, 1
-    while (folder / "partition.json").exists() and not saved_partition.holds(
-        folder / "partition.json", clients.whole, labels, about
-    ):
+    while (folder / "partition.json").exists() and (folder / "partition.json").read_text("utf-8") != text:
         if out is not None:
             raise InputError(f"{folder} holds another partition already; choose another folder by --out")
         number += 1
         folder = RUNS / "partitions" / f"{config.name}-{number}"
     _make(folder)
-    file = saved_partition.write(
-        folder / "partition.json",
-        clients.whole,
-        labels,
-        law=law.law,
-        class_names=names,
-        class_counts=counts.tolist(),
-        skew=measures,
-        about=about,
-    )
+    file = save(folder / "partition.json", text)
     title = f"{config.data.name}, {describe(law)}, seed {config.seed}"
     _print(console, title)
-    console.print(table.partition_table(counts.tolist(), names, measures, held_back, groups))
+    console.print(table.partition_table(counts.tolist(), names, skew(counts), held_back, groups))
     if dataset.converted:
         modes = ", ".join(f"{count} {mode}" for mode, count in dataset.converted.items())
         _print(console, f"images that were not RGB and were converted: {modes}")

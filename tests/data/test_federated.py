@@ -157,7 +157,7 @@ def test_nothing_is_held_back_unless_asked(data):
 
 
 def test_held_back_needs_a_list_a_client():
-    with pytest.raises(ValueError, match="one index list a client, 2, got 1"):
+    with pytest.raises(ValueError, match="one list of rows per client, 2, got 1"):
         FederatedData(make_dataset(), [[0], [1]], held_back=[[2]])
     with pytest.raises(ValueError, match="outside the 20 training samples"):
         FederatedData(make_dataset(), [[0]], held_back=[[20]])

@@ -1,5 +1,10 @@
+"""Every partition law: what holds for all of them, what each promises, and the one line for an impossible request."""
+
+import hashlib
+import json
 import math
 import time
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -8,177 +13,446 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fedftg.data import PartitionConfig, partition, skew
-from fedftg.data.partition import client_sizes
+from fedftg.data.config import Law
+from fedftg.data.partition import (
+    LAWS,
+    class_counts,
+    class_places,
+    client_sizes,
+    clients_per_domain,
+    describe,
+    hold_back,
+    largest_remainder,
+    needed_columns,
+    noise_levels,
+)
 from fedftg.errors import InputError
 
-
-def check_disjoint(parts, num_samples):
-    together = np.concatenate(parts)
-    assert len(np.unique(together)) == len(together)
-    assert together.min() >= 0
-    assert together.max() < num_samples
-    for part in parts:
-        assert part.dtype == np.int64
-        assert (np.diff(part) > 0).all()
+USES_ALL = {"class_dirichlet", "quantity", "natural", "domain"}
 
 
-@settings(max_examples=150, deadline=None)
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def make(labels: Any, seed: int = 0, columns: Any = None, **settings: Any) -> list[Any]:
+    return partition(np.asarray(labels), PartitionConfig(**settings), rng(seed), columns or {})
+
+
+def counts_of(labels: Any, parts: list[Any]) -> Any:
+    return class_counts(parts, labels, int(labels.max()) + 1)
+
+
+def same(first: list[Any], second: list[Any]) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@settings(max_examples=300, deadline=None)
 @given(
-    labels=st.lists(st.integers(0, 12), min_size=1, max_size=300),
-    share=st.floats(0, 1),
-    alpha_exponent=st.floats(-3, 3),
-    law=st.sampled_from(["iid", "dirichlet"]),
-    sigma=st.sampled_from([0.0, 0.5, 5.0, 1000.0]),
+    labels=st.lists(st.integers(0, 12), min_size=1, max_size=120),
+    share=st.floats(0, 1.2),
+    alpha_exponent=st.floats(-300, 300),
+    law=st.sampled_from(sorted(set(LAWS) - {"file"})),
+    number=st.integers(1, 14),
+    min_samples=st.integers(0, 3),
+    sigma=st.sampled_from([0.0, 0.0, 0.5, 5.0, 1000.0]),
+    strings=st.booleans(),
     seed=st.integers(0, 2**32),
 )
-def test_every_sample_at_most_once_and_sizes_as_asked(labels, share, alpha_exponent, law, sigma, seed):
-    labels = np.array(labels)
-    clients = max(1, round(share * len(labels)))
-    sizes = "lognormal" if sigma else "equal"
-    config = PartitionConfig(law=law, num_clients=clients, alpha=10**alpha_exponent, sizes=sizes, sigma=sigma)
-    parts = partition(labels, config, np.random.default_rng(seed))
-    assert len(parts) == clients
-    check_disjoint(parts, len(labels))
-    lengths = [len(part) for part in parts]
-    assert min(lengths) >= 1
-    if sigma == 0:
-        assert set(lengths) == {len(labels) // clients}
-    assert sum(lengths) <= (len(labels) // clients) * clients
+def test_each_sample_at_most_once_or_advice(
+    labels: list[int], share: float, alpha_exponent: float, law: str, number: int, min_samples: int, sigma: float,
+    strings: bool, seed: int,
+) -> None:  # fmt: skip
+    """For any request: a partition that keeps the promises, reproducibly, or one line that says what to change."""
+    values = np.array(labels)
+    groups = (values * 7 + np.arange(len(values))) % 5
+    sigma = sigma if law in ("iid", "dirichlet") else 0.0
+    config = PartitionConfig(
+        law=law, num_clients=max(1, round(share * len(values))), alpha=10**alpha_exponent, min_samples=min_samples,
+        sizes="lognormal" if sigma else "equal", sigma=sigma, classes_per_client=number, shards_per_client=number,
+        column="group",
+    )  # fmt: skip
+    columns = {"group": np.array([f"g{group}" for group in groups]) if strings else groups}
+    try:
+        parts = partition(values, config, rng(seed), columns)
+    except InputError as error:
+        assert law not in ("iid", "dirichlet", "quantity") or config.num_clients > len(values)
+        message = str(error)
+        assert "; " in message
+        assert "\n" not in message
+        return
+    sizes, together = [len(part) for part in parts], np.concatenate(parts)
+    assert len(np.unique(together)) == len(together)
+    assert together.min() >= 0
+    assert together.max() < len(values)
+    assert all(part.dtype == np.int64 and (np.diff(part) > 0).all() for part in parts)
+    assert min(sizes) >= (min_samples if law == "class_dirichlet" else 1)
+    assert law not in USES_ALL or sum(sizes) == len(values)
+    assert same(parts, partition(values, config, rng(seed), columns))
+    assert len(parts) == (len(np.unique(groups)) if law == "natural" else config.num_clients)
+    if law in ("iid", "dirichlet"):
+        equal = len(values) // config.num_clients
+        assert sum(sizes) <= equal * config.num_clients
+        assert sigma or set(sizes) == {equal}
+    if law == "pathological":
+        assert ((counts_of(values, parts) > 0).sum(axis=1) == number).all()
+        assert config.num_clients * number < len(set(labels)) or sum(sizes) == len(values)
+    if law == "shards":
+        assert set(sizes) == {number * (len(values) // (number * config.num_clients))}
+    if law in ("domain", "natural"):
+        assert all(len(set(groups[part])) == 1 for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("config", "digest"),
+    [
+        ({"law": "iid", "num_clients": 7}, "b18db9b41f96d460"),
+        ({"law": "dirichlet", "num_clients": 20, "alpha": 0.1}, "c0539087df250b02"),
+        ({"law": "quantity", "num_clients": 20, "alpha": 0.5}, "0f3f40daa43c0399"),
+        ({"law": "class_dirichlet", "num_clients": 10, "alpha": 0.3}, "a426ec10130ce9e5"),
+        ({"law": "class_dirichlet", "num_clients": 10, "alpha": 0.3, "min_samples": 70}, "8bdf7e434d5ee865"),
+        ({"law": "pathological", "num_clients": 20, "classes_per_client": 3}, "68cf647a57abde59"),
+        ({"law": "pathological", "num_clients": 5, "classes_per_client": 3}, "7529bd0125276bca"),  # leaves classes out
+        ({"law": "pathological", "num_clients": 200, "classes_per_client": 5}, "de27ab6ea15df2c1"),  # overfills a class
+        ({"law": "shards", "num_clients": 10, "shards_per_client": 2}, "ac1f0a02738d37fd"),
+        ({"law": "shards", "num_clients": 37, "shards_per_client": 3}, "413d9a539a07eadb"),
+        ({"law": "domain", "num_clients": 9, "column": "c"}, "4bb2f2fa21d1d368"),
+        ({"law": "natural", "column": "c"}, "87587b2f5ad41aee"),
+    ],
+    ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
+)
+def test_partitions_are_those_of_version_0_1(config: dict[str, Any], digest: str) -> None:
+    """Made by version 0.1, which called flwr-datasets 0.6.1 for class_dirichlet, pathological, shards and natural."""
+    parts = make(rng().permutation(np.arange(1000) % 10), 3, {"c": np.arange(1000) * 7 % 9 // 2}, **config)
+    assert hashlib.sha256(repr([part.tolist() for part in parts]).encode()).hexdigest()[:16] == digest
+
+
+def test_other_seed_other_parts() -> None:
+    columns = {"group": np.arange(600) % 4}
+    for law in sorted(set(LAWS) - {"file", "natural"}):
+        first, other = (
+            make(np.arange(600) % 10, seed, columns, law=law, num_clients=6, column="group") for seed in (3, 4)
+        )
+        assert not same(first, other), law
+
+
+def test_position_in_the_file_does_not_matter() -> None:
+    """Cut consecutive rows of a class, and client 0 gets the first ones: mean position 0.1 instead of 0.5."""
+    labels = np.repeat(np.arange(4), 1000)
+    for law in ("class_dirichlet", "pathological", "shards", "quantity"):
+        for part in make(labels, law=law, num_clients=8, alpha=100, classes_per_client=2):
+            assert np.mean(part % 1000) == pytest.approx(500, abs=150), law
+
+
+def test_every_law_is_described() -> None:
+    assert set(LAWS) == set(get_args(Law))
+    for law in LAWS:
+        config = PartitionConfig(law=law, column="c", file="f.json", feature_noise=0.1, test_share=0.2)
+        assert describe(config).startswith(law)
+        assert describe(config).endswith(", feature noise up to 0.1, 20% held back")
+        assert needed_columns(config) == (("c",) if law in ("domain", "natural") else ())
+    config = PartitionConfig(law="iid", sizes="lognormal", sigma=0.5)
+    assert describe(config) == "iid, lognormal sizes sigma=0.5"
+    assert describe(PartitionConfig(law="class_dirichlet", min_samples=3)) == (
+        "class_dirichlet alpha=0.3, at least 3 samples"
+    )
+
+
+# --- dirichlet and iid
 
 
 @pytest.mark.parametrize("alpha", [1e-300, 1e-12, 1e-3, 1e3, 1e12, 1e300])
-def test_extreme_alphas_terminate(alpha):
-    labels = np.arange(1000) % 10
-    parts = partition(labels, PartitionConfig(num_clients=50, alpha=alpha), np.random.default_rng(0))
-    check_disjoint(parts, 1000)
-    assert sum(map(len, parts)) == 1000
+def test_extreme_alphas_terminate(alpha: float) -> None:
+    parts = make(np.arange(1000) % 10, num_clients=50, alpha=alpha)
+    assert len(np.unique(np.concatenate(parts))) == 1000
 
 
-def test_same_seed_same_parts_other_seed_other_parts():
-    labels = np.arange(500) % 10
-    config = PartitionConfig(num_clients=10)
-    first, again, other = (partition(labels, config, np.random.default_rng(seed)) for seed in (3, 3, 4))
-    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+def test_remainder_is_not_used() -> None:
+    assert [len(part) for part in make(np.zeros(23, dtype=int), num_clients=5, law="iid")] == [4] * 5
 
 
-def test_remainder_is_not_used():
-    parts = partition(np.zeros(23, dtype=int), PartitionConfig(num_clients=5, law="iid"), np.random.default_rng(0))
-    assert [len(part) for part in parts] == [4] * 5
-
-
-def test_one_client_holds_all_and_num_samples_clients_hold_one_each():
+def test_one_client_holds_all_and_num_samples_clients_hold_one_each() -> None:
     labels = np.arange(40) % 4
-    (only,) = partition(labels, PartitionConfig(num_clients=1), np.random.default_rng(0))
+    (only,) = make(labels, num_clients=1)
     assert np.array_equal(only, np.arange(40))
-    singles = partition(labels, PartitionConfig(num_clients=40), np.random.default_rng(0))
-    assert sorted(int(part[0]) for part in singles) == list(range(40))
+    assert sorted(int(part[0]) for part in make(labels, num_clients=40)) == list(range(40))
 
 
-def test_more_clients_than_samples_says_what_to_do():
-    with pytest.raises(InputError, match=r"partition\.num_clients is 11, but there are only 10 .*use at most 10"):
-        partition(np.zeros(10, dtype=int), PartitionConfig(num_clients=11), np.random.default_rng(0))
-
-
-def counts_of(labels, parts):
-    return np.stack([np.bincount(labels[part], minlength=labels.max() + 1) for part in parts])
-
-
-def test_alpha_orders_skew():
+def test_alpha_orders_skew() -> None:
     labels = np.arange(20_000) % 10
-    measured = []
-    for alpha in (0.05, 0.3, 1.0, 100.0):
-        parts = partition(labels, PartitionConfig(num_clients=20, alpha=alpha), np.random.default_rng(0))
-        measured.append(skew(counts_of(labels, parts))["total_variation"])
+    measured = [
+        skew(counts_of(labels, make(labels, num_clients=20, alpha=alpha)))["total_variation"]
+        for alpha in (0.05, 0.3, 1.0, 100.0)
+    ]
     assert measured == sorted(measured, reverse=True)
     assert measured[0] > 0.6
     assert measured[-1] < 0.06
 
 
-def test_proportions_follow_the_dirichlet_law_while_pools_last():
+def test_proportions_follow_the_dirichlet_law_while_pools_last() -> None:
     """Among 400 clients of alpha 5 the pools last nearly to the end, so shares are Dir(5) plus counting noise.
 
     With C = 4 and a = 5: Var q = (1/4)(3/4)/(20 + 1) = 0.00893; a multinomial of n adds (E[q] - E[q^2])/n with
     E[q^2] = 0.00893 + 1/16, so 0.1786/n.
     """
     labels = np.arange(40_000) % 4
-    config = PartitionConfig(num_clients=400, alpha=5.0)
-    shares = []
-    for seed in range(5):
-        counts = counts_of(labels, partition(labels, config, np.random.default_rng(seed)))
-        shares.append(counts / counts.sum(axis=1, keepdims=True))
-    variance = np.concatenate(shares).var()
-    assert variance == pytest.approx(0.00893 + 0.1786 / 100, rel=0.1)
+    counts = [counts_of(labels, make(labels, seed, num_clients=400, alpha=5.0)) for seed in range(5)]
+    shares = np.concatenate(counts) / 100
+    assert shares.var() == pytest.approx(0.00893 + 0.1786 / 100, rel=0.1)
 
 
-def test_no_client_is_served_last():
-    """Everybody's skew is alike: the last tenth of the clients gets no more leftovers than the first."""
+def test_no_client_is_served_last() -> None:
+    """Everybody's skew is alike: the last fifth of the clients gets no more leftovers than the first."""
     labels = np.arange(10_000) % 10
-    first, last = [], []
-    for seed in range(5):
-        parts = partition(labels, PartitionConfig(num_clients=100, alpha=0.3), np.random.default_rng(seed))
-        counts = counts_of(labels, parts)
-        first.append(skew(counts[:20])["effective_classes"])
-        last.append(skew(counts[-20:])["effective_classes"])
-    assert np.mean(first) == pytest.approx(np.mean(last), rel=0.15)
+    counts = [counts_of(labels, make(labels, seed, num_clients=100, alpha=0.3)) for seed in range(5)]
+    first, last = (np.mean([skew(each[part])["effective_classes"] for each in counts])
+                   for part in (slice(20), slice(-20, None)))  # fmt: skip
+    assert first == pytest.approx(last, rel=0.15)
 
 
-def test_classes_used_up_give_what_is_left():
-    """Ninety samples of class 0, ten of class 1, one client per sample: all are handed out whatever is wanted."""
-    labels = np.array([0] * 90 + [1] * 10)
-    parts = partition(labels, PartitionConfig(num_clients=100, alpha=1e-3), np.random.default_rng(0))
+def test_used_up_classes_give_what_is_left() -> None:
+    """Ninety samples of class 0, ten of class 1, one client per sample: all are assigned, whatever is wanted."""
+    parts = make([0] * 90 + [1] * 10, num_clients=100, alpha=1e-3)
     assert sorted(np.concatenate(parts)) == list(range(100))
 
 
-def test_missing_class_in_the_middle():
-    labels = np.array([0, 0, 0, 5, 5, 5])
-    parts = partition(labels, PartitionConfig(num_clients=2, alpha=0.1), np.random.default_rng(0))
-    check_disjoint(parts, 6)
+def test_missing_class_in_the_middle() -> None:
+    assert sorted(np.concatenate(make([0, 0, 0, 5, 5, 5], num_clients=2, alpha=0.1))) == list(range(6))
 
 
-def test_lognormal_sizes_spread_and_keep_the_sum():
+def test_lognormal_sizes() -> None:
     config = PartitionConfig(num_clients=100, sizes="lognormal", sigma=1.0)
-    sizes = client_sizes(50_000, config, np.random.default_rng(0))
+    sizes = client_sizes(50_000, config, rng())
     assert sizes.min() >= 1
     assert 49_900 <= sizes.sum() <= 50_000
     assert np.log(sizes).std() == pytest.approx(1.0, rel=0.25)
-
-
-def test_lognormal_with_a_sample_each_left_to_give():
-    config = PartitionConfig(num_clients=100, sizes="lognormal", sigma=4.0)
-    sizes = client_sizes(101, config, np.random.default_rng(0))
+    sizes = client_sizes(101, config.model_copy(update={"sigma": 4.0}), rng())  # raised to 1, the largest give back
     assert sizes.min() == 1
     assert sizes.sum() <= 101
+    assert set(client_sizes(701, config.model_copy(update={"sigma": 0.0}), rng())) == {7}
 
 
-def test_lognormal_with_sigma_zero_is_equal():
-    config = PartitionConfig(num_clients=7, sizes="lognormal", sigma=0.0)
-    assert set(client_sizes(100, config, np.random.default_rng(0))) == {14}
+# --- the other laws
 
 
-@pytest.mark.parametrize(("clients", "classes"), [(100, 10), (100, 100), (10_000, 100)])
-def test_fast_enough(clients, classes):
-    labels = np.arange(50_000) % classes
-    start = time.perf_counter()
-    partition(labels, PartitionConfig(num_clients=clients), np.random.default_rng(0))
-    assert time.perf_counter() - start < 60
+def test_class_dirichlet_is_per_class() -> None:
+    """Dir(0.1) over 5 clients: the biggest of 5 has over half of a class (0.76 in the mean), in every class."""
+    labels = np.arange(20_000) % 10
+    shares = counts_of(labels, make(labels, law="class_dirichlet", num_clients=5, alpha=0.1)) / 2000
+    assert shares.sum(axis=0) == pytest.approx(np.ones(10))
+    assert shares.max(axis=0).mean() == pytest.approx(0.76, abs=0.12)
+
+
+def test_class_dirichlet_is_redrawn_for_small_clients() -> None:
+    for seed in range(10):
+        parts = make(np.arange(1000) % 10, seed, law="class_dirichlet", num_clients=10, alpha=0.3, min_samples=20)
+        assert min(map(len, parts)) >= 20
+
+
+def test_shards_hold_at_most_as_many_classes_as_they_are() -> None:
+    labels = rng().permutation(np.arange(1000) % 10)
+    counts = counts_of(labels, make(labels, law="shards", num_clients=50))
+    assert (counts.sum(axis=1) == 20).all()
+    assert ((counts > 0).sum(axis=1) <= 2).all()  # 100 shards of 10 in classes of 100: none crosses a border
+
+
+@pytest.mark.parametrize(("clients", "k"), [(5, 2), (4, 3), (10, 1), (100, 10), (50, 9), (200, 5)])
+def test_pathological_uses_all_classes_and_samples(clients: int, k: int) -> None:
+    """Also with fewer clients than classes, with all classes for all, and at one sample a place (200 x 5 = 1000)."""
+    labels = rng().permutation(np.arange(1000) % 10)
+    for seed in range(5):
+        parts = make(labels, seed, law="pathological", num_clients=clients, classes_per_client=k)
+        assert sum(map(len, parts)) == 1000
+        assert ((counts_of(labels, parts) > 0).sum(axis=1) == k).all()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    labels=st.lists(st.integers(0, 8), min_size=1, max_size=80),
+    share=st.floats(0, 1),
+    k=st.integers(1, 9),
+    seed=st.integers(0, 100),
+)
+def test_pathological_finds_a_partition_wherever_there_is_one(
+    labels: list[int], share: float, k: int, seed: int
+) -> None:
+    values, clients = np.array(labels), max(1, round(share * len(labels)))
+    room = int(np.minimum(np.bincount(values), clients).sum())
+    request = {"law": "pathological", "num_clients": clients, "classes_per_client": k}
+    if k > len(set(labels)) or clients * k > room:
+        with pytest.raises(InputError, match=f"allow only {room}|classes; use at most"):
+            make(values, seed, **request)
+        return
+    assert ((counts_of(values, make(values, seed, **request)) > 0).sum(axis=1) == k).all()
+
+
+def test_class_places_by_hand() -> None:
+    """10 places over classes that allow 1, 9, 9 and 9: one for the first, three each for the rest."""
+    assert class_places(10, np.array([9, 1, 9, 9]), rng()).tolist() == [3, 1, 3, 3]
+    assert sorted(class_places(5, np.array([9, 9]), rng()).tolist()) == [2, 3]
+    assert class_places(4, np.array([2, 0, 2]), rng()).tolist() == [2, 0, 2]
+
+
+def test_largest_remainder_by_hand() -> None:
+    """10 in 1:1:1 is 3.33 each, the first gets the one left; 7 in 1:2:4 is exact; 5 in 1:2:4: 0.71, 1.43, 2.86."""
+    assert largest_remainder(10, np.array([1, 1, 1])).tolist() == [4, 3, 3]
+    assert largest_remainder(7, np.array([1, 2, 4])).tolist() == [1, 2, 4]
+    assert largest_remainder(5, np.array([1, 2, 4])).tolist() == [1, 1, 3]
+    assert largest_remainder(0, np.array([1.0, 2.0])).tolist() == [0, 0]
+
+
+def test_quantity_sizes_by_hand() -> None:
+    """Everybody gets 1 of 13, and the other 10 are split in the drawn proportions: 1, 2 and 7 of 10."""
+
+    class Drawn:
+        def dirichlet(self, alpha: Any, size: int) -> Any:
+            return np.array([[0.1, 0.2, 0.7]])
+
+        def permutation(self, count: int) -> Any:
+            return np.arange(count)[::-1]
+
+    config = PartitionConfig(law="quantity", num_clients=3)
+    parts = partition(np.zeros(13, dtype=int), config, Drawn())  # type: ignore[arg-type]
+    assert [part.tolist() for part in parts] == [[11, 12], [8, 9, 10], [0, 1, 2, 3, 4, 5, 6, 7]]
+
+
+def test_quantity_follows_alpha() -> None:
+    """Var of a share is (1/K)(1 - 1/K)/(K alpha + 1): 20 sqrt(0.0475/(20 alpha + 1)) is 2.5, 0.95 and 0.097."""
+    labels = np.arange(20_000) % 10
+    for alpha, spread in ((0.1, 2.5), (1.0, 0.95), (100.0, 0.097)):
+        parts = make(labels, law="quantity", num_clients=20, alpha=alpha)
+        sizes = np.array([len(part) for part in parts])
+        assert sizes.std() / 1000 == pytest.approx(spread, rel=0.5)
+        assert skew(counts_of(labels, parts)[sizes > 200])["total_variation"] < 0.12
+
+
+def test_clients_per_domain_by_hand() -> None:
+    """10 clients, sizes 1, 9: 1 and 9. Sizes 1, 1, 98: 0.1 each lifts two to 1, 8 are left.
+
+    Sizes 5, 3, 2 with 4 clients: 2, 1.2 and 0.8; the last is lifted, and 3 clients go 5:3, 1.875 and 1.125.
+    """
+    assert clients_per_domain(10, np.array([1, 9])).tolist() == [1, 9]
+    assert clients_per_domain(10, np.array([1, 1, 98])).tolist() == [1, 1, 8]
+    assert clients_per_domain(4, np.array([5, 3, 2])).tolist() == [2, 1, 1]
+    assert clients_per_domain(3, np.array([5, 3, 2])).tolist() == [1, 1, 1]
+
+
+@settings(max_examples=200, deadline=None)
+@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=12), share=st.floats(0, 1))
+def test_no_domain_gets_more_clients_than_samples(sizes: list[int], share: float) -> None:
+    clients = len(sizes) + round(share * (sum(sizes) - len(sizes)))
+    found = clients_per_domain(clients, np.array(sizes))
+    assert found.sum() == clients
+    assert (found >= 1).all()
+    assert (found <= np.array(sizes)).all()
+
+
+def test_domain_and_natural_by_hand() -> None:
+    """Domains of 6 and 3 samples and 3 clients: 2 clients of 3, and one of 3; 4 clients: 2.67 and 1.33 is 3 and 1."""
+    columns = {"style": np.array(["b"] * 3 + ["a"] * 6, dtype=object)}
+    parts = make(np.zeros(9, dtype=int), 0, columns, law="domain", column="style", num_clients=3)
+    assert [len(part) for part in parts] == [3, 3, 3]
+    assert parts[2].tolist() == [0, 1, 2]
+    parts = make(np.zeros(9, dtype=int), 0, columns, law="domain", column="style", num_clients=4)
+    assert [len(part) for part in parts] == [2, 2, 2, 3]
+    parts = make(np.zeros(9, dtype=int), 0, columns, law="natural", column="style")
+    assert [part.tolist() for part in parts] == [[3, 4, 5, 6, 7, 8], [0, 1, 2]]
+
+
+# --- errors
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [{"alpha": 0}, {"alpha": -1}, {"alpha": math.inf}, {"num_clients": 0}, {"sigma": -1}, {"law": "x"}, {"a": 1}],
+    ("config", "expected"),
+    [
+        ({"num_clients": 31}, "num_clients is 31, but there are only 30 .*; use at most 30"),
+        ({"law": "pathological", "classes_per_client": 4}, "classes_per_client is 4, but .* 3 classes; use at most 3"),
+        ({"law": "pathological", "num_clients": 30, "classes_per_client": 2}, "needs 60 samples .* only 30; lower"),
+        ({"law": "shards", "num_clients": 20}, "needs 40 shards .* only 30 .*; lower partition.shards_per_client"),
+        ({"law": "class_dirichlet", "num_clients": 10, "alpha": 0.01, "min_samples": 3}, "found no partition .* raise"),
+        ({"law": "class_dirichlet", "num_clients": 10, "min_samples": 4}, "found no partition .* lower"),
+        ({"law": "domain", "column": "style", "num_clients": 1}, "each of the 2 domains, got 1; raise"),
+        ({"law": "domain", "column": "artist"}, "no column 'artist', only odd, ratio, style; name another"),
+        ({"law": "natural", "column": "ratio"}, "type float64; it must hold whole numbers or strings"),
+        ({"law": "natural", "column": "odd"}, "type object; it must hold whole numbers or strings"),
+    ],
+    ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
 )
-def test_config_refuses(wrong):
-    with pytest.raises(ValidationError):
+def test_impossible_requests(config: dict[str, Any], expected: str) -> None:
+    columns = {
+        "style": np.arange(30) % 2,
+        "ratio": np.linspace(0, 1, 30),
+        "odd": np.array(["a", None] * 15, dtype=object),
+    }
+    with pytest.raises(InputError, match=expected) as error:
+        make(np.arange(30) % 3, 0, columns, **config)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ({"alpha": 0}, "greater than 0"),
+        ({"alpha": math.inf}, "finite"),
+        ({"num_clients": 0}, "greater than or equal to 1"),
+        ({"sigma": -1}, "greater than or equal to 0"),
+        ({"law": "x"}, "should be 'iid'"),
+        ({"law": "linear"}, "law 'linear' was dropped; take law 'quantity'"),
+        ({"a": 1}, "not permitted"),
+        ({"sigma": 0.5}, "set sizes to 'lognormal'"),
+        ({"sizes": "lognormal", "law": "shards"}, "goes with law iid or dirichlet, got shards"),
+        ({"law": "natural"}, "needs partition.column"),
+        ({"law": "file"}, "needs partition.file"),
+    ],
+)
+def test_config_rejects(wrong: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValidationError, match=expected):
         PartitionConfig(**wrong)
 
 
-def test_sigma_without_lognormal_sizes_is_a_mistake():
-    with pytest.raises(ValidationError, match="set sizes to 'lognormal'"):
-        PartitionConfig(sigma=0.5)
+# --- held back, noise, skew
 
 
-def test_skew_by_hand():
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 30), min_size=1, max_size=12),
+    share=st.floats(0, 0.999),
+    seed=st.integers(0, 100),
+)
+def test_held_back(sizes: list[int], share: float, seed: int) -> None:
+    total = sum(sizes)
+    labels = rng(seed).integers(0, 4, size=total + 5)
+    parts = [np.sort(part) for part in np.split(rng(seed).permutation(total + 5)[:total], np.cumsum(sizes)[:-1])]
+    train, test = hold_back(parts, labels, share, rng(seed))
+    for part, kept, held in zip(parts, train, test, strict=True):
+        assert len(held) == min(round(share * len(part)), max(len(part) - 1, 0))
+        assert np.array_equal(np.sort(np.concatenate([kept, held])), part)
+        assert kept.dtype == held.dtype == np.int64
+        assert (np.diff(kept) > 0).all()
+        assert (np.diff(held) > 0).all()
+        exact = np.bincount(labels[part], minlength=4) * (len(held) / max(len(part), 1))
+        assert (np.abs(np.bincount(labels[held], minlength=4) - exact) < 1).all()
+
+
+def test_held_back_by_hand() -> None:
+    """Of 6, 3 and 1 samples of three classes 40% are 4: 2.4, 1.2 and 0.4; the one left goes to a 0.4."""
+    labels = np.array([0] * 6 + [1] * 3 + [2])
+    found = set()
+    for seed in range(20):
+        (_,), (test,) = hold_back([np.arange(10)], labels, 0.4, rng(seed))
+        found.add(tuple(np.bincount(labels[test], minlength=3)))
+    assert found == {(3, 1, 0), (2, 1, 1)}
+    train, test = hold_back([np.array([2]), np.array([0, 1])], np.zeros(3, dtype=int), 0.99, rng())
+    assert [len(part) for part in train] == [1, 1]  # one sample always stays
+    assert [len(part) for part in test] == [0, 1]
+
+
+def test_noise_levels_by_hand() -> None:
+    assert noise_levels(4, 0.2) == pytest.approx([0.05, 0.1, 0.15, 0.2])
+    assert noise_levels(3, 0.0).tolist() == [0, 0, 0]
+
+
+def test_skew_by_hand() -> None:
     """Laws (1, 0) and (1/2, 1/2); overall (3/4, 1/4): distances 1/4 and 1/4; effective classes 1 and 2."""
     measured = skew(np.array([[4, 0], [2, 2], [0, 0]]))
     assert measured["total_variation"] == pytest.approx(0.25)
@@ -186,9 +460,19 @@ def test_skew_by_hand():
     assert (measured["size_min"], measured["size_max"]) == (0, 4)
     assert measured["size_mean"] == pytest.approx(8 / 3)
     assert measured["empty_clients"] == 1
-    assert list(measured)[-1] == "empty_clients"
-
-
-def test_skew_of_nothing():
     with pytest.raises(ValueError, match="at least one client"):
         skew(np.zeros((2, 3), dtype=int))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize("law", sorted(set(LAWS) - {"file"}))
+def test_fast_enough(law: str, classes: int) -> None:
+    """In seconds of this process, and ten times what a slow machine takes: what is quadratic in clients takes hours."""
+    labels = np.arange(50_000) % classes
+    columns = {"column": np.arange(50_000) % (10_000 if law == "natural" else 6)}
+    start = time.process_time()
+    parts = make(labels, 0, columns, law=law, num_clients=10_000, column="column")
+    assert len(parts) == 10_000
+    assert len(hold_back(parts, labels, 0.2, rng())[0]) == 10_000
+    assert time.process_time() - start < 60

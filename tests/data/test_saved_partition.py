@@ -1,4 +1,4 @@
-"""A division that is written is read back as it was, and a wrong file is told in one line."""
+"""A partition that is saved is loaded as it was, and a wrong file is one line."""
 
 import json
 from pathlib import Path
@@ -9,27 +9,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedftg.data import PartitionConfig, partition, skew
-from fedftg.data.saved_partition import labels_digest, read, write
+from fedftg.data import PartitionConfig, partition
+from fedftg.data.partition import labels_digest, load, save, to_json
 from fedftg.errors import InputError
 
 LABELS = np.array([0, 1, 0, 1, 1, 0])
 
 
-def saved(path: Path, parts: list[Any], labels: Any = LABELS) -> Path:
-    counts = np.stack([np.bincount(labels[part], minlength=int(labels.max()) + 1) for part in parts])
-    return write(
-        path, parts, labels, law="iid", class_names=["cat", "$dog"], class_counts=counts.tolist(), skew=skew(counts)
-    )
+def saved(path: Path, parts: list[Any], labels: Any = LABELS, **about: Any) -> Path:
+    return save(path, to_json(parts, labels, law="iid", class_names=["cat", "$dog"], about=about))
 
 
 def test_object_by_hand(tmp_path: Path) -> None:
-    path = saved(tmp_path / "partition.json", [np.array([0, 1]), np.array([], dtype=np.int64), np.array([3])])
-    content = json.loads(path.read_text())
-    assert list(content) == ["law", "num_samples", "labels_sha256", "class_names", "class_counts", "skew", "indices"]
-    assert content["indices"] == [[0, 1], [], [3]]
+    path = saved(tmp_path / "partition.json", [np.array([0, 1]), np.array([], dtype=np.int64), np.array([3])], seed=4)
+    text = path.read_text()
+    assert text.startswith('{\n  "law": "iid",\n  "num_samples": 6,\n')
+    assert text.endswith('  "seed": 4,\n  "indices": [\n    [0,1],\n    [],\n    [3]\n  ]\n}\n')
+    content = json.loads(text)
+    assert list(content) == [
+        "law", "num_samples", "labels_sha256", "class_names", "class_counts", "skew", "seed", "indices",
+    ]  # fmt: skip
     assert content["class_counts"] == [[1, 1], [0, 0], [0, 1]]
-    assert content["num_samples"] == 6
     # 48 bytes, written by printf, through sha256sum
     assert content["labels_sha256"] == "08a3eabe03ccd84d534cfe5aabb8158407ab007f600462499eb238931ec3febe"
     assert labels_digest(LABELS.astype(np.int32)) == labels_digest(LABELS.astype(">i8")) == content["labels_sha256"]
@@ -57,62 +57,41 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, law: str, clients:
 def test_plain_lists_in_any_order(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text("[[5, 0], [], [2]]")
-    assert [part.tolist() for part in read(path, LABELS)] == [[0, 5], [], [2]]
+    assert [part.tolist() for part in load(path, LABELS)] == [[0, 5], [], [2]]
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("[[0, 1], [2, 6]]", "client 1 has row 6; rows are whole numbers from 0 to 5; correct"),
         ("[[-1]]", "client 0 has row -1"),
         ("[[0], [1.0]]", r"client 1 has row 1\.0"),
         ("[[0], [true]]", "client 1 has row true"),
         ('[["0"]]', 'client 0 has row "0"'),
-        ("[[0, [1]]]", r"client 0 has row \[1\]"),
-        ("[[99999999999999999999999]]", "client 0 has row 9999"),
-        ("[[0, 1], [3, 1]]", "row 1 is held twice, by client 0 and by client 1; .* take one out"),
+        ("[[0, 1], [3, 1]]", "row 1 is held twice, by client 0, 1; "),
         ("[[0], [3, 1, 3]]", "row 3 is held twice, by client 1; "),
-        ("[0, 1]", "client 0 is 0, not a list"),
-        ("[]", "not one list of training rows a client"),
-        ("[[], []]", "gives no client any sample"),
-        ("7", "holds 7, not one list"),
-        ('{"class_counts": [[1]]}', "has no 'indices'; give a partition.json of 'fedftg partition'"),
-        ('{"indices": {"0": [1]}}', "not one list of training rows a client"),
-        ('{"num_samples": 7, "indices": [[0]]}', "made for other data: for 7 training samples, here are 6; set data"),
-        ('{"labels_sha256": "00", "indices": [[0]]}', "made for other data: the training labels differ; "),
+        ("[0, 1]", "no list of training rows for each client"),
+        ("[[], []]", "no list of training rows for each client"),
+        ('{"class_counts": [[1]]}', "no list of training rows .*; give a partition.json of 'fedftg partition'"),
+        ('{"indices": {"0": [1]}}', "no list of training rows"),
+        ('{"num_samples": 7, "indices": [[0]]}', r"made for other data \(its 7 .* not the 6 here\); set data"),
+        ('{"labels_sha256": "00", "indices": [[0]]}', "made for other data .*labels"),
+        ('{"class_counts": [[3]], "digest": "0"}', "is the record of a run, which counts samples and names no rows"),
         ("[[0, 1", "is not valid JSON"),
-        ("[" * 100_000, "is not valid JSON"),
         ("\udcff", "is not valid JSON"),
     ],
-    ids=range(20),
 )
-def test_wrong_files(tmp_path: Path, text: str, told: str) -> None:
+def test_wrong_files(tmp_path: Path, text: str, expected: str) -> None:
     path = tmp_path / "mine.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(InputError, match=told) as error:
-        read(path, LABELS)
+    with pytest.raises(InputError, match=expected) as error:
+        load(path, LABELS)
     assert "\n" not in str(error.value)
-    assert len(str(error.value)) < 400 + len(str(path))
 
 
-def test_no_file(tmp_path: Path) -> None:
+def test_files_that_cannot_be_read_or_written(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot read partition.file .*No such file"):
-        read(tmp_path / "none.json", LABELS)
-    with pytest.raises(InputError, match=r"cannot read partition.file .*directory"):
-        read(tmp_path, LABELS)
-
-
-def test_file_that_cannot_be_written(tmp_path: Path) -> None:
+        load(tmp_path / "none.json", LABELS)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot write .*; choose another folder"):
         saved(tmp_path / "file" / "partition.json", [np.array([0])])
-    (tmp_path / "partition.json").mkdir()
-    with pytest.raises(InputError, match=r"cannot write"):
-        saved(tmp_path / "partition.json", [np.array([0])])
-    assert not (tmp_path / "partition.json.part").exists()
-
-
-def test_the_record_of_a_run_is_no_partition_and_says_so(tmp_path: Path) -> None:
-    (tmp_path / "partition.json").write_text('{"class_names": ["a"], "class_counts": [[3]], "digest": "0"}')
-    with pytest.raises(InputError, match="is the record of a run, which counts samples and names no rows"):
-        read(tmp_path / "partition.json", LABELS)

@@ -189,7 +189,7 @@ def test_saved_partition_is_used_again(fedftg: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
-def test_partition_by_a_law_of_flwr(fedftg: Any, tmp_path: Path) -> None:
+def test_partition_by_shards(fedftg: Any, tmp_path: Path) -> None:
     done = fedftg("partition", "default", "--set", "partition.law=shards", "--out", "p")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

@@ -1,11 +1,11 @@
-"""What a user may choose about data and how it is divided among clients."""
+"""Settings of data, and of how it is partitioned among clients."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MANY_CLASSES = {"cifar100": 100, "food101": 101, "tiny_imagenet": 200, "compcars": 281}
 """The named data sets of 100 classes or more, for settings that depend on their number."""
@@ -79,20 +79,7 @@ class DataConfig(BaseModel):
     )
 
 
-Law = Literal[
-    "iid",
-    "dirichlet",
-    "class_dirichlet",
-    "pathological",
-    "shards",
-    "quantity",
-    "linear",
-    "square",
-    "exponential",
-    "domain",
-    "natural",
-    "file",
-]
+Law = Literal["iid", "dirichlet", "class_dirichlet", "pathological", "shards", "quantity", "domain", "natural", "file"]
 
 
 class PartitionConfig(BaseModel):
@@ -100,7 +87,7 @@ class PartitionConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    law: Law = Field(default="dirichlet", description="how samples are dealt to clients (see docs/data.md)")
+    law: Law = Field(default="dirichlet", description="how samples are assigned to clients (see docs/data.md)")
     num_clients: int = Field(
         default=20,
         ge=1,
@@ -109,28 +96,25 @@ class PartitionConfig(BaseModel):
     alpha: float = Field(
         default=0.3,
         gt=0,
-        allow_inf_nan=False,
         description="concentration of the laws dirichlet, class_dirichlet and quantity; 0.1 is very skewed, 100 "
         "nearly IID",
     )
     sizes: Literal["equal", "lognormal"] = Field(
-        default="equal",
-        description="laws iid and dirichlet: how many samples clients hold: all the same, or log-normal with sigma",
+        default="equal", description="laws iid and dirichlet: samples per client, all equal or log-normal with sigma"
     )
     sigma: float = Field(
         default=0.0,
         ge=0,
-        allow_inf_nan=False,
         description="spread of log-normal sizes; 0 gives equal sizes, 1 about a factor of 7 between "
         "the middle two thirds of the clients, above 2 few clients hold nearly everything",
     )
     min_samples: int = Field(
         default=0,
         ge=0,
-        description="law class_dirichlet: the fewest samples of a client; the division is drawn again, at most 10 "
-        "times; 0 allows clients without data, which never take part",
+        description="law class_dirichlet: least samples of a client, redrawn up to 10 times; 0 allows clients without "
+        "data, which never take part",
     )
-    classes_per_client: int = Field(default=2, ge=1, description="law pathological: how many classes a client holds")
+    classes_per_client: int = Field(default=2, ge=1, description="law pathological: classes that each client holds")
     shards_per_client: int = Field(
         default=2, ge=1, description="law shards: blocks of the data sorted by class that a client gets (FedAvg: 2)"
     )
@@ -143,7 +127,6 @@ class PartitionConfig(BaseModel):
     feature_noise: float = Field(
         default=0.0,
         ge=0,
-        allow_inf_nan=False,
         description="standard deviation of Gaussian noise on the last client's normalised images; it falls linearly "
         "to 1/num_clients of that on the first; 0 is no feature skew",
     )
@@ -154,19 +137,24 @@ class PartitionConfig(BaseModel):
         description="share of each client's samples that is held back, and on which accuracy per client is measured",
     )
 
+    @field_validator("law", mode="before")
+    @classmethod
+    def _law_exists(cls, law: Any) -> Any:
+        if law in ("linear", "square", "exponential"):
+            raise ValueError(f"law {law!r} was dropped; take law 'quantity' for unequal sizes")
+        return law
+
     @model_validator(mode="after")
     def _settings_fit_the_law(self) -> PartitionConfig:
         if self.sigma > 0 and self.sizes == "equal":
-            raise ValueError(
-                f"sigma {self.sigma} has no effect with sizes 'equal'; set sizes to 'lognormal', or sigma to 0"
-            )
+            raise ValueError(f"sigma {self.sigma} has no effect with sizes 'equal'; set sizes to 'lognormal'")
         if self.sizes == "lognormal" and self.law not in ("iid", "dirichlet"):
             raise ValueError(
-                f"sizes 'lognormal' goes with law iid or dirichlet, got {self.law}; set sizes to 'equal', or "
-                "take law 'quantity' for sizes from a Dirichlet law"
+                f"sizes 'lognormal' goes with law iid or dirichlet, got {self.law}; set sizes to 'equal', or take law "
+                "'quantity'"
             )
         if self.law in ("domain", "natural") and self.column is None:
-            raise ValueError(f"law {self.law} needs partition.column: the data set's column to divide by")
+            raise ValueError(f"law {self.law} needs partition.column: the data set's column of domains or clients")
         if self.law == "file" and self.file is None:
             raise ValueError("law file needs partition.file: a JSON file with one list of training rows a client")
         return self

@@ -1,40 +1,95 @@
-"""A data set on one device, divided among clients."""
+"""What a server knows of its clients, and the simulator's: a data set on one device, partitioned among clients."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from fedftg.data import saved_partition, sources
+from fedftg.data import sources
 from fedftg.data.augment import augment, moved
 from fedftg.data.config import DataConfig, PartitionConfig
 from fedftg.data.dataset import ImageDataset
-from fedftg.data.partition import Indices, hold_back, needed_columns, noise_levels, partition
+from fedftg.data.partition import (
+    Indices,
+    class_counts,
+    hold_back,
+    needed_columns,
+    noise_levels,
+    partition,
+    read_json,
+)
 from fedftg.errors import InputError
 from fedftg.seeds import SERVER, numpy_rng, torch_rng
 
 _DIGESTED_BYTES = 256 << 20
 
 
+class Federation(Protocol):
+    """Sizes of the clients, and the server's test data; nothing that a client trains on.
+
+    `FederatedData` is one; a server of real machines fills one from what its nodes report.
+    """
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are made and the server computes."""
+
+    @property
+    def num_clients(self) -> int:
+        """Clients without samples included."""
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """``(D, H, W)``."""
+
+    @property
+    def has_test_data(self) -> bool:
+        """Whether `test_batches` yields anything."""
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether `held_back_batches` yields anything."""
+
+    def num_samples(self, client: int) -> int:
+        """Returns the client's number of training samples."""
+
+    def num_held_back(self, client: int) -> int:
+        """Returns how many samples the client keeps for testing."""
+
+    def relative_size(self, client: int) -> float:
+        """Returns the client's number of samples over the mean of all clients; 1 where all hold the same."""
+
+    def test_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields normalised test images ``(B, D, H, W)`` and labels ``(B,)``."""
+
+    def held_back_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yields held-back images ``(B, D, H, W)``, labels ``(B,)`` and the owners' numbers ``(B,)``."""
+
+
 class FederatedData:
-    """Images once on the device as unsigned bytes, index lists of the clients, and batches made from them.
+    """Images once on the device as unsigned bytes, the rows of each client, and batches made from them.
 
     Args:
         dataset: where images, labels and normalisation come from.
-        parts: one index list into the training images per client, for training; lists may be empty.
-        device: where batches are made. The images stay there too, unless they would take more than half of a GPU's
-            free memory: then they stay where they are, and each batch is moved.
-        held_back: per client, training images that it keeps for testing; None holds nothing back.
+        parts: rows of the training images that each client trains on; may be empty.
+        device: where batches are made. The images are kept there too, unless they would take more than half of a GPU's
+            free memory: then each batch is moved.
+        held_back: rows that each client keeps for testing; None holds nothing back.
         noise: per client, the standard deviation of Gaussian noise on its normalised images; None is 0 for all.
 
     Raises:
-        ValueError: no client, or an index that is no training sample.
+        ValueError: no client, or a row that is no training sample.
     """
 
     def __init__(
@@ -51,16 +106,17 @@ class FederatedData:
         self.dataset = dataset
         self.device = torch.device(device)
         total = len(dataset.train_labels)
-        self._parts = _checked(parts, total)
+        self.parts = _checked(parts, total)
+        """Training rows of each client, int64, on the CPU."""
         self._held_back = _checked([[]] * len(parts) if held_back is None else held_back, total)
         if len(self._held_back) != len(parts):
-            raise ValueError(f"held_back needs one index list a client, {len(parts)}, got {len(self._held_back)}")
-        self._noise = [0.0] * len(parts) if noise is None else [float(level) for level in noise]
-        self.class_counts = torch.stack(
-            [torch.bincount(dataset.train_labels[part], minlength=dataset.num_classes) for part in self._parts]
-        )
+            raise ValueError(f"held_back needs one list of rows per client, {len(parts)}, got {len(self._held_back)}")
+        self.noise = [0.0] * len(parts) if noise is None else [float(level) for level in noise]
+        """Standard deviation of the noise on each client's images."""
+        counts = class_counts([part.numpy() for part in self.parts], dataset.train_labels.numpy(), dataset.num_classes)
+        self.class_counts = torch.from_numpy(counts)
         """``(clients, C)`` int64, on the CPU."""
-        self._mean_size = sum(len(part) for part in self._parts) / len(self._parts)
+        self._mean_size = sum(len(part) for part in self.parts) / len(self.parts)
         self._train_images = _resident(dataset.train_images, self.device)
         self._train_labels = dataset.train_labels.to(self.device)
         self._test_images = _resident(dataset.test_images, self.device)
@@ -70,12 +126,12 @@ class FederatedData:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what training sees: labels, who holds which rows, pixels, normalisation, augmentation and noise.
+        """SHA-256 of labels, who holds which rows, pixels, normalisation, augmentation and noise.
 
-        Of large sets only evenly spaced images are read, about 256 MB of each split.
+        Of large sets, evenly spaced images are read: about 256 MB of each split.
         """
         data, total = self.dataset, hashlib.sha256()
-        for part in [data.train_labels, data.test_labels, *self._parts, *self._held_back]:
+        for part in [data.train_labels, data.test_labels, *self.parts, *self._held_back]:
             total.update(f"{len(part)};".encode())
             total.update(part.numpy().astype("<i8").tobytes())
         for images in (data.train_images, data.test_images):
@@ -83,13 +139,13 @@ class FederatedData:
             total.update(f"{tuple(images.shape)};".encode())
             for start in range(0, len(images), step * 1024):
                 total.update(images[start : start + step * 1024 : step].contiguous().numpy().data)
-        total.update(repr((data.mean, data.std, data.augment, self._noise)).encode())
+        total.update(repr((data.mean, data.std, data.augment, self.noise)).encode())
         return total.hexdigest()
 
     @property
     def num_clients(self) -> int:
-        """How many clients there are, those without samples included."""
-        return len(self._parts)
+        """Clients without samples included."""
+        return len(self.parts)
 
     @property
     def num_classes(self) -> int:
@@ -102,33 +158,33 @@ class FederatedData:
         return self.dataset.image_shape
 
     def num_samples(self, client: int) -> int:
-        """How many training samples the client holds."""
-        return len(self._parts[client])
+        """Returns the client's number of training samples."""
+        return len(self.parts[client])
 
     def num_held_back(self, client: int) -> int:
-        """How many samples the client keeps for testing."""
+        """Returns how many samples the client keeps for testing."""
         return len(self._held_back[client])
 
     @property
     def has_test_data(self) -> bool:
-        """Whether there are test images; every data set has some."""
+        """Whether `test_batches` yields anything; data on a node has no test images."""
         return len(self._test_labels) > 0
 
     @property
     def holds_back(self) -> bool:
-        """Whether any client keeps samples for testing."""
+        """Whether `held_back_batches` yields anything."""
         return any(len(part) for part in self._held_back)
 
     def relative_size(self, client: int) -> float:
-        """The client's number of samples over the mean of all clients; 1 where all hold the same."""
+        """Returns the client's number of samples over the mean of all clients; 1 where all hold the same."""
         return self.num_samples(client) / self._mean_size if self._mean_size else 0.0
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Float images ``(B, D, H, W)`` with about mean 0 and deviation 1 per channel, from unsigned bytes."""
+        """Returns float images ``(B, D, H, W)`` of about mean 0 and deviation 1 per channel, from unsigned bytes."""
         return (images.to(self.device, torch.float32) / 255 - self._mean) / self._std
 
     def steps_per_epoch(self, client: int, batch_size: int, min_batch: int = 1) -> int:
-        """How many batches one pass over the client's samples gives; 0 where it holds fewer than ``min_batch``."""
+        """Returns the batches of one pass over the client's samples; 0 where it holds fewer than ``min_batch``."""
         full, rest = divmod(self.num_samples(client), batch_size)
         return full + (rest >= max(min_batch, 1))
 
@@ -142,17 +198,14 @@ class FederatedData:
         rng: torch.Generator,
         min_batch: int = 1,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Training batches of one client: normalised, augmented images ``(B, D, H, W)`` and labels ``(B,)``.
+        """Yields a client's training batches: normalised, augmented images ``(B, D, H, W)`` and labels ``(B,)``.
 
-        Each pass over the samples has a new order. Its last batch may be smaller; it is left out where it is smaller
-        than ``min_batch``.
+        Each pass over the samples has a new order. Its last batch is skipped where it is smaller than ``min_batch``.
 
         Args:
             client: its number, from 0.
-            num_epochs: passes over the client's samples; a fraction is rounded to whole batches, at least one.
-                0 gives no batch.
-            num_steps: when given, exactly so many batches instead of ``num_epochs`` passes, in as many passes as
-                that takes.
+            num_epochs: passes over the client's samples, rounded to whole batches, at least one; 0 gives no batch.
+            num_steps: the number of batches, in as many passes as that takes; None uses ``num_epochs``.
             batch_size: samples per batch, >= 1; more than the client holds gives one batch of all of them.
             rng: a CPU generator that order and augmentation are drawn from.
             min_batch: the smallest batch that the model can train on: 2 for BatchNorm. A client with fewer samples
@@ -171,7 +224,7 @@ class FederatedData:
     def _batches(
         self, client: int, per_epoch: int, wanted: int, batch_size: int, rng: torch.Generator
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        part = order = self._parts[client]
+        part = order = self.parts[client]
         for step in range(wanted):
             at = step % per_epoch
             if at == 0:
@@ -181,28 +234,28 @@ class FederatedData:
             yield self._noisy(self.normalise(augment(images, self.dataset.augment, rng)), client, rng), labels
 
     def _train(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Images as unsigned bytes and labels of some training rows, on the device."""
+        """Returns images as unsigned bytes and labels of some training rows, on the device."""
         images = self._train_images[rows.to(self._train_images.device)].to(self.device)
         return images, self._train_labels[rows.to(self.device)]
 
     def _noisy(self, images: Tensor, client: int, rng: torch.Generator) -> Tensor:
-        level = self._noise[client]
+        level = self.noise[client]
         if not level:
             return images
         return images + level * moved(torch.randn(images.shape, generator=rng), self.device)
 
     def test_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All test images ``(B, D, H, W)``, normalised, never augmented, and labels ``(B,)``, in stored order."""
+        """Yields test images ``(B, D, H, W)``, normalised and not augmented, and labels ``(B,)``, in stored order."""
         for start in range(0, len(self._test_labels), batch_size):
             stop = start + batch_size
             yield self.normalise(self._test_images[start:stop]), self._test_labels[start:stop]
 
     def held_back_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Every client's held-back images ``(B, D, H, W)``, labels ``(B,)`` and the owners' numbers ``(B,)``.
+        """Yields held-back images ``(B, D, H, W)``, labels ``(B,)`` and the owners' numbers ``(B,)``, client by client.
 
-        Normalised and not augmented, in the order of clients. A client's noise is on them too, the same at every call.
+        Normalised and not augmented; a client's noise is on them too, the same at every call.
         """
-        if any(self._noise):
+        if any(self.noise):
             for client, part in enumerate(self._held_back):
                 rng = torch_rng(0, 0, client, "held-back noise")
                 # All of a client's noise is drawn at once, so that it does not depend on the batch size.
@@ -222,42 +275,42 @@ class FederatedData:
 
 def load(
     data: DataConfig,
-    division: PartitionConfig,
+    config: PartitionConfig,
     seed: int,
     device: torch.device | str = "cpu",
     *,
     dataset: ImageDataset | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> FederatedData:
-    """The data that the settings name, divided among clients.
+    """Returns the data that the settings name, partitioned among clients.
 
     Args:
         data: where images come from.
-        division: how they are divided, and what clients hold back.
-        seed: the run's; the division depends on it and on nothing else that is random.
+        config: the partition, and what clients hold back.
+        seed: the run's; the partition's only source of randomness.
         device: where batches are made.
         dataset: used in place of the one that ``data`` names.
         progress: called as ``progress(images decoded, of)``, only where they are not in the cache.
 
     Raises:
-        InputError: data that cannot be used, or an impossible division.
+        InputError: data that cannot be used, or an impossible partition.
     """
-    if division.law == "file" and division.file is not None:
-        saved_partition.check_there(division.file)  # before the data, which may take minutes to decode
+    if config.law == "file" and config.file is not None:
+        read_json(config.file)  # fails before the data, which may take minutes to decode
     if dataset is None:
-        dataset = sources.load(data, columns=needed_columns(division), progress=progress)
-    divided = divide(dataset, division, seed)
-    if division.test_share > 0 and not any(map(len, divided.held_back)):
+        dataset = sources.load(data, columns=needed_columns(config), progress=progress)
+    found = partition_dataset(dataset, config, seed)
+    if config.test_share > 0 and not any(map(len, found.held_back)):
         raise InputError(
-            f"partition.test_share {division.test_share:g} holds nothing back: no client has enough samples for it; "
+            f"partition.test_share {config.test_share:g} holds nothing back: no client has enough samples for it; "
             "raise it, or lower partition.num_clients"
         )
-    noise = noise_levels(len(divided.train), division.feature_noise)
-    return FederatedData(dataset, divided.train, device, held_back=divided.held_back, noise=noise)
+    noise = noise_levels(len(found.train), config.feature_noise)
+    return FederatedData(dataset, found.train, device, held_back=found.held_back, noise=noise)
 
 
 @dataclass(frozen=True)
-class Division:
+class Partition:
     """Who holds what: per client, ascending rows of the training images."""
 
     whole: list[Indices]
@@ -266,27 +319,27 @@ class Division:
     held_back: list[Indices]
 
 
-def divide(dataset: ImageDataset, config: PartitionConfig, seed: int) -> Division:
-    """The training images divided among clients, and each client's into what it trains on and what it holds back.
+def partition_dataset(dataset: ImageDataset, config: PartitionConfig, seed: int) -> Partition:
+    """Partitions the training images among clients, and each client's into training and held-back rows.
 
     Raises:
-        InputError: an impossible division.
+        InputError: an impossible partition.
     """
     labels = dataset.train_labels.numpy()
     whole = partition(labels, config, numpy_rng(seed, 0, SERVER, "partition"), dataset.columns)
     train, held_back = hold_back(whole, labels, config.test_share, numpy_rng(seed, 0, SERVER, "hold_back"))
-    return Division(whole, train, held_back)
+    return Partition(whole, train, held_back)
 
 
 def _checked(parts: Sequence[ArrayLike], total: int) -> list[Tensor]:
     tensors = [torch.from_numpy(np.asarray(part, dtype=np.int64).copy()) for part in parts]
     if any(len(part) and (int(part.min()) < 0 or int(part.max()) >= total) for part in tensors):
-        raise ValueError(f"a client's index is outside the {total} training samples")
+        raise ValueError(f"a client's row is outside the {total} training samples")
     return tensors
 
 
 def _resident(images: Tensor, device: torch.device) -> Tensor:
-    """The images on the device, or where they are if they would take more than half of its free memory."""
+    """Returns the images on the device, unless they would take more than half of its free memory."""
     if images.shape[1] == 1:
         # The same bytes with the strides of channels-last: convolutions then take kernels that need a quarter less time
         # on a CPU (LeNet, cnn and convnet at 28x28; one thread, AVX2).

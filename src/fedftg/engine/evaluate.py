@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from fedftg.data.federation import Federation
+from fedftg.data.federated import Federation
 from fedftg.models.functional import FunctionalModel
 from fedftg.params import Params
 

@@ -239,7 +239,7 @@ class _Pool:
         division = Segment()
         # Reading from it ends when the only end that writes is closed: that of this process, whatever ends it.
         self._lifeline, self._alive = os.pipe()
-        dataset, parts = self._data.dataset, self._data._parts
+        dataset, parts = self._data.dataset, self._data.parts
         images = file_behind(dataset.train_images)
         if images is None:
             copy = Segment()
@@ -268,7 +268,7 @@ class _Pool:
                 "division": division.descriptor,
                 "layout": division.write({"data": {"labels": dataset.train_labels, "rows": torch.cat(parts)}}),
                 "sizes": [len(part) for part in parts],
-                "noise": self._data._noise,
+                "noise": self._data.noise,
                 "class_names": list(dataset.class_names),
                 "mean": list(dataset.mean),
                 "std": list(dataset.std),

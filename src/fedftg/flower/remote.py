@@ -94,7 +94,7 @@ def _whole(value: object) -> int:
 
 
 class RemoteFederation:
-    """Sizes of clients that are elsewhere, and test data of the server's own: a `fedftg.data.federation.Federation`.
+    """Sizes of clients that are elsewhere, and test data of the server's own: a `fedftg.data.federated.Federation`.
 
     Args:
         like: any client's facts: classes, image shape and number of clients are those of all.

@@ -13,7 +13,7 @@ from fedftg.config import RunConfig
 from fedftg.data import sources
 from fedftg.data.config import DataConfig, PartitionConfig
 from fedftg.data.dataset import Channels, ImageDataset
-from fedftg.data.federated import Division, FederatedData, divide
+from fedftg.data.federated import FederatedData, Partition, partition_dataset
 from fedftg.data.partition import Indices, hold_back, needed_columns, noise_levels
 from fedftg.errors import InputError
 from fedftg.seeds import SERVER, numpy_rng
@@ -81,14 +81,14 @@ def load(
 
 
 @lru_cache(maxsize=2)
-def _divided(data: str, partition: str, seed: int, owner: int | None) -> tuple[ImageDataset, Division]:
+def _divided(data: str, partition: str, seed: int, owner: int | None) -> tuple[ImageDataset, Partition]:
     division = PartitionConfig.model_validate(json.loads(partition))
     dataset = sources.load(DataConfig.model_validate(json.loads(data)), columns=needed_columns(division))
     if owner is None:
-        return dataset, divide(dataset, division, seed)
+        return dataset, partition_dataset(dataset, division, seed)
     whole: list[Indices] = [np.empty(0, dtype=np.int64)] * division.num_clients
     if owner < len(whole):
         whole[owner] = np.arange(len(dataset.train_labels))
     labels = dataset.train_labels.numpy()
     rng = numpy_rng(seed, 0, SERVER, "hold_back")
-    return dataset, Division(whole, *hold_back(whole, labels, division.test_share, rng))
+    return dataset, Partition(whole, *hold_back(whole, labels, division.test_share, rng))
