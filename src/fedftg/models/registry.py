@@ -14,16 +14,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from fedftg.errors import InputError, unknown
-from fedftg.models import cnn, convnet, resnet
+from fedftg.models import resnet, small
 
 Factory = Callable[..., nn.Module]
 
 MODELS: dict[str, Factory] = {
-    "lenet": cnn.lenet,
-    "lenet_gn": cnn.lenet_gn,
-    "lenet_bn": cnn.lenet_bn,
-    "cnn": cnn.cnn,
-    "convnet": convnet.convnet,
+    "lenet": small.lenet,
+    "lenet_gn": small.lenet_gn,
+    "lenet_bn": small.lenet_bn,
+    "cnn": small.cnn,
+    "convnet": small.convnet,
     "resnet18": resnet.resnet18,
     "resnet18_gn": resnet.resnet18_gn,
     "resnet18_cifar": resnet.resnet18_cifar,
