@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
 
-from fedftg.errors import InputError, unknown
-from fedftg.models import cnn, convnet, resnet
-from fedftg.registry import import_user_module
+from fedftg.errors import InputError, first_line, unknown
+from fedftg.registry import Registry, import_user_module
 
-Factory = Callable[..., nn.Module]
+if TYPE_CHECKING:
+    from torch import nn
 
-MODELS: dict[str, Factory] = {
-    "lenet": cnn.lenet,
-    "lenet_gn": cnn.lenet_gn,
-    "lenet_bn": cnn.lenet_bn,
-    "cnn": cnn.cnn,
-    "convnet": convnet.convnet,
-    "resnet18": resnet.resnet18,
-    "resnet18_gn": resnet.resnet18_gn,
-    "resnet18_cifar": resnet.resnet18_cifar,
-}
+    Factory = Callable[..., nn.Module]
+
+MODELS: Registry[Factory] = Registry(
+    "model",
+    {
+        "lenet": "fedftg.models.small:lenet",
+        "lenet_gn": "fedftg.models.small:lenet_gn",
+        "lenet_bn": "fedftg.models.small:lenet_bn",
+        "cnn": "fedftg.models.small:cnn",
+        "convnet": "fedftg.models.small:convnet",
+        "resnet18": "fedftg.models.resnet:resnet18",
+        "resnet18_gn": "fedftg.models.resnet:resnet18_gn",
+        "resnet18_cifar": "fedftg.models.resnet:resnet18_cifar",
+    },
+)
 """Called as ``factory(num_classes=..., image_shape=..., **args)``; the first line of each docstring describes it."""
 
 
@@ -42,34 +45,48 @@ class ModelConfig(BaseModel):
     args: dict[str, Any] = Field(default={}, description="further keyword arguments of the model")
 
 
-def build(
-    config: ModelConfig, num_classes: int, image_shape: tuple[int, int, int], rng: torch.Generator | int
-) -> nn.Module:
-    """A new classifier from images ``(B, D, H, W)`` to logits ``(B, C)``, on the CPU and in training mode.
+def build(config: ModelConfig, num_classes: int, image_shape: tuple[int, int, int], seed: int) -> nn.Module:
+    """Returns a new classifier from images ``(B, D, H, W)`` to logits ``(B, C)``, on the CPU and in training mode.
 
-    Its initial values depend on ``rng`` alone (a seed, or a generator that one seed is drawn from). torch's global
-    random state is used, for the layers take no other, and is put back.
+    Its initial values depend on ``seed`` alone. They are drawn from torch's global random state, which is restored.
 
     Raises:
         InputError: unknown name, a path that cannot be imported, arguments that the model does not take, or a model
             that does not turn 2 images into ``(2, num_classes)``.
     """
+    import torch
+    from torch import nn
+
     factory = _factory(config.name)
     arguments = _arguments(config, factory, {"num_classes": num_classes, "image_shape": image_shape})
-    seed = rng if isinstance(rng, int) else int(torch.randint(0, 2**63 - 1, (), generator=rng))
     with torch.random.fork_rng(devices=[]):
         # The CPU generator alone: torch.manual_seed would also reset the accelerators' and leave them so.
         torch.default_generator.manual_seed(seed)
         try:
             model = factory(**arguments)
         except Exception as error:
-            raise InputError(f"model {config.name!r} cannot be built with {config.args}: {_one_line(error)}") from error
+            raise InputError(
+                f"model {config.name!r} cannot be built with {config.args}: {first_line(error)}"
+            ) from error
         if not isinstance(model, nn.Module):
             raise InputError(
                 f"model {config.name!r} gave a {type(model).__name__}; it must be a class or a function that gives "
                 "a torch.nn.Module"
             )
-        _check(model, config.name, num_classes, image_shape)
+        model.eval()  # so that the check leaves BatchNorm statistics alone
+        try:
+            with torch.no_grad():
+                output = model(torch.zeros(2, *image_shape))
+        except Exception as error:
+            raise InputError(
+                f"model {config.name!r} fails on images of shape {image_shape}: {first_line(error)}"
+            ) from error
+    shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+    if shape != (2, num_classes):
+        raise InputError(
+            f"model {config.name!r} turns 2 images of shape {image_shape} into {shape}; it must give logits of shape "
+            f"(2, {num_classes})"
+        )
     return model.train()
 
 
@@ -78,31 +95,26 @@ def _factory(name: str) -> Factory:
         return MODELS[name]
     if "." not in name and ":" not in name:
         raise unknown("model", name, MODELS)
-    path, separator, attribute = name.partition(":") if ":" in name else name.rpartition(".")
-    if not path or not attribute or not separator:
+    path, _, attribute = name.partition(":") if ":" in name else name.rpartition(".")
+    if not path or not attribute:
         raise InputError(f"model {name!r} is no dotted path; write package.module.Class or package.module:Class")
     try:
         module = import_user_module(path)
-    except ImportError as error:
-        raise InputError(
-            f"model {name!r}: cannot import {path!r} ({_one_line(error)}); install it, or start in the folder it is in"
-        ) from error
     except Exception as error:
-        raise InputError(f"model {name!r}: importing {path!r} failed: {_one_line(error)}") from error
-    if not hasattr(module, attribute):
-        raise InputError(f"model {name!r}: module {path!r} has no {attribute!r}; check the spelling")
-    factory = getattr(module, attribute)
+        raise InputError(
+            f"model {name!r}: cannot import {path!r} ({first_line(error)}); install it, or start in the folder it is in"
+        ) from error
+    factory: Factory | None = getattr(module, attribute, None)
     if not callable(factory):
-        raise InputError(f"model {name!r} is a {type(factory).__name__}; give a class or function that makes a model")
-    result: Factory = factory
-    return result
+        raise InputError(f"model {name!r}: module {path!r} has no class or function {attribute!r}; check the spelling")
+    return factory
 
 
 def _arguments(config: ModelConfig, factory: Factory, offered: dict[str, Any]) -> dict[str, Any]:
-    """The offered arguments that the factory takes by name, and the user's."""
+    """Returns the offered arguments that the factory takes by name, and the user's."""
     try:
         parameters = inspect.signature(factory).parameters
-    except ValueError:  # some callables in C tell no signature; they get the user's arguments only
+    except ValueError:  # some callables in C have no signature; they get the user's arguments only
         return dict(config.args)
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     names = [name for name, parameter in parameters.items() if parameter.kind in by_name]
@@ -114,24 +126,3 @@ def _arguments(config: ModelConfig, factory: Factory, offered: dict[str, Any]) -
                 f"model {config.name!r} takes no argument {name!r}; allowed in model.args: {', '.join(own) or 'none'}"
             )
     return {name: value for name, value in offered.items() if name in names or takes_any} | config.args
-
-
-def _check(model: nn.Module, name: str, num_classes: int, image_shape: tuple[int, int, int]) -> None:
-    """Evaluation mode, so that the check leaves BatchNorm statistics alone."""
-    model.eval()
-    try:
-        with torch.no_grad():
-            output = model(torch.zeros(2, *image_shape))
-    except Exception as error:
-        raise InputError(f"model {name!r} fails on images of shape {image_shape}: {_one_line(error)}") from error
-    shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-    if shape != (2, num_classes):
-        raise InputError(
-            f"model {name!r} turns 2 images of shape {image_shape} into {shape}; it must give logits of shape "
-            f"(2, {num_classes})"
-        )
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": ")

@@ -13,7 +13,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedftg.models.cnn import Normalisation, normalisation_layer
+from fedftg.models.small import Normalisation, normalisation_layer
 
 Stem = Literal["imagenet", "small"]
 

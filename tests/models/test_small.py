@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedftg.models.convnet import convnet
+from fedftg.models.small import convnet
 
 
 @pytest.mark.parametrize(
