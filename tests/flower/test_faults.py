@@ -12,8 +12,8 @@ import torch
 from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDict
 
 import fedftg
-from fedftg.flower import records
-from fedftg.flower.server_app import server_app
+from fedftg.flower import wire
+from fedftg.flower.server import server_app
 
 SCAFFOLD = ("algorithm.name=scaffold", "refiner.name=none")
 ALL = ("cohort.probability=1",)
@@ -23,7 +23,7 @@ def changed(change: Callable[[RecordDict], None]) -> Callable[[Message], Message
     """What arrives is the reply with its content changed; answers to queries stay as they are."""
 
     def fault(reply: Message) -> Message:
-        if records.ARRAYS in reply.content:
+        if wire.ARRAYS in reply.content:
             change(reply.content)
         return reply
 
@@ -31,50 +31,50 @@ def changed(change: Callable[[RecordDict], None]) -> Callable[[Message], Message
 
 
 def only_in_training(act: Callable[[Message], Message | None]) -> Callable[[Message], Message | None]:
-    return lambda reply: act(reply) if reply.has_error() or records.ARRAYS in reply.content else reply
+    return lambda reply: act(reply) if reply.has_error() or wire.ARRAYS in reply.content else reply
 
 
 def with_nan(content: RecordDict) -> None:
-    model = content.array_records[records.ARRAYS].to_torch_state_dict()
+    model = content.array_records[wire.ARRAYS].to_torch_state_dict()
     name = next(iter(model))
     model[name].view(-1)[0] = float("nan")
-    content[records.ARRAYS] = records.encode(dict(model))
+    content[wire.ARRAYS] = wire.encode(dict(model))
 
 
 def with_wrong_shape(content: RecordDict) -> None:
-    arrays = content.array_records[records.ARRAYS]
+    arrays = content.array_records[wire.ARRAYS]
     name = next(iter(arrays))
     arrays[name] = Array(torch.zeros(2, 2))
 
 
 def without_a_tensor(content: RecordDict) -> None:
-    arrays = content.array_records[records.ARRAYS]
+    arrays = content.array_records[wire.ARRAYS]
     del arrays[next(iter(arrays))]
 
 
 def with_garbage(content: RecordDict) -> None:
-    arrays = content.array_records[records.ARRAYS]
+    arrays = content.array_records[wire.ARRAYS]
     name = next(iter(arrays))
     old = arrays[name]
     arrays[name] = Array(old.dtype, old.shape, old.stype, bytes(len(old.data)))
 
 
 def with_other_counts(content: RecordDict) -> None:
-    metrics = content.metric_records[records.METRICS]
-    metrics[records.CLASS_COUNTS] = [1] * 10
+    metrics = content.metric_records[wire.METRICS]
+    metrics[wire.CLASS_COUNTS] = [1] * 10
 
 
 def for_another_client(content: RecordDict) -> None:
-    content.metric_records[records.METRICS][records.PARTITION_ID] = 2
+    content.metric_records[wire.METRICS][wire.PARTITION_ID] = 2
 
 
 def without_metrics(content: RecordDict) -> None:
-    del content[records.METRICS]
+    del content[wire.METRICS]
     content["more"] = MetricRecord({"a": 1})
 
 
 def without_upload(content: RecordDict) -> None:
-    content.pop(records.EXTRA, None)
+    content.pop(wire.EXTRA, None)
     content["more"] = ArrayRecord()
 
 
@@ -82,13 +82,13 @@ def without_upload(content: RecordDict) -> None:
     ("change", "reason"),
     [
         (with_nan, "non-finite parameter"),
-        (with_wrong_shape, "must be float32"),
+        (with_wrong_shape, "must be ('float32'"),
         (without_a_tensor, "lacks"),
         (with_garbage, "damaged"),
-        (with_other_counts, "class counts"),
-        (for_another_client, "another task"),
-        (without_metrics, "lacks what it must hold"),
-        (without_upload, "lacks what it must hold"),
+        (with_other_counts, "class-counts"),
+        (for_another_client, "not for this client"),
+        (without_metrics, "not for this client"),
+        (without_upload, "no ArrayRecord 'extra'"),
     ],
 )
 def test_a_reply_that_does_not_fit_is_recorded_and_left_out(
@@ -122,16 +122,16 @@ def test_a_client_that_raises_and_one_that_never_answers(federation: Callable[..
 def test_the_text_of_an_exception_on_a_node_is_in_the_record(
     federation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedftg.engine import executors
+    from fedftg.flower import client
 
-    train = executors.train
+    train = client.train
 
     def failing(model: Any, rule: Any, task: Any, *rest: Any) -> Any:
         if task.client == 1:
             raise ZeroDivisionError("by hand")
         return train(model, rule, task, *rest)
 
-    monkeypatch.setattr(executors, "train", failing)
+    monkeypatch.setattr(client, "train", failing)
     fed = federation("refiner.name=none", *ALL, "rounds=1")
     fed.serve(fed.grid())
     assert "ZeroDivisionError" in fed.rows("served")[0]["rejected"][0]["reason"]
@@ -144,7 +144,7 @@ def test_a_node_that_leaves_in_mid_round_and_comes_back(federation: Callable[...
     trained: list[list[Message]] = []
 
     def watch(messages: list[Message]) -> None:
-        if records.ARRAYS not in messages[0].content:
+        if wire.ARRAYS not in messages[0].content:
             return
         trained.append(messages)
         if len(trained) == 2:
@@ -159,9 +159,9 @@ def test_a_node_that_leaves_in_mid_round_and_comes_back(federation: Callable[...
     assert rows[2]["rejected"] == [{"client": 1, "reason": "no node with partition-id=1 is there"}]
     assert "rejected" not in rows[0]
     assert "rejected" not in rows[3]
-    last = {m.metadata.dst_node_id: m.content.config_records[records.CONFIG] for m in trained[3]}
-    assert last[9]["memory-round"] == 1
-    assert last[1]["memory-round"] == 3
+    counted = {m.metadata.dst_node_id: wire.Order.of(m.content).counted for m in trained[3]}
+    assert counted[9] == {1: 1}
+    assert counted[1] == {0: 3}
 
 
 @pytest.mark.parametrize(("policy", "rejected"), [("refuse", True), ("reset", False)])
@@ -173,7 +173,7 @@ def test_a_restarted_node_without_its_state_is_refused_or_reset(
     rounds = []
 
     def watch(messages: list[Message]) -> None:
-        if records.ARRAYS in messages[0].content:
+        if wire.ARRAYS in messages[0].content:
             rounds.append(1)
             if len(rounds) == 2:
                 grid.leave(1)
@@ -192,7 +192,7 @@ def test_a_late_node_joins_at_the_next_round(federation: Callable[..., Any]) -> 
     grid = fed.grid((0, 1, 3))
 
     def watch(messages: list[Message]) -> None:
-        if records.ARRAYS in messages[0].content and 3 not in grid.get_node_ids():
+        if wire.ARRAYS in messages[0].content and 3 not in grid.get_node_ids():
             grid.join(3, fed.node(2))
 
     grid.before_push = watch
@@ -241,7 +241,7 @@ def test_clients_that_stay_away_cost_their_rounds_and_not_the_run(federation: Ca
     grid = fed.grid((0, 1))
     asked: list[int] = []
     grid.before_push = lambda messages: asked.extend(
-        m.metadata.dst_node_id for m in messages if records.ARRAYS in m.content
+        m.metadata.dst_node_id for m in messages if wire.ARRAYS in m.content
     )
     run = fed.serve(grid, **{"min-clients": 2, "wait-seconds": 0.05})
     rows = fed.rows("served")
@@ -320,9 +320,9 @@ def test_a_server_killed_in_mid_round_goes_on_with_the_same_numbers(federation: 
     script = (
         "import os, sys, warnings\n"
         "from pathlib import Path\n"
-        "from fedftg.flower.client_app import client_app\n"
-        "from fedftg.flower.local_grid import LocalGrid\n"
-        "from fedftg.flower.server_app import serve\n"
+        "from fedftg.flower.client import client_app\n"
+        "from fedftg.flower.testing import LocalGrid\n"
+        "from fedftg.flower.server import serve\n"
         "from fedftg.progress import Silent\n"
         "folder = Path(sys.argv[1])\n"
         "recipe = folder / 'recipe.toml'\n"
@@ -351,8 +351,8 @@ def counting(change: Callable[[MetricRecord], Any]) -> Callable[[Message], Messa
     """What arrives of an evaluation is the reply with its counts changed."""
 
     def fault(reply: Message) -> Message:
-        if reply.has_content() and "selected" in reply.content.metric_records.get(records.METRICS, {}):
-            change(reply.content.metric_records[records.METRICS])
+        if reply.has_content() and "selected" in reply.content.metric_records.get(wire.METRICS, {}):
+            change(reply.content.metric_records[wire.METRICS])
         return reply
 
     return fault
@@ -363,8 +363,8 @@ def counting(change: Callable[[MetricRecord], Any]) -> Callable[[Message], Messa
     [
         (lambda counts: counts.update({"selected": 10_000}), "whole numbers from 0 to"),
         (lambda counts: counts.update({"refined": 0.5}), "whole numbers from 0 to"),
-        (lambda counts: counts.update({"round": 7}), "another task"),
-        (lambda counts: counts.pop("refined"), "lacks 'refined'"),
+        (lambda counts: counts.update({wire.PARTITION_ID: 7}), "another task"),
+        (lambda counts: counts.pop("refined"), "whole numbers from 0 to"),
     ],
 )
 def test_an_evaluation_that_does_not_fit_is_left_out_of_the_mean(
@@ -437,7 +437,7 @@ def test_a_late_node_with_a_number_that_is_taken_is_refused(
     grid = fed.grid()
 
     def watch(messages: list[Message]) -> None:
-        if records.ARRAYS in messages[0].content and messages[0].metadata.group_id == "2":
+        if wire.ARRAYS in messages[0].content and messages[0].metadata.group_id == "2":
             grid.join(9, fed.node(1) | {"state-dir": str(fed.folder / "other")})
 
     grid.before_push = watch
@@ -453,12 +453,12 @@ def test_a_late_node_that_holds_nothing(federation: Callable[..., Any]) -> None:
     grid = fed.grid((0, 1, 2))
 
     def empty(reply: Message) -> Message:
-        facts = reply.content.config_records[records.CONFIG]
-        facts[records.CLASS_COUNTS], facts[records.NUM_EXAMPLES] = [0] * 10, 0
+        facts = reply.content.config_records[wire.CONFIG]
+        facts[wire.CLASS_COUNTS] = [0] * 10
         return reply
 
     def watch(messages: list[Message]) -> None:
-        if records.ARRAYS in messages[0].content and 4 not in grid.get_node_ids():
+        if wire.ARRAYS in messages[0].content and 4 not in grid.get_node_ids():
             grid.faults[4] = empty
             grid.join(4, fed.node(3))
 
@@ -474,10 +474,10 @@ def test_a_late_node_that_holds_nothing(federation: Callable[..., Any]) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
-        (records.NUM_EXAMPLES, float("inf"), "no whole number"),
-        ("num-clients", 5, "it says 5 clients, the recipe 4"),
-        ("class-names", [*map(str, range(9)), "nine"], "its class 9 is 'nine'"),
-        ("image-shape", [1, 8, 9], "its images are"),
+        (wire.CLASS_COUNTS, [-1, *[1] * 9], "must be >= 0"),
+        ("num-clients", 5, "num clients differ: 5 where 4 is expected"),
+        ("class-names", [*map(str, range(9)), "nine"], "class names differ: nine where 9 is expected"),
+        ("image-shape", [1, 8, 9], "image shape differ"),
     ],
 )
 def test_a_first_node_that_is_wrong_decides_nothing(
@@ -487,8 +487,8 @@ def test_a_first_node_that_is_wrong_decides_nothing(
     grid = fed.grid()
 
     def lie(reply: Message) -> Message:
-        if records.CONFIG in reply.content:
-            reply.content.config_records[records.CONFIG][key] = value
+        if wire.CONFIG in reply.content:
+            reply.content.config_records[wire.CONFIG][key] = value
         return reply
 
     grid.faults[1] = lie
@@ -504,7 +504,7 @@ def test_without_test_data_a_first_node_that_left_decides_nothing(federation: Ca
     grid = fed.grid((0,))
 
     def lie_and_leave(reply: Message) -> Message:
-        reply.content.config_records[records.CONFIG]["class-names"] = list("abcdefghij")
+        reply.content.config_records[wire.CONFIG]["class-names"] = list("abcdefghij")
         grid.leave(1)
         for client in (1, 2, 3):
             grid.join(client + 1, fed.node(client))
@@ -519,7 +519,7 @@ def test_without_test_data_a_first_node_that_left_decides_nothing(federation: Ca
 def test_a_question_that_was_not_taken_or_failed_is_asked_again(
     federation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedftg.flower.roster._REASK_SECONDS", 0.05)
+    monkeypatch.setattr("fedftg.flower.nodes._REASK_SECONDS", 0.05)
     fed = federation("refiner.name=none", *ALL, "rounds=1")
     grid = fed.grid()
     push, failed = grid.push_messages, []
@@ -555,7 +555,7 @@ def test_an_operator_s_mistakes_end_in_one_line_in_flower_s_terms(
     told = r"taken exists already; go on with it by resume=true, or give another out$"
     with pytest.raises(fedftg.InputError, match=told):
         here.grid(out=str(taken)).run_server(app)
-    monkeypatch.setattr("fedftg.flower.server_app._TELL_SECONDS", 0.05)
+    monkeypatch.setattr("fedftg.flower.server._LOG_SECONDS", 0.05)
     empty = here.grid([], out=str(here.folder / "new"))
     with pytest.raises(fedftg.InputError, match=r"0 of 4 clients .* 0.2 s.*they may still be starting") as caught:
         empty.run_server(app)

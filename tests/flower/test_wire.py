@@ -11,7 +11,7 @@ from flwr.common import Metadata
 
 from fedftg.engine.local_train import LocalConfig
 from fedftg.errors import InputError
-from fedftg.flower.wire import Order, WireError, decode, encode, read_replies, read_reply, record_bytes
+from fedftg.flower.wire import Order, WireError, decode, encode, read_replies, read_reply
 
 PARAMS = {
     "z.weight": torch.randn(3, 4, dtype=torch.float32),
@@ -47,7 +47,6 @@ def test_names_order_types_and_bits_are_kept() -> None:
         assert torch.equal(back[name], tensor)
         back[name].zero_()  # its memory is its own
     assert torch.equal(record.to_torch_state_dict()["z.weight"], PARAMS["z.weight"])  # Flower reads it too
-    assert 122 < record_bytes(record) < 122 + 7 * 200  # 122 bytes of values, a header a tensor
 
 
 def test_non_contiguous_tensors_keep_their_values() -> None:
@@ -66,17 +65,18 @@ def test_nan_passes_unless_finite_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"shape": (4, 3)}, r"is float32 \(4, 3\)"),
-        ({"dtype": "float64"}, "is float64"),
-        ({"stype": "pickle"}, r"\(pickle\)"),
-        ({"data": npy(np.zeros((4, 3), np.float32))}, r"holds float32 \(4, 3\)"),
-        ({"data": npy(np.zeros((3, 4), np.int32))}, "holds int32"),
-        ({"data": encode(PARAMS)["z.weight"].data[:-1]}, "is damaged"),
-        ({"data": b"\x80\x04" + bytes(200)}, "is damaged"),
-        ({"data": b""}, "takes 0 bytes"),
-        ({"data": bytes(10_000)}, "takes 10000 bytes"),
-        ({"data": npy(np.array([{"a": 1}] * 4, dtype=object))}, "is damaged"),
-        ({"data": npy(np.zeros(1, np.float32)).replace(b"(1,), }", b"(9**9,)}", 1)}, "is damaged|takes"),
+        ({"shape": (4, 3)}, r"is \('float32', \(4, 3\)"),
+        ({"dtype": "float64"}, "is .'float64'"),
+        ({"stype": "pickle"}, "'pickle'"),
+        ({"data": bytes(10_000)}, "in 10000 bytes"),
+        ({"data": npy(np.zeros((4, 3), np.float32))}, "damaged or not"),
+        ({"data": npy(np.zeros((3, 4), np.int32))}, "damaged or not"),
+        ({"data": encode(PARAMS)["z.weight"].data[:-1]}, "damaged or not"),
+        ({"data": b"\x80\x04" + bytes(100)}, "damaged or not"),
+        ({"data": b"PK\x03\x04" + bytes(100)}, "damaged or not"),
+        ({"data": b""}, "damaged or not"),
+        ({"data": npy(np.array([{"a": 1}] * 4, dtype=object))}, "damaged or not"),
+        ({"data": npy(np.zeros(1, np.float32)).replace(b"(1,), }", b"(9**9,)}", 1)}, "damaged or not"),
     ],
 )
 def test_a_tensor_that_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -126,9 +126,9 @@ def test_a_reply_is_read() -> None:
     [
         ({"partition-id": -1}, "'partition-id' must be a whole number"),
         ({"partition-id": 0.5}, "'partition-id' must be a whole number"),
-        ({"weight": float("nan")}, "updates can be weighed by numbers from 0"),
-        ({"weight": 2.0**60}, "updates can be weighed by numbers from 0"),
-        ({"weight": [1]}, "updates can be weighed by numbers from 0"),
+        ({"weight": float("nan")}, "'weight' must be a number from 0"),
+        ({"weight": 2.0**60}, "'weight' must be a number from 0"),
+        ({"weight": [1]}, "'weight' must be a number from 0"),
         ({"class-counts": [0, 5]}, "class counts must be 3 numbers"),
         ({"class-counts": [0, 5, -1]}, "class counts must be a list"),
         ({"class-counts": [0.0, 5.0, 1.0]}, "class counts must be a list"),

@@ -12,16 +12,18 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from types import UnionType
 from typing import Any
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from fedftg.algorithms.base import Algorithm, ClientResult, LocalTask, ServerState
 from fedftg.algorithms.registry import ALGORITHMS
+from fedftg.config import parse
 from fedftg.data.dataset import Channels
 from fedftg.engine.local_train import LocalConfig
 from fedftg.errors import InputError
@@ -69,9 +71,6 @@ class WireError(InputError):
     """Something received does not fit; the message says what was got and what is allowed."""
 
 
-# Tensors
-
-
 def encode(params: Params) -> ArrayRecord:
     """Returns a record of tensors with their names, order and types; bfloat16 travels as float32.
 
@@ -113,11 +112,6 @@ def decode(record: ArrayRecord, template: Params, *, finite: bool = False) -> Pa
     return params
 
 
-def record_bytes(record: ArrayRecord) -> int:
-    """Returns the size of a record in bytes, headers included."""
-    return sum(len(array.data) for array in record.values())
-
-
 def message_template(algorithm: Algorithm, params: Params, buffers: Params) -> Params:
     """Returns tensors like those that a server rule sends besides the model; empty where it sends none."""
     return algorithm.server.message(ServerState(0, params, buffers, algorithm.server.init(params), {}))
@@ -145,49 +139,50 @@ class Layout:
     """
 
     def __init__(self, module: nn.Module, arrays: ArrayRecord) -> None:
-        state: dict[str, Tensor] = dict(module.state_dict())
-        keys = list(arrays)
+        own = dict(module.named_parameters()), dict(module.named_buffers())
+        self._params, self._buffers = list(own[0]), list(own[1])
+        # A weight that two layers share has two names in a state_dict and one among the parameters.
+        shared = dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
+        firsts = {id(tensor): name for values in own for name, tensor in values.items()}
+        first = {name: firsts[id(tensor)] for name, tensor in shared.items()}
+        state, keys = list(module.state_dict()), list(arrays)
         numbered = "0" not in state and keys == [str(number) for number in range(len(state))]
-        names = list(state) if numbered else keys
-        if set(names) != set(state):
-            wrong = next(name for name in [*state, *keys] if name not in keys or name not in state)
-            what = "lack" if wrong in state else "have unknown"
+        names = state if numbered else keys
+        wrong = [name for name in names if name not in first]
+        wrong += [name for name in state if not wrong and first[name] not in {first[name] for name in names}]
+        if wrong:
             raise InputError(
-                f"the deployment's {len(keys)} arrays {what} {wrong!r}; they must be the {len(state)} of the model's "
-                "state_dict(), by name or in its order"
+                f"the deployment's {len(keys)} arrays {'lack' if wrong[0] in state else 'have unknown'} {wrong[0]!r}; "
+                f"they must be the {len(state)} of the model's state_dict(), by name or in its order"
             )
         self.template: Params = {}
         """The arrays' names, shapes and types, in the order in which they came; without values."""
-        self._names = dict(zip(keys, names, strict=True))
-        for key, name in self._names.items():
-            array, shape = arrays[key], tuple(state[name].shape)
+        self._first = {key: first[name] for key, name in zip(keys, names, strict=True)}
+        """The parameter or buffer that each array is."""
+        for key, name in self._first.items():
+            array, shape = arrays[key], tuple(shared[name].shape)
             if array.dtype not in _TORCH or tuple(array.shape) != shape:
                 raise InputError(
                     f"array {key!r} must be {shape} of one of {', '.join(_TORCH)}, as the model's {name!r} is, got "
                     f"{array.dtype} {tuple(array.shape)}; pass the model that the deployment trains"
                 )
             self.template[key] = torch.empty(shape, dtype=_TORCH[array.dtype], device="meta")
-        own = dict(module.named_parameters()), dict(module.named_buffers())
-        self._params, self._buffers = list(own[0]), list(own[1])
-        # A weight that two layers share has two names in a state_dict and one among the parameters.
-        shared = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-        firsts = {id(tensor): name for values in own for name, tensor in values.items()}
-        self._first_name = {name: firsts[id(tensor)] for name, tensor in shared}
-        self._constant = {name: tensor.detach().clone() for name, tensor in own[1].items() if name not in state}
+        present = set(self._first.values())
+        self._constant = {name: tensor.detach().clone() for name, tensor in own[1].items() if name not in present}
 
     def split(self, tensors: Params) -> tuple[Params, Params]:
         """Returns parameters and buffers, under the model's names and in its order, of tensors under the arrays' names.
 
         Floating-point tensors become float32. Buffers that do not travel (``persistent=False``) are the module's own.
         """
-        named = {self._first_name[name]: _single(tensors[key]) for key, name in self._names.items()}
+        named = {name: _single(tensors[key]) for key, name in self._first.items()}
         buffers = {**{name: tensor.clone() for name, tensor in self._constant.items()}, **named}
         return {name: named[name] for name in self._params}, {name: buffers[name] for name in self._buffers}
 
     def join(self, params: Params, buffers: Params) -> Params:
         """Returns the inverse of `split`: tensors under the arrays' names, in their order and types, on the CPU."""
         values = {**params, **buffers}
-        return self.cast({key: values[self._first_name[name]] for key, name in self._names.items()})
+        return self.cast({key: values[name] for key, name in self._first.items()})
 
     def cast(self, tensors: Params) -> Params:
         """Returns the same values in the types that the arrays travel in, integers rounded, on the CPU."""
@@ -218,15 +213,12 @@ class Layout:
         return key in record and like is not None and tuple(record[key].shape) == tuple(like.shape)
 
 
-# Orders
-
-
 class Order(BaseModel):
     """What a server asks of a client besides the model: all that the client's `LocalTask` follows from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    run: str
+    run: str = Field(pattern="^[A-Za-z0-9]+$")
     """Letters and digits that name the run, for the client's memory."""
     round: int
     seed: int
@@ -255,11 +247,11 @@ class Order(BaseModel):
         """Returns the order in a message.
 
         Raises:
-            InputError: the message has none.
+            InputError: the message has none, or one that cannot be used.
         """
         for config in content.config_records.values():
             if isinstance(text := config.get(ORDER), str):
-                return cls(**json.loads(text))
+                return parse(cls, json.loads(text), "order")
         raise InputError(
             f"the message has no {ORDER!r}; local_train works with the strategies FedDyn, Scaffold and Moon of "
             "fedftg.flower"
@@ -268,9 +260,6 @@ class Order(BaseModel):
     def build(self) -> Algorithm:
         """Returns the algorithm's rules."""
         return ALGORITHMS[self.algorithm["name"]](**self.algorithm).build(self.num_clients)
-
-
-# Replies
 
 
 @dataclass(frozen=True)
@@ -346,15 +335,16 @@ def read_reply(
     metrics = all_metrics(message.content)
     try:
         if client_id_key in metrics:
-            reply = replace(reply, client=_whole(metrics, client_id_key, 2**63 - 1), named=True)
+            _check_number(metrics, client_id_key, int, 2**63 - 1)
+            reply = replace(reply, client=metrics[client_id_key], named=True)
         arrays = decode(_model(message.content, arrays_key), template, finite=finite)
         uploaded: Params = {}
         if extra:
             if EXTRA not in message.content.array_records:
                 raise WireError(f"the reply has no ArrayRecord {EXTRA!r}; reply with what local_train gives")
             uploaded = decode(message.content.array_records[EXTRA], extra, finite=finite)
-        for key in weight_keys:
-            _check_weight(metrics, key)
+        for key in weight_keys:  # a larger one would drown every other update, or overflow in a sum
+            _check_number(metrics, key, int | float, LARGEST_COUNT)
         counts = None
         if num_classes is not None and class_counts_key in metrics:
             counts = counts_of(metrics[class_counts_key], num_classes)
@@ -428,20 +418,19 @@ def _numpy_type(name: str, tensor: Tensor) -> str:
 
 def _decoded(name: str, array: Array, like: Tensor) -> Tensor:
     kind, shape = _numpy_type(name, like), tuple(like.shape)
-    if array.stype != _STYPE or array.dtype != kind or tuple(array.shape) != shape:
+    size, found = math.prod(shape) * np.dtype(kind).itemsize, (array.dtype, tuple(array.shape), array.stype)
+    if found != (kind, shape, _STYPE) or len(array.data) > size + _HEADER_BYTES:
         raise WireError(
-            f"tensor {name!r} is {array.dtype} {tuple(array.shape)} ({array.stype}), must be {kind} {shape} ({_STYPE})"
+            f"tensor {name!r} is {found} in {len(array.data)} bytes, must be {(kind, shape, _STYPE)} in {size} and a "
+            "header"
         )
-    size = math.prod(shape) * np.dtype(kind).itemsize
-    if not size <= len(array.data) <= size + _HEADER_BYTES:
-        raise WireError(f"tensor {name!r} takes {len(array.data)} bytes, must take {size} and a header")
     try:
         values = np.load(io.BytesIO(array.data), allow_pickle=False, max_header_size=_HEADER_BYTES)
-        found = values.dtype, values.shape
-    except Exception as error:  # whatever NumPy makes of bytes that anyone may have written
-        raise WireError(f"tensor {name!r} is damaged ({type(error).__name__}); send it again") from None
-    if found != (np.dtype(kind), shape):
-        raise WireError(f"tensor {name!r} holds {found[0]} {found[1]}, must hold {kind} {shape}")
+        fits = (values.dtype, values.shape) == (np.dtype(kind), shape)
+    except Exception:  # whatever NumPy makes of bytes that anyone may have written
+        fits = False
+    if not fits:
+        raise WireError(f"tensor {name!r} is damaged or not the {kind} {shape} that it says; send it again")
     return torch.from_numpy(np.ascontiguousarray(values).reshape(shape)).to(like.dtype)
 
 
@@ -458,15 +447,8 @@ def _model(content: RecordDict, key: str) -> ArrayRecord:
     return records[key] if key in records else next(iter(records.values()))
 
 
-def _whole(metrics: Mapping[str, Any], key: str, most: int) -> int:
-    value = metrics[key]
-    if type(value) is not int or not 0 <= value <= most:
-        raise WireError(f"metric {key!r} must be a whole number from 0 to {most}, got {str(value)[:40]}")
-    return value
-
-
-def _check_weight(metrics: Mapping[str, Any], key: str) -> None:
-    # A larger one would drown every other update, or overflow when they are summed.
-    weight = metrics.get(key, 0)
-    if not isinstance(weight, int | float) or not 0 <= weight <= LARGEST_COUNT:
-        raise WireError(f"metric {key!r} is {str(weight)[:40]}; updates can be weighed by numbers from 0 to 2**53 only")
+def _check_number(metrics: Mapping[str, Any], key: str, kind: type | UnionType, most: int) -> None:
+    value = metrics.get(key, 0)
+    if not isinstance(value, kind) or not 0 <= value <= most:
+        what = "a whole number" if kind is int else "a number"
+        raise WireError(f"metric {key!r} must be {what} from 0 to {most}, got {str(value)[:40]}")

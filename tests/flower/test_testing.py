@@ -6,7 +6,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 
-from fedftg.flower.local_grid import LocalGrid
+from fedftg.flower.testing import LocalGrid
 
 
 def counting_app() -> ClientApp:
