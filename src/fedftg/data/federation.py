@@ -13,7 +13,7 @@ class Federation(Protocol):
     """Sizes of the clients, and test data; nothing that a client trains on.
 
     The simulator's `fedftg.data.federated.FederatedData` is one; a server of real machines fills one from what its
-    nodes say (`fedftg.flower.remote`).
+    nodes say (`fedftg.flower.nodes`).
     """
 
     @property

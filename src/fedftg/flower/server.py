@@ -5,12 +5,12 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
@@ -20,11 +20,11 @@ from fedftg.config import RunConfig
 from fedftg.data import sources
 from fedftg.engine import sampling
 from fedftg.engine.evaluate import Measured, over_clients
-from fedftg.engine.executors import Rejected
+from fedftg.engine.executors import Executor, Rejected
 from fedftg.engine.machine import resolve_device
 from fedftg.engine.memory import ClientStore
 from fedftg.errors import InputError
-from fedftg.experiment import Parts, Run
+from fedftg.experiment import Run
 from fedftg.flower import wire
 from fedftg.flower.nodes import Log, NodeFederation, Nodes, exchange, facts_of, joint_normalisation
 from fedftg.flower.settings import AppSettings, agreement, app_settings, on_server
@@ -95,6 +95,7 @@ class NodesExperiment(Experiment):
     """An experiment whose clients are nodes, which come and go between rounds."""
 
     data: NodeFederation
+    executor: Executor = field(init=False)
     nodes: Nodes
     settings: AppSettings
     folder: RunFolder
@@ -102,6 +103,9 @@ class NodesExperiment(Experiment):
     log: Log
     weighed: frozenset[int]
     """The clients whose sizes the average of all uploads is weighted by."""
+
+    def __post_init__(self) -> None:
+        self.executor = GridExecutor(self)
 
     def run_round(self, progress: Progress) -> Record:
         """Runs one round with the nodes that are connected.
@@ -124,6 +128,24 @@ class NodesExperiment(Experiment):
             self.log(f"{line}, min-clients is {self.min_results}: nothing is trained in this round")
         self._reweigh()
         return super().run_round(progress)
+
+    def order(self, round: int, client: int, last: int = 0, floor: int = 0) -> ConfigRecord:
+        """Returns the order to a client, whose last round that counted is ``last``; see `Order` for ``floor``."""
+        order = Order(
+            run=self.run_key,
+            round=round,
+            seed=self.config.seed,
+            num_clients=self.data.num_clients,
+            mean_examples=self.data.mean_samples,
+            counted={client: last},
+            floor=floor,
+            algorithm=self.config.algorithm.model_dump(mode="json"),
+            local=self.config.local,
+            client=client,
+            mean=self.data.dataset.mean,
+            std=self.data.dataset.std,
+        )
+        return ConfigRecord(dict(order.config()))
 
     def _cohort(self, number: int) -> list[int]:
         """Returns a cohort that is smaller than ``cohort.size`` where newcomers turned out to hold nothing."""
@@ -155,10 +177,7 @@ class NodesExperiment(Experiment):
             return
         nodes = {client: node for client, node in self.nodes.by_client.items() if client in held_back}
         arrays = {kind: wire.encode({**params, **buffers}) for kind, (params, buffers) in models.items()}
-        contents = {
-            node: _content(self.config, self.data, self.run_key, number, client, arrays)
-            for client, node in nodes.items()
-        }
+        contents = {node: RecordDict({CONFIG: self.order(number, client), **arrays}) for client, node in nodes.items()}
         seconds, refresh = self.settings.evaluate_seconds, self.nodes.refresh
         replies = exchange(self.nodes.grid, "evaluate", contents, str(number), seconds, refresh)
         correct: dict[int, list[int]] = {}
@@ -190,79 +209,38 @@ def _counts(reply: Message | str, client: int, size: int, kinds: list[str]) -> l
     return counts
 
 
-def _content(
-    config: RunConfig,
-    federation: NodeFederation,
-    run: str,
-    round: int,
-    client: int,
-    arrays: Mapping[str, ArrayRecord],
-    last: int = 0,
-    floor: int = 0,
-) -> RecordDict:
-    """Returns a message to a client of a recipe."""
-    order = Order(
-        run=run,
-        round=round,
-        seed=config.seed,
-        num_clients=federation.num_clients,
-        mean_examples=federation.mean_samples,
-        counted={client: last},
-        floor=floor,
-        algorithm=config.algorithm.model_dump(mode="json"),
-        local=config.local,
-        client=client,
-        mean=federation.dataset.mean,
-        std=federation.dataset.std,
-    )
-    return RecordDict({CONFIG: ConfigRecord(dict(order.config())), **arrays})
-
-
 class GridExecutor:
-    """Sends the tasks of a round at once, and yields results in the order of the tasks.
-
-    Args:
-        nodes: which node is which client.
-        federation: what is known of the clients.
-        config: the recipe.
-        settings: those of the run.
-        parts: the algorithm, and a model whose names, shapes and types updates must have.
-        run: the key under which clients keep their memory of this run.
-    """
+    """Sends the tasks of a round at once, and yields results in the order of the tasks."""
 
     description = "flower"
 
-    def __init__(
-        self, nodes: Nodes, federation: NodeFederation, config: RunConfig, settings: AppSettings, parts: Parts, run: str
-    ) -> None:
-        self._nodes, self._federation, self._run = nodes, federation, run
-        self._config, self._settings = config, settings
-        self._params, self._buffers = parts.state.params, parts.state.buffers
-        self._extra = wire.upload_template(parts.algorithm, self._params, self._buffers)
-        self._resumed: int | None = None
+    def __init__(self, experiment: NodesExperiment) -> None:
+        self._experiment, self._first_round = experiment, 0
+        state = experiment.state
+        self._params, self._buffers = state.params, state.buffers
+        self._extra = wire.upload_template(experiment.algorithm, state.params, state.buffers)
 
     def run(self, rule: LocalRule, tasks: Iterable[LocalTask]) -> Iterator[ClientResult | Rejected]:  # noqa: ARG002
         """Yields one result or reason a task; an update that does not fit the model is a reason."""
         given = list(tasks)
         if not given:
             return
-        if self._resumed is None:
-            self._resumed = given[0].round - 1
-        nodes, enough = dict(self._nodes.by_client), self._settings.min_clients
-        asked = [task for task in given if task.client in nodes]
-        few = f"not asked: {len(asked)} of the round's clients are there, at least {enough} are needed"
-        if len(asked) < enough:  # the round cannot count
+        self._first_round = self._first_round or given[0].round
+        nodes, settings = self._experiment.nodes, self._experiment.settings
+        connected = dict(nodes.by_client)
+        asked = [task for task in given if task.client in connected]
+        few = f"not asked: {len(asked)} of the round's clients are there, at least {settings.min_clients} are needed"
+        if len(asked) < settings.min_clients:  # the round cannot count
             asked = []
-        contents = dict(zip((nodes[task.client] for task in asked), self._contents(asked), strict=True))
+        contents = dict(zip((connected[task.client] for task in asked), self._contents(asked), strict=True))
         # A node that joins while the others train is asked at once, and takes part from the next round.
-        seconds, refresh = self._settings.round_seconds, self._nodes.refresh
-        replies = exchange(self._nodes.grid, "train", contents, str(given[0].round), seconds, refresh)
+        replies = exchange(nodes.grid, "train", contents, str(given[0].round), settings.round_seconds, nodes.refresh)
         for task in given:
-            if task.client not in nodes:
-                yield Rejected(task.client, self._nodes.why_missing(task.client))
+            if task.client not in connected:
+                yield Rejected(task.client, nodes.why_missing(task.client))
             else:
                 # Removed, so that a decoded reply is freed with its result.
-                yield self._result(task, replies.pop(nodes[task.client], few))
+                yield self._result(task, replies.pop(connected[task.client], few))
 
     def close(self) -> None:
         """Does nothing: the grid is Flower's."""
@@ -273,16 +251,17 @@ class GridExecutor:
         arrays = {ARRAYS: wire.encode({**tasks[0].params, **tasks[0].buffers})}
         if tasks[0].message:
             arrays[MESSAGE] = wire.encode(tasks[0].message)
-        every = self._config.checkpoint.every
-        floor = max(self._resumed or 0, (tasks[0].round - 1) // every * every)
+        # The server's last checkpoint: that of this session, or the one that it was resumed from.
+        every = self._experiment.config.checkpoint.every
+        floor = max(self._first_round - 1, (tasks[0].round - 1) // every * every)
         for task in tasks:
-            last = int(task.memory[LAST_COUNTED])
-            yield _content(self._config, self._federation, self._run, task.round, task.client, arrays, last, floor)
+            order = self._experiment.order(task.round, task.client, int(task.memory[LAST_COUNTED]), floor)
+            yield RecordDict({CONFIG: order, **arrays})
 
     def _result(self, task: LocalTask, reply: Message | str) -> ClientResult | Rejected:
         if isinstance(reply, str):
             return Rejected(task.client, reply)
-        counts = self._federation.known[task.client].class_counts
+        counts = self._experiment.data.known[task.client].class_counts
         # Values that are not finite are rejected by the round, as the simulator's are.
         template = {**self._params, **self._buffers}
         read = wire.read_reply(reply, template, extra=self._extra, num_classes=len(counts), finite=False)
@@ -292,7 +271,7 @@ class GridExecutor:
         got, loss = {name: read.metrics.get(name) for name in wanted}, read.metrics.get(LOSS)
         if got != wanted or not isinstance(loss, float):
             return Rejected(task.client, f"its reply is not for this client and its data: {str(got)[:200]}")
-        device = self._federation.device
+        device = self._experiment.data.device
         return ClientResult(
             client=task.client,
             num_samples=task.num_samples,
@@ -339,7 +318,6 @@ def prepare(grid: Grid, config: RunConfig, settings: AppSettings, folder: RunFol
         **vars(parts),
         config=config,
         data=federation,
-        executor=GridExecutor(nodes, federation, config, settings, parts, run),
         clients=clients,
         partition_record=before or federation.record(run),
         min_results=settings.min_clients,

@@ -12,7 +12,6 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from types import UnionType
 from typing import Any
 
 import numpy as np
@@ -447,7 +446,7 @@ def _model(content: RecordDict, key: str) -> ArrayRecord:
     return records[key] if key in records else next(iter(records.values()))
 
 
-def _check_number(metrics: Mapping[str, Any], key: str, kind: type | UnionType, most: int) -> None:
+def _check_number(metrics: Mapping[str, Any], key: str, kind: Any, most: int) -> None:
     value = metrics.get(key, 0)
     if not isinstance(value, kind) or not 0 <= value <= most:
         what = "a whole number" if kind is int else "a number"
