@@ -304,14 +304,14 @@ def test_a_run_with_other_rules_or_local_training_is_not_resumed(tmp_path: Path)
     assert found[0] == 1
 
 
-def replies_of(batches: Any, local: LocalConfig, nodes: Any = None, **more: Any) -> list[Message]:
+def replies_of(batches: Any, local: LocalConfig, **more: Any) -> list[Message]:
     app = ClientApp()
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         return local_train(message, context, model=small.net(), batches=batches, class_counts=[1] * 10, **more)
 
-    grid = LocalGrid(app, nodes or {1: {"partition-id": 0}, 2: {}})
+    grid = LocalGrid(app, {1: {"partition-id": 0}, 2: {}})
     strategy = Scaffold(model=small.net(), num_clients=2, local=local)
     return list(grid.send_and_receive(strategy.configure_train(1, small.initial(), ConfigRecord(), grid)))
 
@@ -322,14 +322,12 @@ def test_state_dir_needs_a_partition_id_and_several_epochs_a_list(tmp_path: Path
     assert named.has_content()
     assert "needs a partition id" in str(nameless.error.reason)
     assert all(reply.has_content() for reply in replies_of(data, twice))
-    for reply in replies_of(iter(data), twice):
+    for local in (twice, LocalConfig(steps=3)):
+        reply = replies_of(iter(data), local)[0]
         assert "batches is an iterator" in str(reply.error.reason)
-    both = {1: {"partition-id": 0}, 2: {"partition-id": 1}}
-    assert replies_of(itertools.cycle(data), LocalConfig(steps=3), both)[0].has_content()
-    assert replies_of(iter(data), LocalConfig(epochs=1), both)[0].has_content()
-    short = replies_of(iter(data), LocalConfig(steps=3), both)[0]
-    assert "after 2 of 3 steps" in str(short.error.reason)
-    assert replies_of([], LocalConfig(steps=3), both)[0].has_content()
+    assert replies_of(itertools.cycle(data), LocalConfig(steps=3))[0].has_content()
+    assert replies_of(iter(data), LocalConfig(epochs=1))[0].has_content()
+    assert replies_of([], LocalConfig(steps=3))[0].has_content()
 
 
 def test_a_shuffling_data_loader_is_seeded_and_lost_memory_is_noticed(tmp_path: Path) -> None:

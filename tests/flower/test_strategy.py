@@ -289,17 +289,6 @@ def test_neither_order_nor_node_ids_of_replies_matter(app: ClientApp) -> None:
     assert equal(run(wrapped(BASES["FedAvg"]()), LocalGrid(app, nodes)).arrays, expected)
 
 
-def backwards(content: RecordDict) -> None:
-    content["arrays"] = ArrayRecord(dict(reversed(content["arrays"].items())))
-
-
-@pytest.mark.parametrize("name", ["FedMedian", "QFedAvg"])
-def test_the_order_of_a_client_s_arrays_does_not_matter(name: str, app: ClientApp) -> None:
-    """Many of Flower's strategies go by the places of arrays."""
-    changed = run(wrapped(BASES[name]()), small.grid_of(app, CLIENTS, {1: backwards, 3: backwards}), 1)
-    assert equal(changed.arrays, run(wrapped(BASES[name]()), LocalGrid.of(app, CLIENTS), 1).arrays)
-
-
 def test_without_partition_ids_clients_are_known_by_their_nodes(log: pytest.LogCaptureFixture) -> None:
     strategy = wrapped(BASES["FedAvg"]())
     run(strategy, LocalGrid.of(small.client_app(small.data(CLIENTS), partition_id=False), CLIENTS))

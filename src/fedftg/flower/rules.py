@@ -23,7 +23,7 @@ from fedftg.algorithms.registry import ALGORITHMS
 from fedftg.engine.local_train import LocalConfig
 from fedftg.errors import InputError, explain, unknown
 from fedftg.flower import wire
-from fedftg.flower.wire import Layout, Order, Reply, WireError
+from fedftg.flower.wire import Layout, Order, Reply
 from fedftg.params import Params, first_non_finite, prefixed, unprefixed
 
 _log = logging.getLogger("flwr")
@@ -124,18 +124,20 @@ class RuleStrategy(FedAvg):
         if self._state is None or self._layout is None:
             raise InputError("aggregate_train came before configure_train; call configure_train with the model first")
         messages, _ = self._check_and_log_replies(list(replies), is_train=True, validate=False)
+        template = wire.upload_template(self._rules, self._state.params, self._state.buffers)
+        key, options = self.weighted_by_key, {"extra": template, "arrays_key": self.arrayrecord_key}
         results: list[ClientResult] = []
         contents: list[RecordDict] = []
-        for reply in self._read(messages):
-            try:
-                result = self._result(reply)
-            except WireError as error:
-                node, name = reply.message.metadata.src_node_id, type(self).__name__
-                _log.warning("%s, round %d: node %d is left out: %s", name, server_round, node, error)
+        for reply in wire.read_replies(messages, self._layout.template, weight_keys=[key], **options):
+            node, problem = reply.message.metadata.src_node_id, reply.problem
+            if problem is None and type(reply.metrics.get(key)) is not int:
+                problem = f"metric {key!r} must be a whole number from 0 to 2**53, got {reply.metrics.get(key)}"
+            if problem is not None:
+                _log.warning("%s, round %d: node %d is left out: %s", type(self).__name__, server_round, node, problem)
                 continue
-            results.append(result)
+            results.append(self._result(reply))
             contents.append(reply.message.content)
-            self._clients[reply.message.metadata.src_node_id] = result.client
+            self._clients[node] = reply.client
         if not any(result.num_samples > 0 for result in results):
             return None, None
         state, measured = self._rules.server.step(self._state, results)
@@ -173,34 +175,21 @@ class RuleStrategy(FedAvg):
             order |= {f"{part}.{key}": value for key, value in settings.items()}
         return {**order, "weighted_by_key": self.weighted_by_key, "arrayrecord_key": self.arrayrecord_key}
 
-    def _read(self, messages: list[Message]) -> list[Reply]:
-        assert self._state is not None
-        assert self._layout is not None
-        return wire.read_replies(
-            messages,
-            self._layout.template,
-            extra=wire.upload_template(self._rules, self._state.params, self._state.buffers),
-            arrays_key=self.arrayrecord_key,
-            weight_keys=[self.weighted_by_key],
-        )
-
     def _result(self, reply: Reply) -> ClientResult:
-        """Returns a reply as the rules take it.
-
-        Raises:
-            WireError: it cannot be used.
-        """
-        if reply.problem is not None:
-            raise WireError(reply.problem)
+        """Returns a reply as server rules take it."""
         assert self._layout is not None
-        size, loss = reply.metrics.get(self.weighted_by_key), reply.metrics.get(wire.LOSS)
-        if type(size) is not int:
-            raise WireError(f"metric {self.weighted_by_key!r} must be a whole number from 0 to 2**53, got {size}")
-        given = reply.metrics.get(wire.CLASS_COUNTS)
-        counts = wire.counts_of(given, len(given)) if isinstance(given, list) else torch.zeros(0, dtype=torch.int64)
+        loss, counts = reply.metrics.get(wire.LOSS), reply.metrics.get(wire.CLASS_COUNTS)
         params, buffers = self._layout.split(reply.arrays)
-        mean_loss = float(loss) if isinstance(loss, int | float) else math.nan
-        return ClientResult(reply.client, size, counts, params, buffers, reply.extra, {}, mean_loss)
+        return ClientResult(
+            client=reply.client,
+            num_samples=reply.metrics[self.weighted_by_key],
+            class_counts=torch.tensor(counts if isinstance(counts, list) else [], dtype=torch.int64),
+            params=params,
+            buffers=buffers,
+            extra=reply.extra,
+            memory={},
+            loss=float(loss) if isinstance(loss, int | float) else math.nan,
+        )
 
 
 class FedDyn(RuleStrategy):
@@ -212,7 +201,7 @@ class FedDyn(RuleStrategy):
 class Scaffold(RuleStrategy):
     """SCAFFOLD (Karimireddy and others, ICML 2020), with the settings of `fedftg.algorithms.scaffold.ScaffoldConfig`.
 
-    Messages and replies hold twice the model: the control variate, and its change.
+    Messages and replies hold twice the model.
     """
 
     name = "scaffold"

@@ -285,38 +285,24 @@ class Refined(Strategy):
             )
         if not self._warned_of_ids and not all(reply.named for reply in usable):
             self._warned_of_ids = True
-            _log.warning(
-                "clients send no %r: a node that restarts is a new client, and results differ in the last digits from "
-                "run to run (docs/flower_strategy.md)",
-                self._id_key,
-            )
+            text = "clients send no %r: a node that restarts is a new client, and results differ in the last digits"
+            _log.warning(text, self._id_key)
 
     def _for_base(self, reply: Reply) -> Message:
-        """Returns the message that the base gets: an error, or records of its own, since strategies overwrite them.
-
-        The model's arrays are in the order in which they were sent, since some strategies zip them. Where Flower's
-        function averages all metrics, class counts and ids are not among them.
-        """
-        assert self._layout is not None
-        metadata, chain, template = reply.message.metadata, _chain(self.base), self._layout.template
-        if reply.message.has_error():
-            return reply.message
+        """Returns what the base gets: an error, or the reply, without counts and ids where it averages all metrics."""
+        message, chain = reply.message, _chain(self.base)
+        if message.has_error():
+            return message
         if reply.problem is not None:
-            return make_message(metadata, error=Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reply.problem))
-        averages_all = any(vars(one).get("train_metrics_aggr_fn") is aggregate_metricrecords for one in chain)
-        hidden = (self._counts_key, self._id_key) if averages_all else ()
-        in_place = any(isinstance(one, _IN_PLACE) for one in chain)
-        content = RecordDict()
-        for name, record in reply.message.content.items():
-            if isinstance(record, ArrayRecord):
-                keys = template if set(record) == set(template) else record
-                arrays = ArrayRecord({key: record[key] for key in keys})
-                content[name] = _floating(arrays) if in_place else arrays
-            elif isinstance(record, MetricRecord):
-                content[name] = MetricRecord({key: value for key, value in record.items() if key not in hidden})
-            else:
-                content[name] = record
-        return make_message(metadata, content)
+            return make_message(message.metadata, error=Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reply.problem))
+        if any(vars(one).get("train_metrics_aggr_fn") is aggregate_metricrecords for one in chain):
+            for metrics in message.content.metric_records.values():
+                for key in (self._counts_key, self._id_key):
+                    metrics.pop(key, None)
+        if any(isinstance(one, _IN_PLACE) for one in chain):
+            for name, arrays in list(message.content.array_records.items()):
+                message.content[name] = _floating(arrays)
+        return message
 
     def _teachers_of(self, read: list[Reply], messages: list[Message], report: RefineReport) -> list[ClientResult]:
         """Returns the teachers, and enters into the report why the other clients are none."""
@@ -410,9 +396,9 @@ class Refined(Strategy):
 
     def _settings(self) -> dict[str, Any]:
         """Returns what a resumed run must have the same."""
-        found = {"seed": self._seed, "classes": self._num_classes, "image_shape": self._shape}
-        settings: dict[str, Any] = {**found, "teachers": self._teachers}
+        settings: dict[str, Any] = {"seed": self._seed, "image_shape": self._shape, "classes": self._num_classes}
         settings |= {f"refiner.{key}": value for key, value in self._config.model_dump(mode="json").items()}
+        settings["teachers"] = self._teachers
         for depth, one in enumerate(_chain(self.base)):
             name = "base" + ".strategy" * depth
             settings[name] = type(one).__name__
@@ -488,10 +474,7 @@ def _num_classes(model: FunctionalModel, image_shape: Sequence[int], device: tor
 
 def _check_base(base: Strategy, teachers: str, accept_privacy_loss: bool) -> None:
     if not isinstance(base, Strategy):
-        raise InputError(
-            f"the base strategy must be one of flwr.serverapp.strategy, got {type(base).__name__}; "
-            "those of flwr.server.strategy are Flower's older interface"
-        )
+        raise InputError(f"the base strategy must be one of flwr.serverapp.strategy, got {type(base).__name__}")
     for one in _chain(base):
         name = type(one).__name__
         if isinstance(one, Refined):
@@ -500,9 +483,8 @@ def _check_base(base: Strategy, teachers: str, accept_privacy_loss: bool) -> Non
             raise InputError(f"{name} trains decision trees, refiners need torch classifiers; use it alone")
         if isinstance(one, _PRIVATE) and not accept_privacy_loss:
             raise InputError(
-                f"{name} promises privacy for the sum of the updates, and a refiner uses every single one: the refined "
-                "model would not be private; use local privacy (LocalDpMod in the ClientApp), or pass "
-                "accept_privacy_loss=True"
+                f"{name} promises privacy for the sum of the updates, and a refiner uses every single one; use local "
+                "privacy (LocalDpMod in the ClientApp), or pass accept_privacy_loss=True"
             )
         if isinstance(one, _PRIVATE) and getattr(one, "accountant", None) is not None:
             raise InputError(f"{name} has an accountant, whose epsilon would be wrong for a refined model; remove it")
@@ -531,11 +513,10 @@ def _selected(base: Strategy, contents: list[RecordDict]) -> list[RecordDict]:
 
 def _floating(record: ArrayRecord) -> ArrayRecord:
     """Returns a record with integers as float64, as which Flower averages them anyway."""
-    arrays = dict(record.items())
-    for key, array in record.items():
-        if np.dtype(array.dtype).kind in "iub":
-            arrays[key] = Array(np.asarray(array.numpy().astype(np.float64)))
-    return ArrayRecord(arrays)
+    whole = {key for key, array in record.items() if np.dtype(array.dtype).kind in "iub"}
+    return ArrayRecord(
+        {key: Array(np.asarray(a.numpy(), np.float64)) if key in whole else a for key, a in record.items()}
+    )
 
 
 def _state_of(strategy: Any) -> Params:
@@ -547,12 +528,10 @@ def _state_of(strategy: Any) -> Params:
         return dict(strategy.state_tensors())
     found: Params = {}
     for attribute, value in vars(strategy).items():
-        if attribute == "current_arrays" or not isinstance(value, dict | list):
-            continue
-        items = list(value.items() if isinstance(value, dict) else enumerate(value))
-        if all(isinstance(item, np.ndarray | np.generic) for _, item in items):
-            name = attribute if isinstance(value, dict) else f"{attribute}[]"
-            found |= {f"{name}/{key}": torch.from_numpy(np.array(item)) for key, item in items}
+        if attribute != "current_arrays" and isinstance(value, dict | list):
+            name, items = (attribute, value) if isinstance(value, dict) else (f"{attribute}[]", dict(enumerate(value)))
+            if all(isinstance(item, np.ndarray | np.generic) for item in items.values()):
+                found |= {f"{name}/{key}": torch.from_numpy(np.array(item)) for key, item in items.items()}
     return found
 
 
