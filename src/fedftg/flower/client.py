@@ -31,7 +31,7 @@ from fedftg.errors import InputError
 from fedftg.flower import wire
 from fedftg.flower.nodes import ClientFacts
 from fedftg.flower.settings import agreement, app_settings, node_settings, on_node
-from fedftg.flower.wire import CONFIG, INITIAL, MESSAGE, METRICS, NUM_EXAMPLES, PARTITION_ID, Layout, Order
+from fedftg.flower.wire import CONFIG, METRICS, NUM_EXAMPLES, PARTITION_ID, Layout, Order
 from fedftg.models import registry
 from fedftg.models.functional import FunctionalModel
 from fedftg.params import Params, first_non_finite, to_device
@@ -39,8 +39,6 @@ from fedftg.rundir.tensors import read_tensors, write_tensors
 from fedftg.seeds import SERVER, forked, numpy_rng, seed_for
 
 Batches = Iterable[tuple[Tensor, Tensor]]
-
-_AGAIN = "pass what can be iterated again, such as the DataLoader itself or a list"
 
 
 def train_client(
@@ -75,7 +73,7 @@ def train_client(
     named = PARTITION_ID in context.node_config
     client = int(context.node_config[PARTITION_ID]) if named else wire.client_of(context.node_id)
     records = dict(content.array_records)
-    sent, first = records.pop(MESSAGE, None), records.pop(INITIAL, None)
+    sent, first = records.pop(wire.MESSAGE, None), records.pop(wire.INITIAL, None)
     if len(records) != 1:
         raise InputError(f"the message must hold one ArrayRecord with the model, got {len(records)}")
     ((arrays_key, arrays),) = records.items()
@@ -119,8 +117,12 @@ def train_client(
         kept.write(order.round, to_device(result.memory, "cpu"))
     elif bad is not None and first_non_finite({**result.params, **result.buffers, **result.extra}) is None:
         raise InputError(f"non-finite memory {bad}")
-    joined = layout.join(result.params, result.buffers)
-    return Message(wire.encode_reply(result, joined, arrays_key=arrays_key, named=named), reply_to=message)
+    reply = RecordDict({arrays_key: wire.encode(layout.join(result.params, result.buffers))})
+    if result.extra:
+        reply[wire.EXTRA] = wire.encode(result.extra)
+    metrics: Any = {NUM_EXAMPLES: num_samples, wire.CLASS_COUNTS: class_counts.tolist(), wire.LOSS: result.loss}
+    reply[METRICS] = MetricRecord(metrics | ({PARTITION_ID: client} if named else {}))
+    return Message(reply, reply_to=message)
 
 
 def client_app(recipe: str | Path) -> ClientApp:
@@ -325,14 +327,11 @@ def local_train(
         InputError: the message is not of such a strategy, the arrays are not the model's, the client's memory is gone
             or damaged, a ``state_dir`` without a partition id, or an iterator for more than one epoch.
     """
-    local = Order.of(message.content).local
     if state_dir is not None and PARTITION_ID not in context.node_config:
         raise InputError(
             f"state_dir={str(state_dir)!r} needs a partition id, since a node id changes with each start; give the "
             "SuperNode --node-config 'partition-id=0', or leave state_dir out"
         )
-    if isinstance(batches, Iterator) and local.steps is None and local.epochs > 1:
-        raise InputError(f"batches is an iterator, which ends after one of {local.epochs} epochs; {_AGAIN}")
     return train_client(
         message,
         context,
@@ -345,20 +344,21 @@ def local_train(
 
 
 def _epochs(batches: Batches, settings: LocalConfig) -> Iterator[tuple[Tensor, Tensor]]:
-    if settings.steps is None:
-        for _ in range(settings.epochs):
-            yield from batches
-        return
-    done = 0
-    while done < settings.steps:
-        before = done
-        for batch in itertools.islice(batches, settings.steps - done):
-            done += 1
+    """Yields batches, pass after pass, for all epochs or steps."""
+    left = settings.steps
+    for number in itertools.count() if left else range(settings.epochs):
+        given = 0
+        for batch in itertools.islice(batches, left):
+            given += 1
             yield batch
-        if done == before == 0:
-            return  # a client without data
-        if done == before:
-            raise InputError(f"batches is an iterator that ended after {done} of {settings.steps} steps; {_AGAIN}")
+        if number and not given:
+            raise InputError(
+                f"batches is an iterator that ended after {number} of several passes; pass what can be iterated again, "
+                "such as the DataLoader itself or a list"
+            )
+        left = left and left - given
+        if not given or left == 0:
+            return
 
 
 class _DiskMemory:

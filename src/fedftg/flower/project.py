@@ -135,18 +135,16 @@ A Flower app for {count} clients: {config.algorithm.name} with refiner {config.r
 {config.data.name}. Every setting is in `{PACKAGE}/recipe.toml`.{plugins}
 
 Install `fedftg[flower]` {__version__} on the server and on every node, and `fedftg[simulation]` where you simulate.
-Where there is no internet, switch off what needs it, and updates of packages, before anything is started:
+Where there is no internet, set first:
 
     export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
     export RAY_USAGE_STATS_ENABLED=0
 
-In Flower's simulation, in this folder, all {count} clients on one machine:
+In Flower's simulation, in this folder, all {count} clients on one machine (`pkill -f flower-superlink` ends the
+SuperLink that it starts):
 
     flwr run . --stream -c "out=\\"$PWD/runs/first\\"" \\
         --federation-config 'num-supernodes={count} client-resources-num-cpus=1'
-
-It starts a SuperLink on this machine that stays, with the environment of the first call; `pkill -f flower-superlink`
-ends it.
 
 On machines: a SuperLink, and one SuperNode for each client with its number from 0 to {count - 1}:
 
@@ -154,16 +152,14 @@ On machines: a SuperLink, and one SuperNode for each client with its number from
     flower-supernode --insecure --superlink SERVER:8000 --port 8001 --node-config 'partition-id=0'
     flwr run . NAME --stream -c 'out="/folder/on/the/server"'
 
-Several SuperNodes on one machine need a `--port` each.
-
-`NAME` stands for the SuperLink in Flower's own `config.toml`:
+Several SuperNodes on one machine need a `--port` each. `NAME` is the SuperLink in Flower's own `config.toml`:
 
     [superlink.NAME]
     address = "SERVER:8000"
     insecure = true
 
-`flwr list NAME` shows the runs and how they ended, `flwr stop RUN NAME` stops one. The same command with `resume=true`
-resumes it: `-c 'out="/folder/on/the/server" resume=true'`. Another number of clients needs a new app. `fedftg report`,
+`flwr list NAME` shows the runs, `flwr stop RUN NAME` stops one, and the same command with `resume=true` resumes it:
+`-c 'out="/folder/on/the/server" resume=true'`. Another number of clients needs a new app. `fedftg report`,
 `fedftg compare` and `fedftg export` read the run folder. `docs/flower.md` of fedftg describes TLS, authentication of
 nodes, GPUs and every message.
 """

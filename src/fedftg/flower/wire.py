@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from fedftg.algorithms.base import Algorithm, ClientResult, LocalTask, ServerState
+from fedftg.algorithms.base import Algorithm, LocalTask, ServerState
 from fedftg.algorithms.registry import ALGORITHMS
 from fedftg.config import parse
 from fedftg.data.dataset import Channels
@@ -280,26 +280,6 @@ class Reply:
     """Those of all its ``MetricRecord``s."""
     class_counts: Tensor | None = None
     """``(C,)`` int64; None where the reply has none or none was asked for."""
-
-
-def encode_reply(result: ClientResult, arrays: Params, *, arrays_key: str = ARRAYS, named: bool = True) -> RecordDict:
-    """Returns the content of a client's reply.
-
-    Args:
-        result: of its training.
-        arrays: parameters and buffers as they travel.
-        arrays_key: the name of their record.
-        named: whether the client has a partition id.
-    """
-    content = RecordDict({arrays_key: encode(arrays)})
-    if result.extra:
-        content[EXTRA] = encode(result.extra)
-    counts = [int(count) for count in result.class_counts]
-    metrics = MetricRecord({NUM_EXAMPLES: result.num_samples, CLASS_COUNTS: counts, LOSS: result.loss})
-    if named:
-        metrics[PARTITION_ID] = result.client
-    content[METRICS] = metrics
-    return content
 
 
 def read_reply(
