@@ -401,10 +401,12 @@ def test_two_nodes_with_one_partition_id_are_both_left_out(app: ClientApp) -> No
     assert strategy.reports[0].left_out == {1: "2 nodes are client 1; give each its own 'partition-id'"}
 
 
-def test_what_the_base_raises_is_raised(app: ClientApp) -> None:
-    """Flower's strategies refuse a round in which one reply has another metric."""
+def test_what_the_base_raises_is_raised(app: ClientApp, log: pytest.LogCaptureFixture) -> None:
+    """Flower's strategies refuse a round in which one reply has another metric; who was left out is logged before."""
+    changes = {2: set_metric("more", 1.0), 3: replaced("head.bias", not_a_number)}
     with pytest.raises(InconsistentMessageReplies):
-        run(wrapped(BASES["FedAvg"]()), small.grid_of(app, CLIENTS, {2: set_metric("more", 1.0)}))
+        run(wrapped(BASES["FedAvg"]()), small.grid_of(app, CLIENTS, changes))
+    assert "FedFTG, round 1: client 2 is no teacher: tensor 'head.bias' holds NaN" in log.text
 
 
 def test_a_round_in_which_every_client_fails_leaves_the_model(app: ClientApp) -> None:

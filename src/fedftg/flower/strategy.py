@@ -305,7 +305,7 @@ class Refined(Strategy):
         return message
 
     def _teachers_of(self, read: list[Reply], messages: list[Message], report: RefineReport) -> list[ClientResult]:
-        """Returns the teachers, and enters into the report why the other clients are none."""
+        """Returns the teachers, and logs and reports why the other clients are none."""
         assert self._layout is not None
         contents = [message.content for message in messages if message.has_content()]
         selected = _selected(self.base, contents) if self._teachers == "selected" and contents else contents
@@ -325,6 +325,10 @@ class Refined(Strategy):
                 params, buffers = self._layout.split(reply.arrays)
                 size = int(counts.sum())
                 teachers.append(ClientResult(reply.client, size, counts, params, buffers, {}, {}, float("nan")))
+        for client, problem in report.left_out.items():
+            _log.warning(
+                "%s, round %d: client %d is no teacher: %s", type(self).__name__, report.round, client, problem
+            )
         return teachers
 
     def _refine(self, arrays: ArrayRecord | None, teachers: list[ClientResult], report: RefineReport) -> Params | None:
@@ -374,8 +378,6 @@ class Refined(Strategy):
     def _logged(self, report: RefineReport, metrics: MetricRecord | None) -> MetricRecord:
         """Logs a report, and returns the base's metrics with its; none of them depends on the machine's speed."""
         name, number, count = type(self).__name__, report.round, len(report.teachers)
-        for client, problem in report.left_out.items():
-            _log.warning("%s, round %d: client %d is no teacher: %s", name, number, client, problem)
         if report.rolled_back:
             _log.error("%s, round %d: not refined: %s", name, number, report.rolled_back)
         else:
