@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from fedftg import cli
-from fedftg.data import ImageDataset, sources
+from fedftg.data import sources
+from fedftg.data.dataset import ImageDataset
 from fedftg.errors import InputError
 
 

@@ -29,8 +29,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedftg.engine.machine import environment
 from fedftg.flower import FedFTG, class_counts
-from fedftg.flower.local_grid import LocalGrid
-from fedftg.flower.records import record_bytes
+from fedftg.flower.testing import LocalGrid
 from fedftg.models.registry import ModelConfig, build
 
 IMAGE_SHAPE, NUM_CLASSES = (3, 32, 32), 10
@@ -62,6 +61,10 @@ def client_app(model: torch.nn.Module, steps: int, batch_size: int) -> ClientApp
         return Message(RecordDict(content), reply_to=message)
 
     return app
+
+
+def record_bytes(record: ArrayRecord) -> int:
+    return sum(len(array.data) for array in record.values())
 
 
 def resident_mb() -> float:

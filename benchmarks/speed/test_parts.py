@@ -10,8 +10,9 @@ import torch
 from workload import BATCH, CLASSES, SHAPE, bare_loop, images, model
 
 from fedftg import params as tree
-from fedftg.data import PartitionConfig, partition
 from fedftg.data.augment import augment
+from fedftg.data.config import PartitionConfig
+from fedftg.data.partition import partition
 from fedftg.distill import losses
 from fedftg.distill.generator import Generator
 from fedftg.models.functional import values

@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from fedftg.data import DataConfig, known, load
+from fedftg.data import known
+from fedftg.data.config import DataConfig
+from fedftg.data.sources import load
 from fedftg.errors import InputError
 
 

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from fedftg.data import DataConfig, assemble, cache, load
+from fedftg.data import assemble, cache
+from fedftg.data.config import DataConfig
+from fedftg.data.sources import load
 from fedftg.errors import InputError
 
 SOURCE = Path(__file__).parents[2] / "src"
@@ -307,7 +309,8 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, hub):
     hub.write_set(tmp_path / "set", hub.colour(300), [0] * 300)
     program = f"""
 import resource
-from fedftg.data import DataConfig, load
+from fedftg.data.config import DataConfig
+from fedftg.data.sources import load
 from fedftg.errors import InputError
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
@@ -359,7 +362,9 @@ def test_memory_does_not_grow_with_the_set(tmp_path, hub):
     hub.write(root / "train.parquet", content * 120, {"label": [0] * 2400}, row_group_size=100)
     hub.write(root / "test.parquet", content[:2], {"label": [0] * 2})
     program = f"""
-from fedftg.data import DataConfig, assemble, load
+from fedftg.data import assemble
+from fedftg.data.config import DataConfig
+from fedftg.data.sources import load
 assemble.measured_normalisation = lambda images: ((0.5,) * 3, (0.5,) * 3)  # it maps the file: pages count
 def peak():  # getrusage would tell the peak of the process that started this one, where that was higher
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))

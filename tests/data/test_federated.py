@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from fedftg.data import FederatedData, ImageDataset, federated
+from fedftg.data import federated
+from fedftg.data.dataset import ImageDataset
+from fedftg.data.federated import FederatedData
 from fedftg.errors import InputError
 
 

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedftg.data import DataConfig, load
+from fedftg.data.config import DataConfig
+from fedftg.data.sources import load
 from fedftg.errors import InputError
 
 

@@ -14,7 +14,8 @@ pytest.importorskip("datasets")
 SOURCE = Path(__file__).parents[2] / "src"
 LOADER = """
 import json, sys
-from fedftg.data import DataConfig, load
+from fedftg.data.config import DataConfig
+from fedftg.data.sources import load
 from fedftg.errors import InputError
 for text in sys.argv[1:]:
     try:
@@ -113,8 +114,8 @@ def test_unknown_id_and_images_beside_the_table(tmp_path, hub, fake_hub):
 
 
 def test_without_the_library(monkeypatch):
-    from fedftg.data import DataConfig
-    from fedftg.data import load as load_here
+    from fedftg.data.config import DataConfig
+    from fedftg.data.sources import load as load_here
     from fedftg.errors import InputError
 
     monkeypatch.setitem(sys.modules, "datasets", None)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fedftg.data import DataConfig, load
+from fedftg.data.config import DataConfig
 from fedftg.data.parquet import TableSplit, find_columns
+from fedftg.data.sources import load
 from fedftg.errors import InputError
 
 

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fedftg.data import PartitionConfig, partition, skew
-from fedftg.data.config import Law
+from fedftg.data.config import Law, PartitionConfig
 from fedftg.data.partition import (
     LAWS,
     class_counts,
@@ -25,6 +24,8 @@ from fedftg.data.partition import (
     largest_remainder,
     needed_columns,
     noise_levels,
+    partition,
+    skew,
 )
 from fedftg.errors import InputError
 

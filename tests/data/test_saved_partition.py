@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedftg.data import PartitionConfig, partition
-from fedftg.data.partition import labels_digest, load, save, to_json
+from fedftg.data.config import PartitionConfig
+from fedftg.data.partition import labels_digest, load, partition, save, to_json
 from fedftg.errors import InputError
 
 LABELS = np.array([0, 1, 0, 1, 1, 0])

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fedftg.data import DataConfig, load
+from fedftg.data.config import DataConfig
+from fedftg.data.sources import load
 from fedftg.errors import InputError
 
 datasets = pytest.importorskip("datasets")

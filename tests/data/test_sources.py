@@ -7,9 +7,9 @@ import torch
 from pydantic import ValidationError
 from sklearn.datasets import load_digits
 
-from fedftg.data import SOURCES, DataConfig, load
+from fedftg.data.config import DataConfig
 from fedftg.data.dataset import measured_normalisation
-from fedftg.data.sources import stratified_subset
+from fedftg.data.sources import SOURCES, load, stratified_subset
 from fedftg.errors import InputError
 
 

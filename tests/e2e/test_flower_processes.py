@@ -140,13 +140,12 @@ def reachable(port: int) -> bool:
 
 def written_app(folder: Path, machines: Loopback, *more: str) -> Path:
     chosen = [*SETTINGS, *more]
-    if machines.tls:
-        # The same digits from a file: two seconds less of imports in each of a dozen processes.
-        images, labels = load_digits(return_X_y=True)
-        images = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-        split = {"train_images": images[:1400], "train_labels": labels[:1400]}
-        np.savez(folder / "digits.npz", test_images=images[1400:], test_labels=labels[1400:], **split)
-        chosen += ["data.name=arrays", f"data.root={folder / 'digits.npz'}"]
+    # The same digits from a file: two seconds less of imports in each of a dozen processes.
+    images, labels = load_digits(return_X_y=True)
+    images = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    split = {"train_images": images[:1400], "train_labels": labels[:1400]}
+    np.savez(folder / "digits.npz", test_images=images[1400:], test_labels=labels[1400:], **split)
+    chosen += ["data.name=arrays", f"data.root={folder / 'digits.npz'}"]
     settings = [item for setting in chosen for item in ("--set", setting)]
     command = [sys.executable, "-m", "fedftg.cli", "flower", "new", str(folder / "app"), *settings]
     subprocess.run(command, check=True, capture_output=True, timeout=BOUND, env=machines._environment)
@@ -156,8 +155,7 @@ def written_app(folder: Path, machines: Loopback, *more: str) -> Path:
 takes_minutes = pytest.mark.skipif("FEDFTG_TEST_ALL" not in os.environ, reason="takes minutes; make test-all")
 
 
-# With TLS is all that there is without it, and more: `make test` does with that one.
-@pytest.fixture(params=[pytest.param(False, id="plain", marks=takes_minutes), pytest.param(True, id="tls")])
+@pytest.fixture
 def loopback(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Loopback]:
     machines = Loopback(tmp_path, request.param)
     try:
@@ -166,19 +164,15 @@ def loopback(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Loopbac
         machines.stop()
 
 
+@pytest.mark.parametrize("loopback", [True], ids=["tls"], indirect=True)
 def test_three_nodes_train_as_in_the_simulator(loopback: Loopback, tmp_path: Path) -> None:
-    keys: list[Path | None] = [None] * CLIENTS
-    if loopback.tls:
-        certify(tmp_path)
-        keys = [key_pair(tmp_path, f"node{client}") for client in range(CLIENTS)]
-    cohorts = [[1, 2], [0, 2], [1, 2]][: 3 if loopback.tls else 2]  # a third round is 20 seconds of starting processes
-    app = written_app(tmp_path, loopback, f"rounds={len(cohorts)}")
+    certify(tmp_path)
+    app = written_app(tmp_path, loopback)
     loopback.superlink()
-    stranger = None
-    if loopback.tls:
-        for key in keys:
-            loopback.flwr("supernode", "register", f"{key}.pub", "here")
-        stranger = loopback.supernode(0, "stranger", key_pair(tmp_path, "stranger"))
+    keys = [key_pair(tmp_path, f"node{client}") for client in range(CLIENTS)]
+    for key in keys:
+        loopback.flwr("supernode", "register", f"{key}.pub", "here")
+    stranger = loopback.supernode(0, "stranger", key_pair(tmp_path, "stranger"))
     # Nodes come up while the run waits for them.
     for client, key in enumerate(keys):
         loopback.supernode(client, f"node{client}", key)
@@ -187,36 +181,27 @@ def test_three_nodes_train_as_in_the_simulator(loopback: Loopback, tmp_path: Pat
     assert (out / "summary.json").exists(), told.stdout + told.stderr
     rows = rows_of(out)
     assert rows == simulated(app / "fedftg_app" / "recipe.toml", tmp_path / "simulated")
-    assert [row["clients"] for row in rows] == cohorts
+    assert [row["clients"] for row in rows] == [[1, 2], [0, 2], [1, 2]]
     assert not any("rejected" in row for row in rows)
-    if stranger is not None:
-        # Refused, it ends by itself; the three that are registered were not disturbed.
-        assert stranger.wait(BOUND) != 0, loopback.log("stranger")
-        listed = json.loads(loopback.flwr("supernode", "list", "here", "--format", "json").stdout)
-        assert len(listed["nodes"]) == CLIENTS
-
-
-@pytest.fixture
-def plain(tmp_path: Path) -> Iterator[Loopback]:
-    machines = Loopback(tmp_path, tls=False)
-    try:
-        yield machines
-    finally:
-        machines.stop()
+    # The stranger was refused and ended by itself; the three that are registered were not disturbed.
+    assert stranger.wait(BOUND) != 0, loopback.log("stranger")
+    listed = json.loads(loopback.flwr("supernode", "list", "here", "--format", "json").stdout)
+    assert len(listed["nodes"]) == CLIENTS
 
 
 @takes_minutes
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the process to kill in /proc")
-def test_a_killed_server_and_a_killed_node_go_on_from_what_is_on_disk(plain: Loopback, tmp_path: Path) -> None:
+@pytest.mark.parametrize("loopback", [False], ids=["plain"], indirect=True)
+def test_a_killed_server_and_a_killed_node_go_on_from_what_is_on_disk(loopback: Loopback, tmp_path: Path) -> None:
     """SCAFFOLD, whose clients keep a control variate: kill -9 of ServerApp and of a node in mid-run; both again."""
-    app = written_app(tmp_path, plain, "algorithm.name=scaffold", "rounds=4")
-    plain.superlink()
-    nodes = [plain.supernode(client, f"node{client}") for client in range(CLIENTS)]
+    app = written_app(tmp_path, loopback, "algorithm.name=scaffold", "rounds=4")
+    loopback.superlink()
+    nodes = [loopback.supernode(client, f"node{client}") for client in range(CLIENTS)]
     out = tmp_path / "served"
     run = ["run", str(app), "here", "--stream", "-c"]
-    plain.start("first", "flwr", *run, f'out="{out}" wait-seconds={BOUND}')
-    plain.wait_until(lambda: len(rows_of(out)) >= 1, "first")
-    servers = processes_of(plain.folder, "serverapp")
+    loopback.start("first", "flwr", *run, f'out="{out}" wait-seconds={BOUND}')
+    loopback.wait_until(lambda: len(rows_of(out)) >= 1, "first")
+    servers = processes_of(loopback.folder, "serverapp")
     assert servers
     for process in servers:
         os.kill(process, signal.SIGKILL)
@@ -224,9 +209,9 @@ def test_a_killed_server_and_a_killed_node_go_on_from_what_is_on_disk(plain: Loo
     done = len(rows_of(out))
     assert 1 <= done < 4
     assert not (out / "summary.json").exists()
-    plain.ports += free_ports(1)
-    plain.supernode(0, "node0-again")
-    told = plain.flwr(*run, f'out="{out}" resume=true wait-seconds={BOUND}')
+    loopback.ports += free_ports(1)
+    loopback.supernode(0, "node0-again")
+    told = loopback.flwr(*run, f'out="{out}" resume=true wait-seconds={BOUND}')
     assert (out / "summary.json").exists(), told.stdout + told.stderr
     rows = rows_of(out)
     assert rows == simulated(app / "fedftg_app" / "recipe.toml", tmp_path / "simulated")

@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedftg.data import FederatedData, ImageDataset
+from fedftg.data.dataset import ImageDataset
+from fedftg.data.federated import FederatedData
 from fedftg.engine.evaluate import evaluate, evaluate_clients
 from fedftg.models.functional import FunctionalModel
 

@@ -21,9 +21,9 @@ from typing import Any
 import pytest
 
 from fedftg import config as configs
-from fedftg.flower.client_app import client_app
-from fedftg.flower.local_grid import LocalGrid
-from fedftg.flower.server_app import serve
+from fedftg.flower.client import client_app
+from fedftg.flower.server import serve
+from fedftg.flower.testing import LocalGrid
 from fedftg.progress import Progress
 from fedftg.rundir import records
 

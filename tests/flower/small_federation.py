@@ -16,7 +16,7 @@ from fedftg.data.config import DataConfig, PartitionConfig
 from fedftg.data.federated import FederatedData
 from fedftg.distill.config import DistillConfig
 from fedftg.flower import class_counts
-from fedftg.flower.local_grid import LocalGrid
+from fedftg.flower.testing import LocalGrid
 
 IMAGE_SHAPE = (1, 8, 8)
 NUM_CLASSES = 10

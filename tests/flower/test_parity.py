@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from fedftg.flower import records
-from fedftg.flower.local_grid import LocalGrid
+from fedftg.flower import wire
+from fedftg.flower.testing import LocalGrid
 
 SCAFFOLD = "algorithm.name=scaffold"
 
@@ -82,7 +82,7 @@ def test_nodes_with_data_of_their_own(federation: Callable[..., Any], tmp_path: 
     brighter = np.clip(images[:100] * 2, 0, 255).astype(np.uint8)
     np.savez(tmp_path / "own0.npz", train_images=brighter[:60], train_labels=labels[:60],
              test_images=images[:10], test_labels=labels[:10])  # fmt: skip
-    sent: list[tuple[float, ...]] = []
+    sent: list[Any] = []
 
     def grid() -> LocalGrid:
         made = fed.grid(())
@@ -90,9 +90,7 @@ def test_nodes_with_data_of_their_own(federation: Callable[..., Any], tmp_path: 
             own = {"data-root": str(tmp_path / f"own{client}.npz"), "own-data": True}
             made.join(client + 1, fed.node(client, **own))
         made.before_push = lambda messages: sent.extend(
-            tuple(m.content.config_records[records.CONFIG]["mean"])  # type: ignore[arg-type]
-            for m in messages
-            if m.metadata.message_type == "train"
+            wire.Order.of(m.content).mean for m in messages if m.metadata.message_type == "train"
         )
         return made
 

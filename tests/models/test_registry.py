@@ -6,7 +6,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from fedftg.errors import InputError
-from fedftg.models import MODELS, FunctionalModel, ModelConfig, build
+from fedftg.models.functional import FunctionalModel
+from fedftg.models.registry import MODELS, ModelConfig, build
 
 CIFAR = (3, 32, 32)
 

@@ -10,9 +10,21 @@ except ModuleNotFoundError as error:
         raise
     raise ModuleNotFoundError("fedftg.flower needs Flower; pip install 'fedftg[flower]'", name="flwr") from None
 
-from fedftg.flower.local_training import class_counts, local_train
-from fedftg.flower.refine_report import RefineReport
-from fedftg.flower.rule_strategies import FedDyn, Moon, Scaffold
-from fedftg.flower.strategy import FedFTG
+from fedftg.flower.client import class_counts, client_app, local_train
+from fedftg.flower.rules import FedDyn, Moon, RuleStrategy, Scaffold
+from fedftg.flower.server import server_app
+from fedftg.flower.strategy import FedFTG, Refined, RefineReport
 
-__all__ = ["FedDyn", "FedFTG", "Moon", "RefineReport", "Scaffold", "class_counts", "local_train"]
+__all__ = [
+    "FedDyn",
+    "FedFTG",
+    "Moon",
+    "RefineReport",
+    "Refined",
+    "RuleStrategy",
+    "Scaffold",
+    "class_counts",
+    "client_app",
+    "local_train",
+    "server_app",
+]

@@ -22,12 +22,12 @@ def new(folder: Path, recipe: str | None, overrides: Sequence[str]) -> list[Path
     """Writes an app into a new folder; returns its files.
 
     Args:
-        folder: must not be there yet, or be empty.
+        folder: must not exist yet, or be empty.
         recipe: path or name of a recipe; None: the default one.
         overrides: ``"key=value"`` strings; the app's recipe holds the result.
 
     Raises:
-        InputError: the folder is taken or cannot be written, or the recipe is wrong; nothing was written.
+        InputError: the folder is taken or cannot be written, or the recipe is wrong.
     """
     config = configs.load(recipes.find(recipe or recipes.DEFAULT), overrides)
     if config.data.name == TENSORS:
@@ -38,42 +38,37 @@ def new(folder: Path, recipe: str | None, overrides: Sequence[str]) -> list[Path
             f"cohort.size must be at most partition.num_clients, {config.partition.num_clients}, got "
             f"{config.cohort.size}; set both"
         )
-    files = _files(_project_name(folder), config)
-    written: list[Path] = []
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"{folder} is a file; give a folder that is not there yet")
-        if folder.exists() and any(folder.iterdir()):
-            raise InputError(f"{folder} exists already and is not empty; give a folder that is not there yet")
-        (folder / PACKAGE).mkdir(parents=True, exist_ok=True)
-        for path, text in files.items():
-            with (folder / path).open("x", encoding="utf-8") as file:
-                written.append(folder / path)
-                file.write(text)
-    except OSError as error:
-        for file_written in written:
-            file_written.unlink(missing_ok=True)
-        raise InputError(f"cannot write to {folder}: {error.strerror}; give another folder") from None
-    return written
-
-
-def _project_name(folder: Path) -> str:
     name = re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-")
     if not name:
         raise InputError(f"the name of folder {folder} needs a letter or a digit; it becomes the app's name")
-    return name
+    files = _files(name, config)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"{folder} exists already; give a folder that does not exist yet or is empty")
+    try:
+        (folder / PACKAGE).mkdir(parents=True, exist_ok=True)
+        for path, text in files.items():
+            (folder / path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}; give another folder") from None
+    return [folder / path for path in files]
 
 
 def _files(name: str, config: RunConfig) -> dict[str, str]:
-    """What is written, by path; the recipe's paths hold wherever the app runs."""
-    carried: dict[str, str] = {}
-    if config.data.root is not None:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"root": config.data.root.resolve()})})
-    if config.partition.law == "file" and config.partition.file is not None:
-        carried[f"{PACKAGE}/{PARTITION_FILE}"] = _partition(config.partition.file)
-        inside = config.partition.model_copy(update={"file": Path(PARTITION_FILE)})
-        config = config.model_copy(update={"partition": inside})
-    return carried | {
+    """Returns the text of each file, by path; the recipe's paths hold wherever the app runs."""
+    saved: dict[str, str] = {}
+    data, partition = config.data, config.partition
+    if data.root is not None:
+        data = data.model_copy(update={"root": data.root.resolve()})
+    if partition.law == "file" and partition.file is not None:
+        try:
+            saved[f"{PACKAGE}/{PARTITION_FILE}"] = partition.file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"cannot read partition.file {partition.file} ({type(error).__name__}); give a saved partition"
+            ) from None
+        partition = partition.model_copy(update={"file": Path(PARTITION_FILE)})
+    config = config.model_copy(update={"data": data, "partition": partition})
+    return saved | {
         "pyproject.toml": _pyproject(name, config),
         "README.md": _readme(name, config),
         f"{PACKAGE}/__init__.py": f'"""The Flower app {name}."""\n',
@@ -83,22 +78,13 @@ def _files(name: str, config: RunConfig) -> dict[str, str]:
     }
 
 
-def _partition(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"cannot read partition.file {file} ({type(error).__name__}); give a saved partition"
-        ) from None
-
-
 def _app(side: str) -> str:
     where = "the SuperLink" if side == "server" else "every SuperNode"
     return f'''"""What {where} runs."""
 
 from pathlib import Path
 
-from fedftg.flower.{side}_app import {side}_app
+from fedftg.flower import {side}_app
 
 app = {side}_app(Path(__file__).with_name("recipe.toml"))
 '''
@@ -109,7 +95,7 @@ def _pyproject(name: str, config: RunConfig) -> str:
     for field in AppSettings.model_fields.values():
         value = field.default
         shown = str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else value
-        lines += [f"# {line}" for line in _wrapped(str(field.description))]
+        lines += [f"# {line}" for line in textwrap.wrap(str(field.description), 100)]
         lines.append(f"{field.alias} = {shown}")
     settings = "\n".join(lines)
     return f"""[build-system]
@@ -140,32 +126,25 @@ clientapp = "{PACKAGE}.client_app:app"
 """
 
 
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, 100)
-
-
 def _readme(name: str, config: RunConfig) -> str:
     count = config.partition.num_clients
-    who = f"{count} clients"
     plugins = "".join(f" The module `{name}` must be installed on server and nodes." for name in config.plugins)
     return f"""# {name}
 
-A Flower app for {who}: {config.algorithm.name} with refiner {config.refiner.name} on data set
+A Flower app for {count} clients: {config.algorithm.name} with refiner {config.refiner.name} on data set
 {config.data.name}. Every setting is in `{PACKAGE}/recipe.toml`.{plugins}
 
 Install `fedftg[flower]` {__version__} on the server and on every node, and `fedftg[simulation]` where you simulate.
-Before anything is started, switch off what asks the internet where there is none, and updates of packages:
+Where there is no internet, set first:
 
     export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
     export RAY_USAGE_STATS_ENABLED=0
 
-In Flower's simulation, in this folder, all {count} clients on one machine:
+In Flower's simulation, in this folder, all {count} clients on one machine (`pkill -f flower-superlink` ends the
+SuperLink that it starts):
 
     flwr run . --stream -c "out=\\"$PWD/runs/first\\"" \\
         --federation-config 'num-supernodes={count} client-resources-num-cpus=1'
-
-It starts a SuperLink on this machine that stays, with the environment of the first call; `pkill -f flower-superlink`
-ends it.
 
 On machines: a SuperLink, and one SuperNode for each client with its number from 0 to {count - 1}:
 
@@ -173,17 +152,14 @@ On machines: a SuperLink, and one SuperNode for each client with its number from
     flower-supernode --insecure --superlink SERVER:8000 --port 8001 --node-config 'partition-id=0'
     flwr run . NAME --stream -c 'out="/folder/on/the/server"'
 
-Several SuperNodes on one machine need a `--port` each.
-
-`NAME` stands for the SuperLink in Flower's own `config.toml`:
+Several SuperNodes on one machine need a `--port` each. `NAME` is the SuperLink in Flower's own `config.toml`:
 
     [superlink.NAME]
     address = "SERVER:8000"
     insecure = true
 
-`flwr list NAME` has the runs and how they ended, `flwr stop RUN NAME` stops one. A run that was stopped goes on by the
-same command with `resume=true` in `-c`: `-c 'out="/folder/on/the/server" resume=true'`. Another number of clients is
-another app: write it anew. The run folder is one of `fedftg`:
-`fedftg report`, `fedftg compare` and `fedftg export` read it. TLS, authentication of nodes, GPUs and what every message
-holds are in `docs/flower.md` of fedftg.
+`flwr list NAME` shows the runs, `flwr stop RUN NAME` stops one, and the same command with `resume=true` resumes it:
+`-c 'out="/folder/on/the/server" resume=true'`. Another number of clients needs a new app. `fedftg report`,
+`fedftg compare` and `fedftg export` read the run folder. `docs/flower.md` of fedftg describes TLS, authentication of
+nodes, GPUs and every message.
 """

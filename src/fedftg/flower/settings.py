@@ -1,4 +1,4 @@
-"""What ``flwr run -c`` and ``flower-supernode --node-config`` may set, and what both sides must agree on."""
+"""What ``flwr run -c`` and ``flower-supernode --node-config`` may set, and what server and nodes must agree on."""
 
 from __future__ import annotations
 
@@ -17,50 +17,53 @@ from fedftg.errors import InputError, unknown
 
 PARTITION_FILE = "partition.json"
 """A saved partition that an app carries beside its recipe."""
-LOCAL_KEYS = (
-    "name",
-    "rounds",
-    "device",
-    "threads",
-    "data.root",
-    "data.cache",
-    "partition.file",
-    "checkpoint",
-    "evaluation",
-    "executor",
-)
-"""Settings of a recipe that server and nodes may have differently."""
+LOCAL_KEYS: dict[str, Any] = {
+    "name": True,
+    "rounds": True,
+    "device": True,
+    "threads": True,
+    "data": {"root", "cache"},
+    "partition": {"file"},
+    "checkpoint": True,
+    "evaluation": True,
+    "executor": True,
+}
+"""Settings of a recipe that may differ between server and nodes."""
+
+
+def _hyphens(name: str) -> str:
+    return name.replace("_", "-")
 
 
 class AppSettings(BaseModel):
     """The keys of ``[tool.flwr.app.config]``, the same for server and nodes; ``flwr run -c`` overrides them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=lambda name: name.replace("_", "-"))
+    model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=_hyphens)
 
     set: str = Field(
         default="", description="overrides of the recipe, separated by blanks, such as 'rounds=50 local.lr=0.05'"
     )
     out: str = Field(
-        default="", description="folder of the run, on the server; empty: runs/NAME in the server's working folder"
+        default="", description="the run folder, on the server; empty: runs/NAME in the server's working folder"
     )
-    resume: bool = Field(default=False, description="go on with the run in 'out' from its last checkpoint")
+    resume: bool = Field(default=False, description="resume the run in 'out' from its last checkpoint")
     min_clients: int = Field(
-        default=1, ge=1, description="a round needs so many usable updates, or leaves the global model as it was"
+        default=1, ge=1, description="usable updates that a round needs; with fewer the global model does not change"
     )
     wait_seconds: float = Field(
         default=300.0, ge=0, description="the longest wait for nodes: for all before the first round, later for enough"
     )
     round_seconds: float = Field(
-        default=3600.0, gt=0, description="the longest wait for a round's replies; who is later is left out"
+        default=3600.0, gt=0, description="the longest wait for a round's replies; later ones are left out"
     )
     evaluate_seconds: float = Field(
-        default=600.0, gt=0, description="the longest wait for nodes that measure models on what they hold back"
+        default=600.0, gt=0, description="the longest wait for nodes that evaluate models on what they hold back"
     )
     server_data: str = Field(
         default="recipe",
         min_length=1,
         description="test data on the server: recipe (what the recipe names), none (accuracy is not measured), or "
-        "the folder that stands for data.root there",
+        "the folder that replaces data.root there",
     )
     client_state: Literal["disk", "context"] = Field(
         default="disk",
@@ -73,7 +76,7 @@ class AppSettings(BaseModel):
     )
 
     def overrides(self) -> list[str]:
-        """``set`` as a list of ``key=value``; raises `InputError` where a quotation mark is left open."""
+        """Returns ``set`` as a list of ``key=value``; raises `InputError` where a quotation mark is not closed."""
         try:
             return shlex.split(self.set)
         except ValueError as error:
@@ -84,31 +87,31 @@ class AppSettings(BaseModel):
 
 
 class NodeSettings(BaseModel):
-    """The keys of ``--node-config`` that concern this package; others are left alone."""
+    """The keys of ``--node-config`` that concern this package; others are ignored."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", alias_generator=lambda name: name.replace("_", "-"))
+    model_config = ConfigDict(frozen=True, extra="ignore", alias_generator=_hyphens)
 
     partition_id: int = Field(ge=0, description="which client this node is, from 0; each node another one")
-    data_root: str = Field(default="", description="folder that stands for data.root on this node")
+    data_root: str = Field(default="", description="the folder that replaces data.root on this node")
     own_data: bool = Field(
-        default=False, description="all training images in the data set here are this client's; nothing is divided"
+        default=False, description="all training images in the data set here are this client's; no partition is made"
     )
     state_dir: str = Field(
         default="", description="folder for the client's memory; empty: fedftg-state in the user's home"
     )
-    cache: str = Field(default="", description="folder that stands for data.cache on this node")
+    cache: str = Field(default="", description="the folder that replaces data.cache on this node")
     device: str = Field(default="", description="auto, cpu, cuda or cuda:N; empty: the recipe's")
     threads: int = Field(default=-1, ge=-1, description="CPU threads; -1: the recipe's, 0: torch's choice")
 
     @property
     def state_folder(self) -> Path:
-        """Where the client's memory lies."""
+        """The folder for the client's memory."""
         return Path(self.state_dir) if self.state_dir else Path.home() / "fedftg-state"
 
 
 def app_settings(given: Mapping[str, Any]) -> AppSettings:
-    """The settings of a run; raises `InputError` with the first thing that is wrong."""
-    known = [field.alias or name for name, field in AppSettings.model_fields.items()]
+    """Returns the settings of a run; raises `InputError` with the first problem."""
+    known = [_hyphens(name) for name in AppSettings.model_fields]
     for key in given:
         if key not in known:
             raise unknown("key of the app's config", key, known)
@@ -116,43 +119,35 @@ def app_settings(given: Mapping[str, Any]) -> AppSettings:
 
 
 def node_settings(given: Mapping[str, Any]) -> NodeSettings:
-    """The settings of a node; raises `InputError` with the first thing that is wrong."""
+    """Returns the settings of a node; raises `InputError` with the first problem."""
     return configs.parse(NodeSettings, dict(given), "node config")
 
 
 def on_server(recipe: Path, settings: AppSettings) -> RunConfig:
-    """The recipe with the run's overrides, and the server's own place of the data."""
-    config = _with_partition_file(configs.load(recipe, settings.overrides()), recipe)
-    if settings.server_data in ("recipe", "none"):
-        return config
-    return config.model_copy(update={"data": config.data.model_copy(update={"root": Path(settings.server_data)})})
+    """Returns the recipe with the run's overrides, and the server's own place of the data."""
+    root = "" if settings.server_data in ("recipe", "none") else settings.server_data
+    return _config(recipe, settings, {"data.root": root})
 
 
 def on_node(recipe: Path, settings: AppSettings, node: NodeSettings) -> RunConfig:
-    """The recipe with the run's overrides, and the node's own places and device."""
-    given = configs.apply(configs.read_recipe(recipe), settings.overrides())
-    own = {"data.root": node.data_root, "data.cache": node.cache, "device": node.device}
-    pairs = [f"{key}={json.dumps(value)}" for key, value in own.items() if value]
+    """Returns the recipe with the run's overrides, and the node's own places and device."""
+    own: dict[str, Any] = {"data.root": node.data_root, "data.cache": node.cache, "device": node.device}
     if node.threads >= 0:
-        pairs.append(f"threads={node.threads}")
-    return _with_partition_file(configs.from_mapping(configs.apply(given, pairs)), recipe)
+        own["threads"] = node.threads
+    return _config(recipe, settings, own)
 
 
-def _with_partition_file(config: RunConfig, recipe: Path) -> RunConfig:
-    """A partition that is named without a folder lies beside the recipe, wherever that was unpacked."""
-    file = config.partition.file
-    if file is None or file != Path(PARTITION_FILE):
+def _config(recipe: Path, settings: AppSettings, own: Mapping[str, Any]) -> RunConfig:
+    pairs = [f"{key}={json.dumps(value)}" for key, value in own.items() if value != ""]
+    config = configs.load(recipe, [*settings.overrides(), *pairs])
+    if config.partition.file != Path(PARTITION_FILE):
         return config
-    return config.model_copy(update={"partition": config.partition.model_copy(update={"file": recipe.parent / file})})
+    # A partition that is named without a folder lies beside the recipe, wherever that was unpacked.
+    beside = config.partition.model_copy(update={"file": recipe.parent / PARTITION_FILE})
+    return config.model_copy(update={"partition": beside})
 
 
 def agreement(config: RunConfig) -> str:
-    """SHA-256 of the settings that server and nodes must have in common."""
-    nested = config.model_dump(mode="json")
-    for key in LOCAL_KEYS:
-        *parents, leaf = key.split(".")
-        target = nested
-        for parent in parents:
-            target = target[parent]
-        target.pop(leaf, None)
-    return hashlib.sha256(json.dumps(nested, sort_keys=True).encode()).hexdigest()
+    """Returns the SHA-256 of the settings that server and nodes must have in common."""
+    common = config.model_dump(mode="json", exclude=LOCAL_KEYS)
+    return hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()

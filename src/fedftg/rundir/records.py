@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +62,11 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, (json.dumps(finite(value), indent=2, allow_nan=False) + "\n").encode())
 
 
-def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file aside, flushes it to disk and renames it: a reader sees the old file or the new one."""
     aside = path.with_name(path.name + ".part")
     with aside.open("wb") as file:
-        for chunk in (content,) if isinstance(content, bytes) else content:
-            file.write(chunk)
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)

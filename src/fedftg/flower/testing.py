@@ -1,7 +1,7 @@
 """A Flower grid in this process: the same ServerApp and ClientApp without Ray, SuperLink or network.
 
-Messages are worked off when they are pushed, in the order of node ids, so runs are deterministic. It serves tests and
-the first steps of an app; for many clients the simulator of ``fedftg run`` is faster, since nothing is serialised.
+Messages are handled when they are pushed, in the order of node ids, so runs are deterministic. It serves tests and the
+first steps of an app; for many clients ``fedftg run`` is faster, since nothing is serialised.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 Fault = Callable[[Message], Message | None]
-"""Takes a node's reply, and gives what arrives in its place; None: nothing ever arrives."""
+"""Takes a node's reply, and returns what arrives in its place; None: nothing ever arrives."""
 
 
 class LocalGrid(Grid):
     """Nodes with a ClientApp each, in this process.
 
-    A client that raises gives the error reply that a SuperNode sends. A node that is not there gives the one that a
-    SuperLink sends.
+    A client that raises gives the error reply that a SuperNode sends; a missing node gives that of a SuperLink.
 
     Args:
         app: what every node runs.
@@ -41,79 +40,77 @@ class LocalGrid(Grid):
         self._replies: dict[str, Message] = {}
         self._pushed = 0
         self.faults: dict[int, Fault] = {}
-        """Per node, what happens to its replies; for tests."""
+        """Per node, what happens to its replies."""
         self.before_push: Callable[[list[Message]], None] = lambda _: None
-        """Called with all messages before any is worked off; for tests."""
+        """Called with all messages before any is handled."""
         for node, config in node_configs.items():
             self.join(node, config)
-        _identify()
+        # A SuperLink would have set the identity that messages carry.
+        if TaskIdentity._run_id is None:
+            TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
 
     @classmethod
     def of(cls, app: ClientApp, num_clients: int, run_config: Mapping[str, Any] | None = None) -> LocalGrid:
-        """One node a partition: node ``i + 1`` has partition ``i``, as in Flower's simulation."""
+        """Returns a grid with one node a partition: node ``i + 1`` has partition ``i``, as in Flower's simulation."""
         configs = {i + 1: {"partition-id": i, "num-partitions": num_clients} for i in range(num_clients)}
         return cls(app, configs, run_config)
 
     def join(self, node: int, config: Mapping[str, Any]) -> None:
-        """A node comes up; its state is empty, as that of a restarted SuperNode is."""
+        """Connects a node; its state is empty, as that of a restarted SuperNode is."""
         self._contexts[node] = Context(1, node, dict(config), RecordDict(), dict(self._run_config))
 
     def leave(self, node: int) -> None:
-        """A node goes down, and what it held in its state is lost."""
+        """Disconnects a node, whose state is lost."""
         del self._contexts[node]
 
     def run_server(self, app: ServerApp) -> Context:
         """Runs a ServerApp to its end; returns its context."""
-        _identify()
         context = Context(1, 0, {}, RecordDict(), dict(self._run_config))
         app(self, context)
         return context
 
     def set_run(self, run: Run) -> None:
-        """Nothing: there is one run only."""
+        """Does nothing: there is only one run."""
 
     @property
     def run(self) -> Run:
-        """There is no SuperLink that would know the run."""
+        """Raises: only a SuperLink knows the run."""
         raise NotImplementedError("an in-process grid has no SuperLink's run; use context.run_id")
 
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
-        """As ``Message(...)``."""
+        """Returns ``Message(...)``."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> list[int]:
-        """The nodes that are there, ascending."""
+        """Returns the connected nodes, ascending."""
         return sorted(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Has every message worked off; returns their ids in the given order."""
+        """Handles every message; returns their ids in the given order."""
         given = list(messages)
         self.before_push(given)
-        names = []
         for message in given:
             self._pushed += 1
             message.metadata.__dict__["_message_id"] = f"message-{self._pushed}"
-            names.append(message.metadata.message_id)
         for message in sorted(given, key=lambda message: message.metadata.dst_node_id):
             reply: Message | None = self._answer(message)
             fault = self.faults.get(message.metadata.dst_node_id)
             if fault is not None and reply is not None:
                 reply = fault(reply)
             if reply is not None:
-                # A fault may have made it as a reply to the reply.
-                reply.metadata.__dict__["_reply_to_message_id"] = message.metadata.message_id
+                reply.metadata.__dict__["_reply_to_message_id"] = message.metadata.message_id  # a fault may reply anew
                 self._replies[message.metadata.message_id] = reply
-        return names
+        return [message.metadata.message_id for message in given]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """The replies that are there, each given once, in the order of node ids."""
+        """Returns the replies that have arrived, each once, in the order of node ids."""
         found = [self._replies.pop(name) for name in message_ids if name in self._replies]
         return sorted(found, key=lambda reply: reply.metadata.src_node_id)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:  # noqa: ARG002
-        """Pushes, and pulls what has arrived; nothing is waited for, since nothing comes later."""
+        """Pushes, and pulls without waiting, since nothing arrives later."""
         return self.pull_messages(self.push_messages(messages))
 
     def _answer(self, message: Message) -> Message:
@@ -125,9 +122,3 @@ class LocalGrid(Grid):
         except Exception as error:
             reason = f"{type(error)}:<'{error}'>"  # the words of a SuperNode
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
-
-
-def _identify() -> None:
-    """Messages carry a task, a run and a node, which a SuperLink would have set."""
-    if TaskIdentity._run_id is None:
-        TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1

@@ -1,40 +1,46 @@
-"""FedDyn, SCAFFOLD and MOON as Flower strategies give the simulator's numbers."""
+"""Server rules as Flower strategies give the simulator's numbers."""
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import strategy as flower
-from flwr.serverapp.strategy import Strategy
 from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parent))
 import small_federation as small
 
 from fedftg import build
+from fedftg.algorithms.base import Algorithm, AlgorithmConfig
+from fedftg.algorithms.fedavg import AverageServer
+from fedftg.algorithms.moon import ContrastiveLocal
+from fedftg.algorithms.registry import ALGORITHMS, register_algorithm
 from fedftg.config import RunConfig, from_mapping
 from fedftg.engine import sampling
 from fedftg.engine.batches import client_batches
 from fedftg.engine.local_train import LocalConfig
 from fedftg.errors import InputError
-from fedftg.flower import FedDyn, FedFTG, Moon, Scaffold, class_counts, local_train
-from fedftg.flower.local_grid import LocalGrid
-from fedftg.flower.local_training import TASK
+from fedftg.flower import FedDyn, FedFTG, Moon, RuleStrategy, Scaffold, class_counts, local_train
+from fedftg.flower.rules import mean_metrics
+from fedftg.flower.testing import LocalGrid
 from fedftg.progress import Progress
 
 CLIENTS, ROUNDS = 4, 3
-ALGORITHMS: dict[str, dict[str, Any]] = {
-    "feddyn": {"name": "feddyn", "alpha": 0.1},
-    "scaffold": {"name": "scaffold", "server_lr": 0.9},
-    "moon": {"name": "moon", "mu": 1.0, "temperature": 0.5},
+ALGORITHM_SETTINGS: dict[str, dict[str, Any]] = {
+    "fedprox": {"mu": 0.1},
+    "feddyn": {"alpha": 0.1},
+    "scaffold": {"server_lr": 0.9},
+    "moon": {"mu": 1.0, "temperature": 0.5},
 }
+NAMES = {"feddyn": FedDyn, "scaffold": Scaffold, "moon": Moon}
 
 
 def config(algorithm: str, refined: bool) -> RunConfig:
@@ -48,21 +54,13 @@ def config(algorithm: str, refined: bool) -> RunConfig:
             "partition": {"law": "dirichlet", "num_clients": CLIENTS, "alpha": 0.5},
             "cohort": {"size": 3},
             "model": {"name": "lenet_bn"},
-            "algorithm": ALGORITHMS[algorithm],
+            "algorithm": {"name": algorithm, **ALGORITHM_SETTINGS[algorithm]},
             "local": {"lr": 0.05, "lr_decay": 0.9, "steps": 2, "batch_size": 16, "momentum": 0.5},
             "refiner": refiner,
             "evaluation": {"every": 100, "track_all": False},
             "executor": {"name": "sequential"},
         }
     )
-
-
-BASE_OPTIONS: dict[str, Any] = {
-    "num_clients": CLIENTS,
-    "seed": 5,
-    "server_lr": 0.9,
-    "local": LocalConfig(lr=0.05, lr_decay=0.9, steps=2, batch_size=16, momentum=0.5),
-}
 
 
 class Simulated:
@@ -97,23 +95,21 @@ class Simulated:
 
         return app
 
-    def strategy(self, **more: Any) -> Strategy:
+    def strategy(self, **more: Any) -> RuleStrategy:
+        name, data = self.settings.algorithm.name, self.experiment.data
         options: dict[str, Any] = {
             "model": self.module,
             "num_clients": CLIENTS,
             "local": self.settings.local,
             "seed": self.settings.seed,
+            "mean_examples": sum(data.num_samples(client) for client in range(CLIENTS)) / CLIENTS,
             "fraction_evaluate": 0.0,
+            **ALGORITHM_SETTINGS[name],
             **more,
         }
-        given = {key: value for key, value in self.settings.algorithm.model_dump().items() if key != "name"}
-        if self.settings.algorithm.name == "feddyn":
-            data = self.experiment.data
-            total = sum(data.num_samples(client) for client in range(CLIENTS))
-            return FedDyn(**options, **given, mean_examples=total / CLIENTS)
-        return {"scaffold": Scaffold, "moon": Moon}[self.settings.algorithm.name](**options, **given)
+        return NAMES[name](**options) if name in NAMES else RuleStrategy(algorithm=name, **options)
 
-    def wrapped(self, base: Strategy, **more: Any) -> FedFTG:
+    def wrapped(self, base: RuleStrategy, **more: Any) -> FedFTG:
         shape = self.experiment.data.image_shape
         settings = {
             "config": small.CONFIG,
@@ -149,7 +145,7 @@ def assert_equal(arrays: ArrayRecord, expected: dict[str, torch.Tensor]) -> None
 
 
 @pytest.mark.parametrize("refined", [False, True], ids=["alone", "refined"])
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", ALGORITHM_SETTINGS)
 def test_equals_the_simulator(algorithm: str, refined: bool, same_cohorts: Callable[..., None]) -> None:
     """Bit for bit over three rounds, in which clients skip rounds and come back."""
     settings = config(algorithm, refined)
@@ -165,7 +161,7 @@ def test_equals_the_simulator(algorithm: str, refined: bool, same_cohorts: Calla
     assert result.train_metrics_clientapp[1]["update-norm"] > 0
 
 
-def test_a_stopped_server_goes_on_with_clients_that_were_ahead(
+def test_a_stopped_server_resumes_with_clients_that_were_ahead(
     tmp_path: Path, same_cohorts: Callable[..., None]
 ) -> None:
     """The server dies after its clients have trained round 3, their memories on disk are a round ahead of it."""
@@ -204,8 +200,7 @@ def test_a_client_whose_upload_is_not_usable_forgets_the_round(same_cohorts: Cal
     grid = small.grid_of(here.client_app(), CLIENTS, {2: broken})
     strategy = here.strategy()
     first = strategy.start(grid, here.initial, 1)
-    assert isinstance(strategy, Scaffold)
-    assert strategy._counted == {0: 1, 2: 1, 3: 1}
+    assert strategy._order.counted == {0: 1, 2: 1, 3: 1}
     state = grid._contexts[2].state
     assert [name.rpartition("/")[2] for name in state if name.startswith("fedftg/")] == ["1"]
     seen: list[str] = []
@@ -217,48 +212,78 @@ def test_a_client_whose_upload_is_not_usable_forgets_the_round(same_cohorts: Cal
     messages = strategy.configure_train(2, first.arrays, ConfigRecord(), grid)
     strategy.aggregate_train(2, grid.send_and_receive(messages))
     assert seen == ["2"]
-    assert strategy._counted == dict.fromkeys(range(CLIENTS), 2)
+    assert strategy._order.counted == dict.fromkeys(range(CLIENTS), 2)
 
 
-@pytest.mark.parametrize("kind", ["missing", "wrong shape"])
-def test_scaffold_needs_the_change_of_the_control_variates(kind: str, same_cohorts: Callable[..., None]) -> None:
-    def spoil(content: RecordDict) -> None:
-        if kind == "missing":
-            del content["extra"]
-        else:
-            name = next(iter(content["extra"]))
-            content["extra"][name] = Array(content["extra"][name].numpy()[:1])
+def lose_extra(content: RecordDict) -> None:
+    del content["extra"]
 
-    settings = config("scaffold", refined=False)
-    here = Simulated(settings)
-    same_cohorts(settings)
-    strategy = here.strategy()
-    cohort = sampling.cohort(settings.cohort, list(range(CLIENTS)), settings.seed, 1)
-    strategy.start(small.grid_of(here.client_app(), CLIENTS, {cohort[0] + 1: spoil}), here.initial, 1)
-    assert isinstance(strategy, Scaffold)
-    assert sorted(strategy._counted) == cohort[1:]
+
+def cut_extra(content: RecordDict) -> None:
+    name = next(iter(content["extra"]))
+    content["extra"][name] = Array(content["extra"][name].numpy()[:1])
+
+
+def set_metric(key: str, value: Any) -> Callable[[RecordDict], None]:
+    return lambda content: content["metrics"].__setitem__(key, value)
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("partition-id", 1), ("partition-id", [3]), ("num-examples", 2**60), ("num-examples", 2.5)]
+    ("change", "reason"),
+    [
+        (lose_extra, "the reply has no ArrayRecord 'extra'"),
+        (cut_extra, "tensor 'features.0.weight' is"),
+        (set_metric("partition-id", [3]), "metric 'partition-id' must be a whole number from 0"),
+        (set_metric("partition-id", 1), "2 nodes are client 1"),
+        (set_metric("num-examples", 2**60), "metric 'num-examples' must be a number from 0"),
+        (set_metric("num-examples", 2.5), "metric 'num-examples' must be a whole number from 0 to 2**53, got 2.5"),
+    ],
 )
-def test_odd_numbers_in_a_reply_cost_the_clients_that_gave_them(
-    key: str, value: Any, log: pytest.LogCaptureFixture
+def test_a_reply_that_does_not_fit_is_left_out(
+    change: Callable[[RecordDict], None], reason: str, log: pytest.LogCaptureFixture
 ) -> None:
-    """Node 3 answers with them; as client 1 it makes both of that name doubtful."""
-    settings = config("scaffold", refined=False)
-    here = Simulated(settings)
-
-    def change(content: RecordDict) -> None:
-        content["metrics"][key] = value
-
+    """Node 3 sends it; as client 1 it makes both of that id unusable."""
+    here = Simulated(config("scaffold", refined=False))
     strategy = here.strategy()
     strategy.start(small.grid_of(here.client_app(), CLIENTS, {3: change}), here.initial, 1)
-    doubled = value == 1
-    assert isinstance(strategy, Scaffold)
-    assert sorted(strategy._counted) == ([0, 3] if doubled else [0, 1, 3])
-    assert strategy._clients.keys() == ({1, 4} if doubled else {1, 2, 4})
-    assert ("2 nodes are client 1" if doubled else f"'{key}' must be a whole number from 0 to 2**") in log.text
+    assert sorted(strategy._order.counted) == ([0, 3] if "2 nodes" in reason else [0, 1, 3])
+    assert f"node 3 is left out: {reason}" in log.text
+
+
+def test_a_result_that_is_not_finite_leaves_the_model(log: pytest.LogCaptureFixture) -> None:
+    here = Simulated(config("scaffold", refined=False))
+    strategy = here.strategy(server_lr=1e60)
+    result = strategy.start(LocalGrid.of(here.client_app(), CLIENTS), here.initial, 1)
+    assert not result.arrays
+    assert strategy._order.counted == {}
+    assert "the aggregate is not finite" in log.text
+
+
+class RegisteredConfig(AlgorithmConfig):
+    """An algorithm that the library does not know, whose clients first remember the initial model."""
+
+    name: Literal["registered"] = "registered"
+    mu: float = 1.0
+
+    def build(self, num_clients: int) -> Algorithm:
+        return Algorithm(ContrastiveLocal(self.mu, 0.5), AverageServer())
+
+
+def test_a_registered_algorithm_works_without_being_named(request: pytest.FixtureRequest) -> None:
+    """It is MOON under another name: new clients get the initial model, and the numbers are MOON's."""
+    request.addfinalizer(lambda: ALGORITHMS.pop("registered"))
+    register_algorithm("registered", RegisteredConfig)
+    here = Simulated(config("moon", refined=False))
+    options: dict[str, Any] = {"local": here.settings.local, "num_clients": CLIENTS, "fraction_evaluate": 0.0}
+    found = []
+    for strategy in (
+        RuleStrategy(model=here.module, algorithm="registered", mu=1.0, **options),
+        RuleStrategy(model=here.module, algorithm=RegisteredConfig(mu=1.0), **options),
+        Moon(model=here.module, mu=1.0, temperature=0.5, **options),
+    ):
+        found.append(strategy.start(LocalGrid.of(here.client_app(), CLIENTS), here.initial, 2).arrays)
+    assert_equal(found[0], small.state(found[2]))
+    assert_equal(found[1], small.state(found[2]))
 
 
 def test_a_run_with_other_rules_or_local_training_is_not_resumed(tmp_path: Path) -> None:
@@ -266,44 +291,47 @@ def test_a_run_with_other_rules_or_local_training_is_not_resumed(tmp_path: Path)
     here = Simulated(settings)
     kept = {"checkpoint": tmp_path / "server"}
     here.wrapped(here.strategy(), **kept).start(LocalGrid.of(here.client_app(), CLIENTS), here.initial, 1)
-    cases = ({"num_clients": 9}, {"local": LocalConfig(lr=0.5)}, {"seed": 6}, {"server_lr": 1.0})
-    names = ("num_clients = 4", "local.lr = 0.05", "seed = 5", "algorithm.server_lr = 0.9")
-    for more, name in zip(cases, names, strict=True):
-        base = Scaffold(**{"model": here.module, **BASE_OPTIONS, **more})
-        with pytest.raises(InputError, match=f"of a run with base strategy.0.{name}, this one has"):
-            here.wrapped(base, **kept).restore()
-    found = here.wrapped(Scaffold(model=here.module, **BASE_OPTIONS, min_train_nodes=3), **kept).restore()
+    for more, name in (
+        ({"num_clients": 9}, "num_clients = 4"),
+        ({"local": LocalConfig(lr=0.5)}, "local.lr = 0.05"),
+        ({"seed": 6}, "seed = 5"),
+        ({"server_lr": 1.0}, "algorithm.server_lr = 0.9"),
+    ):
+        with pytest.raises(InputError, match=f"of a run with base.{name}, this one has"):
+            here.wrapped(here.strategy(**more), **kept).restore()
+    found = here.wrapped(here.strategy(min_train_nodes=3), **kept).restore()
     assert found is not None
     assert found[0] == 1
 
 
-def replies_of(batches: Any, nodes: dict[int, dict[str, Any]], **more: Any) -> list[Message]:
+def replies_of(batches: Any, local: LocalConfig, **more: Any) -> list[Message]:
     app = ClientApp()
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         return local_train(message, context, model=small.net(), batches=batches, class_counts=[1] * 10, **more)
 
-    grid = LocalGrid(app, nodes)
-    strategy = Scaffold(model=small.net(), num_clients=2, local=LocalConfig(epochs=2))
+    grid = LocalGrid(app, {1: {"partition-id": 0}, 2: {}})
+    strategy = Scaffold(model=small.net(), num_clients=2, local=local)
     return list(grid.send_and_receive(strategy.configure_train(1, small.initial(), ConfigRecord(), grid)))
 
 
-def test_what_would_go_wrong_without_a_word_is_refused(tmp_path: Path) -> None:
-    nodes: dict[int, dict[str, Any]] = {1: {"partition-id": 0}, 2: {}}
-    data = [small.samples(small.data(2), 0)]
-    named, nameless = replies_of(data, nodes, state_dir=tmp_path)
+def test_state_dir_needs_a_partition_id_and_several_epochs_a_list(tmp_path: Path) -> None:
+    data, twice = [small.samples(small.data(2), 0)] * 2, LocalConfig(epochs=2)
+    named, nameless = replies_of(data, twice, state_dir=tmp_path)
     assert named.has_content()
     assert "needs a partition id" in str(nameless.error.reason)
-    assert all(reply.has_content() for reply in replies_of(data, nodes))
-    for reply in replies_of(iter(data), nodes):
-        assert "batches is an iterator, which ends after one epoch" in str(reply.error.reason)
+    assert all(reply.has_content() for reply in replies_of(data, twice))
+    for local in (twice, LocalConfig(steps=3)):
+        reply = replies_of(iter(data), local)[0]
+        assert "batches is an iterator" in str(reply.error.reason)
+    assert replies_of(itertools.cycle(data), LocalConfig(steps=3))[0].has_content()
+    assert replies_of(iter(data), LocalConfig(epochs=1))[0].has_content()
+    assert replies_of([], LocalConfig(steps=3))[0].has_content()
 
 
-def test_a_data_loader_and_lost_memory(tmp_path: Path) -> None:
-    """Shuffling is seeded; a node whose files are gone says so unless it may start anew."""
-    shards = small.data(2)
-    lost: list[str] = []
+def test_a_shuffling_data_loader_is_seeded_and_lost_memory_is_noticed(tmp_path: Path) -> None:
+    shards, nodes = small.data(2), [1, 2]
 
     def app_of(**more: Any) -> ClientApp:
         app = ClientApp()
@@ -317,36 +345,32 @@ def test_a_data_loader_and_lost_memory(tmp_path: Path) -> None:
 
         return app
 
-    def trained(app: ClientApp, grid: LocalGrid | None = None) -> tuple[Scaffold, ArrayRecord]:
+    def scaffold() -> Scaffold:
         local = LocalConfig(epochs=2, lr=0.05)
-        strategy = Scaffold(model=small.net(), num_clients=2, local=local, seed=1, fraction_evaluate=0.0)
-        return strategy, strategy.start(grid or LocalGrid.of(app, 2), small.initial(), 2).arrays
+        return Scaffold(model=small.net(), num_clients=2, local=local, seed=1, fraction_evaluate=0.0)
 
-    app = app_of(state_dir=tmp_path)
-    (strategy, one), (_, two) = trained(app), trained(app)
-    assert all(torch.equal(value, small.state(two)[name]) for name, value in small.state(one).items())
-    assert not torch.equal(small.state(one)["head.weight"], small.net().head.weight)
+    first, again = scaffold(), scaffold()
+    grid = LocalGrid.of(app_of(state_dir=tmp_path), 2)
+    one, two = (strategy.start(grid, small.initial(), 2).arrays for strategy in (first, again))
+    assert_equal(one, small.state(two))
     for path in tmp_path.rglob("client-000000/*"):
         path.unlink()
-
-    def third_round(app: ClientApp) -> list[int]:
-        grid = LocalGrid.of(app, 2)
-        replies = grid.send_and_receive(strategy.configure_train(3, one, ConfigRecord(), grid))
-        lost.extend(str(reply.error.reason) for reply in replies if reply.has_error())
-        return [reply.metadata.src_node_id for reply in replies if reply.has_content()]
-
-    assert third_round(app) == [2]
-    assert "has no memory of round 2" in lost[0]
-    assert third_round(app_of(state_dir=tmp_path, lost_memory="reset")) == [1, 2]
+    for more, usable in (({}, nodes[1:]), ({"lost_memory": "reset"}, nodes)):
+        grid = LocalGrid.of(app_of(state_dir=tmp_path, **more), 2)
+        replies = grid.send_and_receive(first.configure_train(3, one, ConfigRecord(), grid))
+        assert [reply.metadata.src_node_id for reply in replies if reply.has_content()] == usable
+        assert all("has no memory of round 2" in str(r.error.reason) for r in replies if r.has_error())
 
 
-def test_wrong_settings_and_messages_are_told() -> None:
+def test_wrong_settings_are_refused() -> None:
     model = small.net()
     for make, message in (
         (lambda: FedDyn(model=model, num_clients=2, alpha=-1.0), "alpha must be >= 0"),
         (lambda: Scaffold(model=model, num_clients=0), "num_clients must be >= 1, got 0"),
         (lambda: FedDyn(model=model, num_clients=2, mean_examples=0.0), "mean_examples must be > 0"),
         (lambda: Moon(model=model, num_clients=2, temperature=0.0), "temperature must be > 0"),
+        (lambda: RuleStrategy(model=model, num_clients=2, algorithm="mon"), "unknown algorithm 'mon'; did you mean"),
+        (lambda: Moon(model=model, num_clients=2).aggregate_train(1, []), "came before configure_train"),
         (lambda: class_counts([0, 10], 10), "whole numbers from 0 to 9, got 0 to 10"),
         (lambda: class_counts(torch.rand(3), 10), "got torch.float32"),
     ):
@@ -366,5 +390,13 @@ def test_local_train_under_another_strategy_names_those_that_it_is_for() -> None
     grid = LocalGrid.of(app, 2)
     messages = list(flower.FedAvg().configure_train(1, small.initial(), ConfigRecord(), grid))
     (first, _) = grid.send_and_receive(messages)
-    assert TASK in str(first.error.reason)
     assert "FedDyn, Scaffold and Moon" in str(first.error.reason)
+
+
+def test_mean_metrics_by_hand() -> None:
+    """(3 * 2 + 1 * 6) / 4 = 3; a client without steps has no loss, ids and lists have no mean."""
+    contents = [
+        RecordDict({"metrics": MetricRecord({"num-examples": size, "loss": loss, "partition-id": 7, "counts": [1]})})
+        for size, loss in ((3, 2.0), (1, 6.0), (5, float("nan")))
+    ]
+    assert dict(mean_metrics(contents, "num-examples")) == {"loss": 3.0}

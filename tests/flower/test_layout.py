@@ -1,4 +1,4 @@
-"""Arrays of a deployment and parameters of a model."""
+"""Arrays of a Flower app and parameters of a model."""
 
 from __future__ import annotations
 
@@ -9,77 +9,58 @@ from flwr.app import Array, ArrayRecord
 from torch import Tensor, nn
 
 from fedftg.errors import InputError
-from fedftg.flower.model_layout import ModelLayout, TrainableModel
+from fedftg.flower.wire import Layout, decode, encode
 
 
 class Odd(nn.Module):
-    """A weight under two names, a buffer that does not travel, a frozen layer, a counter, and half precision."""
+    """A weight under two names, a buffer that does not travel, a counter, and half precision."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Linear(4, 4, bias=False)
         self.tied = nn.Linear(4, 4, bias=False)
         self.tied.weight = self.embed.weight
-        self.frozen = nn.Linear(4, 4).requires_grad_(False)
         self.norm = nn.BatchNorm1d(4)
         self.head = nn.Linear(4, 2).half()
         self.register_buffer("scale", torch.full((4,), 3.0), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(
-            (self.norm(self.frozen(self.tied(self.embed(images)))) * self.scale).to(self.head.weight.dtype)
-        )
+        return self.head((self.norm(self.tied(self.embed(images))) * self.scale).half())
 
 
 def test_split_and_join_are_inverse_and_keep_names_order_and_types() -> None:
     model = Odd()
     model.norm.num_batches_tracked += 7
     record = ArrayRecord(model.state_dict())
-    layout = ModelLayout(model, record)
-    params, buffers = layout.split(layout.decode(record))
+    layout = Layout(model, record)
+    params, buffers = layout.split(decode(record, layout.template))
     assert list(params) == [name for name, _ in model.named_parameters()]
     assert list(buffers) == [name for name, _ in model.named_buffers()]
     assert params["head.weight"].dtype == torch.float32
     assert torch.equal(buffers["scale"], torch.full((4,), 3.0))
-    back = layout.encode(layout.join(params, buffers))
+    back = encode(layout.join(params, buffers))
     assert list(back) == list(record)
     for name, value in model.state_dict().items():
         there = back[name].numpy()
         assert there.dtype == record[name].numpy().dtype
         assert (there == value.numpy()).all()
-    assert back["norm.num_batches_tracked"].numpy() == 7
-
-
-def test_frozen_parameters_stay_frozen_in_copies() -> None:
-    functional = TrainableModel(Odd())
-    module = functional.module(*functional.init())
-    flags = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
-    assert flags["embed.weight"]
-    assert not flags["frozen.weight"]
-    assert not flags["frozen.bias"]
-    assert module(torch.zeros(2, 4)).dtype == torch.float32
 
 
 def test_arrays_given_as_a_list_are_in_the_order_of_the_state_dict() -> None:
     model = nn.Linear(3, 2)
     record = ArrayRecord([value.numpy() for value in model.state_dict().values()])
-    assert list(record) == ["0", "1"]
-    layout = ModelLayout(model, record)
-    params, _ = layout.split(layout.decode(record))
+    layout = Layout(model, record)
+    params, _ = layout.split(decode(record, layout.template))
     assert torch.equal(params["weight"], model.weight.detach())
-    assert list(layout.encode(layout.join(params, {}))) == ["0", "1"]
+    assert list(layout.join(params, {})) == ["0", "1"]
 
 
 def test_an_aggregate_comes_back_in_the_types_that_were_sent() -> None:
     model = nn.BatchNorm1d(2)
-    layout = ModelLayout(model, ArrayRecord(model.state_dict()))
-    moved = {name: np.asarray(value.numpy() + 0.6) for name, value in model.state_dict().items()}
-    wide = ArrayRecord({name: Array(value) for name, value in moved.items()})
-    wide["weight"] = Array(wide["weight"].numpy().astype("float64"))
+    layout = Layout(model, ArrayRecord(model.state_dict()))
+    wide = ArrayRecord({n: Array(np.asarray(v.numpy() + 0.6, np.float64)) for n, v in model.state_dict().items()})
     back = layout.accept(wide)
-    assert {name: value.dtype for name, value in back.items()} == {
-        name: value.dtype for name, value in model.state_dict().items()
-    }
+    assert {n: v.dtype for n, v in back.items()} == {n: v.dtype for n, v in model.state_dict().items()}
     assert int(back["num_batches_tracked"]) == 1  # 0.6 rounded
     assert torch.equal(back["weight"], torch.full((2,), 1.6))
     del wide["bias"]
@@ -87,13 +68,14 @@ def test_an_aggregate_comes_back_in_the_types_that_were_sent() -> None:
         layout.accept(wide)
 
 
-def test_what_is_not_the_model_s_is_told() -> None:
-    model = nn.Linear(3, 2)
-    for arrays, message in (
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
         (ArrayRecord(nn.Linear(3, 2, bias=False).state_dict()), "1 arrays lack 'bias'; they must be the 2"),
-        (ArrayRecord([model.weight.detach().numpy()]), "lack 'weight'"),
         (ArrayRecord(nn.Linear(2, 2).state_dict()), r"'weight' must be \(2, 3\)"),
-    ):
-        with pytest.raises(InputError, match=message) as caught:
-            ModelLayout(model, arrays)
-        assert "\n" not in str(caught.value)
+    ],
+)
+def test_arrays_that_are_not_the_model_s_are_refused(arrays: ArrayRecord, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        Layout(nn.Linear(3, 2), arrays)
+    assert "\n" not in str(caught.value)
