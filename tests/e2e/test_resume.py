@@ -62,7 +62,6 @@ def watched_write_index(path, content):
 
 def watched_write_tensors(path, content):
     if POINT == "checkpoint-file" and seen["round"] == 3 and not MARK.exists():
-        content = b"".join(content)
         path.with_name(path.name + ".part").write_bytes(content[: len(content) // 2])
         die()
     write_tensors(path, content)

@@ -12,8 +12,8 @@ from fedftg.models.registry import MODELS, ModelConfig, build
 CIFAR = (3, 32, 32)
 
 
-def make(name, num_classes=10, image_shape=CIFAR, rng=0, **args):
-    return build(ModelConfig(name=name, args=args), num_classes, image_shape, rng)
+def make(name, num_classes=10, image_shape=CIFAR, seed=0, **args):
+    return build(ModelConfig(name=name, args=args), num_classes, image_shape, seed)
 
 
 def size(model):
@@ -59,21 +59,13 @@ def test_any_image_size(name, shape):
 def test_initial_values_depend_on_the_seed_alone(name):
     shape = (1, 8, 8)
     state = torch.get_rng_state()
-    first = make(name, image_shape=shape, rng=5).state_dict()
+    first = make(name, image_shape=shape, seed=5).state_dict()
     assert torch.equal(state, torch.get_rng_state())
     torch.rand(3)
-    again = make(name, image_shape=shape, rng=5).state_dict()
-    other = make(name, image_shape=shape, rng=6).state_dict()
+    again = make(name, image_shape=shape, seed=5).state_dict()
+    other = make(name, image_shape=shape, seed=6).state_dict()
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert any(not torch.equal(first[key], other[key]) for key in first)
-
-
-def test_a_generator_gives_one_seed_a_model():
-    rng = torch.Generator().manual_seed(0)
-    first, second = (make("lenet", rng=rng).classifier.weight for _ in range(2))
-    again = make("lenet", rng=torch.Generator().manual_seed(0)).classifier.weight
-    assert torch.equal(first, again)
-    assert not torch.equal(first, second)
 
 
 def test_the_check_leaves_statistics_alone_and_the_model_training():
@@ -128,8 +120,8 @@ def test_arguments():
         ("nowhere.Net", {}, "cannot import 'nowhere'"),
         (".Net", {}, "is no dotted path; write package.module.Class"),
         ("torch.nn:", {}, "is no dotted path"),
-        ("torch.nn.Linaer", {}, "module 'torch.nn' has no 'Linaer'"),
-        ("torch.pi", {}, "is a float"),
+        ("torch.nn.Linaer", {}, "module 'torch.nn' has no class or function 'Linaer'"),
+        ("torch.pi", {}, "no class or function 'pi'"),
         ("torch.nn.Linear", {"in_features": 4}, "cannot be built with {'in_features': 4}: TypeError"),
         ("torch.nn.Flatten", {}, r"turns 2 images of shape (3, 32, 32) into (2, 3072); it must give logits"),
         ("torch.nn.Linear", {"in_features": 5, "out_features": 10}, "fails on images of shape (3, 32, 32)"),
@@ -185,7 +177,7 @@ def test_factory_that_takes_anything(own_module):
 
 
 def test_module_that_fails(own_module):
-    with pytest.raises(InputError, match="importing 'broken_model_for_test' failed: ZeroDivisionError"):
+    with pytest.raises(InputError, match=r"cannot import 'broken_model_for_test' \(ZeroDivisionError"):
         make("broken_model_for_test.Net")
 
 
