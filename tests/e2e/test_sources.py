@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 import fedftg
-from fedftg.data import sources
-from fedftg.data.known import DEBIAN_FASHION_MNIST, KNOWN
+from fedftg.data.sources import DEBIAN_FASHION_MNIST, SOURCES
 
 SMALL = [
     "rounds=1", "threads=1", "partition.num_clients=2", "cohort={size=2}", "model.name=convnet", "model.args={width=8}",
@@ -30,7 +29,7 @@ Layout = Callable[[ModuleType, Path], list[str]]
 
 def hub_files(name: str, *, sizes: tuple[int, ...] = ()) -> Layout:
     """Parquet files as the hub has them: folder, splits, columns and class names of the data set's card."""
-    entry = KNOWN[name]
+    entry = SOURCES[name]
     test = {"tiny_imagenet": "valid", "food101": "validation"}.get(name, "test")
 
     def write(hub: ModuleType, root: Path) -> list[str]:
@@ -114,7 +113,7 @@ def saved_to_disk(hub: ModuleType, root: Path) -> list[str]:
 
 
 LAYOUTS: dict[str, Layout] = {
-    **{name: hub_files(name, sizes=(70, 90) if name == "food101" else ()) for name in KNOWN},
+    **{name: hub_files(name, sizes=(70, 90) if name == "food101" else ()) for name in SOURCES if SOURCES[name].hub_id},
     "folder": image_folder,
     "compcars": compcars,
     "mio_tcd": mio_tcd,
@@ -126,7 +125,7 @@ LAYOUTS: dict[str, Layout] = {
 
 def test_every_source_has_a_layout_here() -> None:
     """digits is in most other tests, mnist5k and hub are in tests/data, tensors in test_own_data.py."""
-    assert set(sources.SOURCES) - {"digits", "mnist5k", "tensors", "hub"} == set(LAYOUTS) - {"idx"}
+    assert set(SOURCES) - {"digits", "mnist5k", "tensors", "hub"} == set(LAYOUTS) - {"idx"}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -1,0 +1,557 @@
+"""Reads splits, labels and still encoded images, from tables, folders of images, arrays and IDX files."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedftg.data.cache import first_line
+from fedftg.data.classes import Labels, RawLabels, check_alike, check_names, in_order
+from fedftg.data.config import DataConfig
+from fedftg.errors import InputError
+
+Stored = bytes | Path | NDArray[np.uint8] | None
+"""An image as it is stored: an image file's bytes, an image file, decoded pixels ``(H, W)`` or ``(H, W, 3)``."""
+
+TEST_SPLITS = ("test", "valid", "validation", "val")
+LAYOUT = "train-*.parquet and test-*.parquet (or valid-*, validation-*, val-*)"
+_IMAGES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif"}
+_NO_IMAGES = "@eaDir"
+"""Where a Synology NAS keeps thumbnails."""
+_ROWS = 128
+"""Encoded images in memory at a time: of 512x512 pixels about 10 MB."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows of a split; images are read when they are asked for."""
+
+    labels: RawLabels
+    images: Callable[[Labels], Iterable[Stored]]
+    """From ascending rows to their images."""
+    column: Callable[[str], NDArray[Any]]
+    """From the name of a further column to its values ``(N,)``, int64 or strings."""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What a source holds."""
+
+    train: Split
+    test: Split | None
+    class_names: tuple[str, ...] | None = None
+    no_test: str = ""
+    """What there is where there is no test split, for an error."""
+    files: Sequence[Path] = ()
+    """The files that decide the images; none: they are decoded already, so caching them gains nothing."""
+    image_column: str = ""
+
+
+def _choose(config: DataConfig, there: Mapping[str, T], source: object, kind: str) -> tuple[T, T | None, str]:
+    """Returns the training and test entry of what a source has by split name, and what to say if that is no test."""
+    train = config.train_split or "train"
+    tests = [config.test_split] if config.test_split else list(TEST_SPLITS)
+    listed = f"{source} has no {kind} {{}}; the {kind}s are: {', '.join(sorted(there)[:20]) or 'none'}"
+    if train not in there:
+        raise InputError(f"{listed.format(train)}; set data.train_split to one of them")
+    test = next((there[name] for name in tests if name in there), None)
+    if config.test_split and test is None:
+        raise InputError(f"{listed.format(config.test_split)}; set data.test_split to one of them")
+    return there[train], test, listed.format(", ".join(tests))
+
+
+def root_of(config: DataConfig, layout: str) -> Path:
+    """Returns the folder ``data.root``; raises InputError with the layout that is expected where it is missing."""
+    if config.root is None:
+        raise InputError(f"data set {config.name!r} needs data.root: the folder with {layout}")
+    root = Path(config.root).expanduser()
+    if not root.is_dir():
+        raise InputError(f"data.root {str(root)!r} is not a folder; give the folder with {layout}")
+    return root
+
+
+def _visible(root: Path, path: Path) -> bool:
+    return not any(part.startswith(".") or part == _NO_IMAGES for part in path.relative_to(root).parts)
+
+
+# Tables: parquet in the hub's layout, and arrow files as the datasets library writes them. The image column holds
+# {bytes, path} or bytes of image files; class names stand in the schema's 'huggingface' metadata.
+
+
+def tables(
+    config: DataConfig, hub_id: str | None, subset: str | None, image: str | None = None, label: str | None = None
+) -> Splits:
+    """Reads parquet or arrow files in ``data.root``, or those that the hub has under an id.
+
+    Args:
+        config: names of folder, splits and columns.
+        hub_id: owner/name on the hub, used where there is no ``data.root``.
+        subset: the hub's configuration, which is also a folder where a data set has several.
+        image: the image column where ``config`` names none; None: the only one that could be it.
+        label: likewise.
+
+    Raises:
+        InputError: no files, no such split or column, a missing shard, or files that do not fit together.
+    """
+    subset = config.subset or subset
+    if config.root is None and hub_id is not None:
+        source, there = hub_id, _downloaded(config, hub_id, subset)
+    else:
+        root = root_of(config, LAYOUT)
+        source, there = str(root), _files_by_split(root / subset if subset and (root / subset).is_dir() else root)
+        if not there:
+            wanted = f"the parquet files of {hub_id}; the authors' own files are not read" if hub_id else LAYOUT
+            raise InputError(f"no train-*.parquet in {root}; data.root must be a folder with {wanted}")
+    train_files, test_files, no_test = _choose(config, there, source, "split")
+    for files in filter(None, (train_files, test_files if config.root else None)):
+        _check_shards(files)
+    image, label, names = _columns(train_files[0], config.image_column or image, config.label_column or label)
+    train = _table(train_files, image, label, names)
+    values = train.labels.values
+    guessed = config.label_column is None and names is None and label not in ("label", "labels")
+    if guessed and len(values) > 2 and len(np.unique(values)) == len(values):
+        raise InputError(f"{source}: {label!r} has another value in every row: no label; set data.label_column")
+    test = _table(test_files, image, label, names) if test_files else None
+    return Splits(train, test, names, no_test, [*train_files, *(test_files or ())], image)
+
+
+def _files_by_split(root: Path) -> dict[str, list[Path]]:
+    """Returns the parquet files in a folder, else the arrow files, by the split that a file's name or folder names.
+
+    ``train-00000-of-00002.parquet``, ``train.parquet``, ``train/0000.parquet``, ``train.parquet/part-0.parquet`` of
+    Spark, ``train/data-00000-of-00001.arrow`` of save_to_disk, ``name-train.arrow`` of the datasets library's cache.
+    """
+    found: dict[str, list[Path]] = {}
+    for suffix in (".parquet", ".arrow"):
+        for path in sorted(root.rglob(f"*{suffix}")):
+            if not path.is_file() or not _visible(root, path):
+                continue
+            name = re.split(r"-\d+-of-\d+", path.stem)[0]
+            if re.fullmatch(r"data|\d+|part-.*", name):
+                name = "train" if path.parent in (root, root / "data") else path.parent.stem
+            found.setdefault(name if suffix == ".parquet" else name.rpartition("-")[2], []).append(path)
+        if found:
+            break
+    return found
+
+
+def _check_shards(files: Sequence[Path]) -> None:
+    """Raises InputError where files are not one whole split, such as a download that stopped half-way."""
+    folders = sorted({path.parent for path in files})
+    if len(folders) > 1:
+        raise InputError(
+            f"several folders have files of one split ({', '.join(map(str, folders))}); set data.root to one of them, "
+            "or data.subset to its name"
+        )
+    counts = {int(match[1]) if (match := re.search(r"-\d+-of-(\d+)", path.stem)) else 0 for path in files}
+    if counts not in ({0}, {len(files)}):
+        wanted = ", ".join(str(count) if count else "no number" for count in sorted(counts))
+        raise InputError(
+            f"{len(files)} shard(s) beside {files[0]}, but their names end in -of-: {wanted}; complete the download, "
+            "or remove files that do not belong"
+        )
+
+
+def _downloaded(config: DataConfig, hub_id: str, subset: str | None) -> dict[str, list[Path]]:
+    """Returns the arrow files of each split of a data set on the hub; the datasets library downloads them once."""
+    try:
+        import datasets  # takes two seconds, and is no dependency of the package
+    except ImportError as error:
+        raise InputError(
+            f"downloading {hub_id} needs the datasets library, which is not installed; pip install 'fedftg[data]', or "
+            "set data.root to a folder with its parquet files"
+        ) from error
+    try:
+        loaded = datasets.load_dataset(hub_id, subset, revision=config.revision)
+    # Whatever the network, the library or the files do wrong; there is no common class.
+    except Exception as error:
+        text = first_line(error)
+        only = f' --include "{subset}/*"' if subset else ""
+        only += f" --revision {config.revision}" if config.revision else ""
+        command = f"hf download {hub_id} --repo-type dataset --local-dir DIR{only}"
+        advice = f"try again, or where there is network run '{command}', and set data.root to DIR"
+        if isinstance(error, ValueError) and "config" in str(error).lower():
+            text = " ".join(str(error).partition("Example of usage")[0].split())
+            advice = "set data.subset to one of them"
+        elif type(error).__name__ == "DatasetNotFoundError":
+            advice = "correct data.hub_id, or log in with 'hf auth login'"
+        raise InputError(f"{hub_id} cannot be loaded from the hub ({text}); {advice}") from error
+    return {str(name): [Path(part["filename"]) for part in split.cache_files] for name, split in loaded.items()}
+
+
+def _batches(path: Path, columns: Sequence[str] | None) -> Iterator[Any]:
+    """Yields pyarrow batches of some columns of a file; None gives one batch without rows, for its schema."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if path.suffix == ".parquet":
+            file = pq.ParquetFile(path)
+            schema, batches = file.schema_arrow, file.iter_batches(_ROWS, columns=columns)
+        else:
+            source = pa.memory_map(str(path))
+            try:  # what the datasets library writes
+                reader = pa.ipc.open_stream(source)
+                whole: Iterable[Any] = reader
+            except pa.ArrowInvalid:
+                reader = pa.ipc.open_file(source)
+                whole = map(reader.get_batch, range(reader.num_record_batches))
+            schema = reader.schema
+            batches = (
+                batch.select(columns).slice(start, _ROWS) for batch in whole for start in range(0, len(batch), _ROWS)
+            )
+        yield from [schema.empty_table()] if columns is None else batches
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({first_line(error)}); download it again") from error
+
+
+def _kind(kind: Any) -> str:
+    """Returns what a column of a pyarrow type can hold: ``images``, ``integers``, ``words``, or else the type."""
+    import pyarrow.types as types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    if types.is_struct(kind) and "bytes" in {field.name for field in kind}:
+        kind = kind.field("bytes").type
+    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind):
+        return "images"
+    if types.is_integer(kind) or types.is_boolean(kind):
+        return "integers"
+    return "words" if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) else str(kind)
+
+
+def _columns(path: Path, image: str | None, label: str | None) -> tuple[str, str, tuple[str, ...] | None]:
+    """Returns the image and the label column of a file, and the class names where its schema has them.
+
+    The columns are those named, else the only one that can be meant: for images one of the hub's type Image, else one
+    that can hold them; for labels one of the hub's type ClassLabel, else of integers, else one of words that is called
+    label.
+    """
+    schema = next(_batches(path, None)).schema
+    kinds = {field.name: _kind(field.type) for field in schema}
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        typed = {name: feature.get("_type") for name, feature in features.items() if name in kinds}
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path}: the 'huggingface' schema metadata cannot be read ({first_line(error)})") from error
+
+    def pick(role: str, named: str | None, *candidates: list[str], allowed: tuple[str, ...]) -> str:
+        found = next(filter(None, candidates), []) if named is None else [named]
+        if len(found) > 1:
+            raise InputError(f"{path}: several columns could hold {role}s ({', '.join(found)}); set data.{role}_column")
+        if not found or found[0] not in kinds:
+            missing = f"column {named!r} for {role}s" if named else f"{role} column"
+            raise InputError(f"{path} has no {missing}; the columns are {', '.join(kinds)}; set data.{role}_column")
+        if kinds[found[0]] not in allowed:
+            wanted = "{bytes, path} or bytes of images" if role == "image" else "integers from 0, or words"
+            raise InputError(f"{path}: column {found[0]!r} holds {kinds[found[0]]}; {role}s must be {wanted}")
+        return found[0]
+
+    def of(wanted: str, within: Mapping[str, str]) -> list[str]:
+        return [name for name, kind in within.items() if kind == wanted]
+
+    words = [name for name in of("words", kinds) if name in ("label", "labels")]
+    image = pick("image", image, of("Image", typed), of("images", kinds), allowed=("images",))
+    label = pick("label", label, of("ClassLabel", typed), of("integers", kinds), words, allowed=("integers", "words"))
+    names = features.get(label, {}).get("names")
+    check_names(names or (), str(path))
+    return image, label, tuple(map(str, names)) if names else None
+
+
+def _table(files: Sequence[Path], image: str, label: str, names: tuple[str, ...] | None) -> Split:
+    parts = []
+    for path in files:
+        own = _columns(path, image, label)[2]
+        if own not in (None, names):
+            raise InputError(f"{path}: the class names differ from those of the first training file; use one data set")
+        parts.append(_values(path, label, "label"))
+    starts = np.cumsum([0, *map(len, parts)])
+
+    def where(row: int) -> str:
+        number = int(np.searchsorted(starts, row, side="right")) - 1
+        return f"{files[number]}, row {row - starts[number]}"
+
+    def images(rows: Labels) -> Iterator[Stored]:
+        start = 0
+        for path in files:
+            for batch in _batches(path, [image]):
+                first, last = np.searchsorted(rows, [start, start + len(batch)])
+                yield from (_stored(batch.column(0)[int(row) - start].as_py()) for row in rows[first:last])
+                start += len(batch)
+
+    values = [part for part in parts if len(part)] or parts
+    labels = RawLabels(np.concatenate(values), where, label)
+    return Split(labels, images, lambda name: np.concatenate([_values(path, name, "value") for path in files]))
+
+
+def _stored(value: Any) -> Stored:
+    """Returns an image's bytes, or its file where the library only noted that (as for folders of images on the hub)."""
+    if isinstance(value, dict):
+        path = Path(value.get("path") or "")
+        return value["bytes"] or (path if path.is_absolute() else None)
+    content: bytes | None = value
+    return content
+
+
+def _values(path: Path, name: str, what: str) -> NDArray[Any]:
+    """Returns a column as int64 or strings."""
+    import pyarrow as pa
+
+    schema = next(_batches(path, None)).schema
+    if name not in schema.names:
+        raise InputError(f"{path} has no column {name!r}; the columns are {', '.join(schema.names)}")
+    kind = _kind(schema.field(name).type)
+    if kind not in ("integers", "words"):
+        raise InputError(f"{path}: column {name!r} holds {kind}; only integers and words can be used")
+    wanted = pa.string() if kind == "words" else pa.int64()
+    column = pa.chunked_array([batch.column(0).cast(wanted) for batch in _batches(path, [name])], wanted)
+    if column.null_count:
+        row = column.is_null().index(True).as_py()
+        raise InputError(f"{path}, row {row}: the {what} is missing; remove the row or give it a {what}")
+    values: NDArray[Any] = np.array(column.to_pylist(), np.str_) if kind == "words" else column.to_numpy()
+    return values
+
+
+# Image files in folders. Labels are the folders' names.
+
+Labelled = list[tuple[Path, str]]
+
+
+def class_folders(config: DataConfig) -> Splits:
+    """Reads ``root/train/<class>/...`` and ``root/test/<class>/...``, or ``root/<class>/...``."""
+    root = root_of(config, "one folder of images a class, in train and test or with data.test_share")
+    there = {path.name: path for path in _folders(root)}
+    if not config.train_split and not there.keys() & {"train", *TEST_SPLITS, config.test_split}:
+        listed = ", ".join(list(there)[:20]) or "none"
+        no_test = f"{root} has no folder {', '.join(TEST_SPLITS)}; the folders are: {listed}"
+        return _of_files(_class_folders(root), None, no_test)
+    train, test, no_test = _choose(config, there, root, "folder")
+    return _of_files(_class_folders(train), _class_folders(test, in_test=True) if test else None, no_test)
+
+
+def mio_tcd(config: DataConfig) -> Splits:
+    """Reads the authors' folder MIO-TCD-Classification: ``train/<class>/*.jpg``; the test images have no labels."""
+    root = root_of(config, "train/<class>/*.jpg, the authors' MIO-TCD-Classification")
+    inside = root / "MIO-TCD-Classification"
+    root = inside if inside.is_dir() else root
+    if not (root / "train").is_dir():
+        raise InputError(f"{root} has no folder 'train'; give the authors' MIO-TCD-Classification")
+    return _of_files(_class_folders(root / "train"), None)
+
+
+def compcars(config: DataConfig) -> Splits:
+    """Reads the authors' folder sv_data: ``image/<1..281>/*.jpg``, and two lists with lines like ``1/abc.jpg``.
+
+    The names of the classes in ``sv_make_model_name.mat`` are not read.
+    """
+    root = root_of(config, "image/<number>/*.jpg, train_surveillance.txt and test_surveillance.txt")
+    root = root if (root / "image").is_dir() else root / "sv_data"
+    splits: list[Labelled] = []
+    for name in ("train_surveillance.txt", "test_surveillance.txt"):
+        try:
+            lines = (root / name).read_text().split()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{root / name} cannot be read; data.root must be the authors' folder sv_data") from error
+        for number, line in enumerate(lines, start=1):
+            if not re.fullmatch(r"\d+/[^/]+", line) or not (root / "image" / line).is_file():
+                raise InputError(
+                    f"{root / name}, image {number}: {line!r} is not a file in {root / 'image'} like '1/abc.jpg'; "
+                    "complete the authors' folder"
+                )
+        splits.append([(root / "image" / line, line.split("/")[0]) for line in lines])
+    if twice := {path for path, _ in splits[0]} & {path for path, _ in splits[1]}:
+        raise InputError(f"{min(twice)} is in both lists; restore the authors' lists")
+    return _of_files(splits[0], splits[1])
+
+
+def _of_files(train: Labelled, test: Labelled | None, no_test: str = "") -> Splits:
+    files = [path for path, _ in [*train, *(test or ())]]
+    return Splits(_file_split(train), None if test is None else _file_split(test), None, no_test, files)
+
+
+def _file_split(images: Labelled) -> Split:
+    def column(name: str) -> NDArray[Any]:
+        raise InputError(f"no column {name!r}: image files in folders have no columns")
+
+    labels = RawLabels(np.array([label for _, label in images], np.str_), lambda row: str(images[row][0]))
+    return Split(labels, lambda rows: (images[row][0] for row in rows), column)
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if path.is_dir() and _visible(root, path))
+
+
+def _class_folders(root: Path, *, in_test: bool = False) -> Labelled:
+    """Returns the images of a folder with one folder a class, and their classes."""
+    folders = {path.name: path for path in _folders(root)}
+    if not folders:
+        raise InputError(f"{root} has no class folders; put the images of each class into a folder of its own")
+    if len(folders) == 1 and not in_test:
+        raise InputError(f"{root} has one class folder, {min(folders)!r}; set data.root to the folder of all classes")
+    if odd := [name for name in folders if not name.isprintable()]:  # not UTF-8, such as from an old zip file
+        raise InputError(f"{root}: the folder name {odd[0]!a} cannot be printed; rename it")
+    check_alike(folders, str(root), str.casefold)
+    found: Labelled = []
+    for name in in_order(folders):
+        images = _images_below(folders[name])
+        if not images:
+            raise InputError(f"{folders[name]} has no images; remove the folder, or put images of its class into it")
+        found += [(path, name) for path in images]
+    return found
+
+
+def _images_below(root: Path) -> list[Path]:
+    """Returns the image files in a folder and those in it, links followed, in the order of their names."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    for parent, folders, files in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != _NO_IMAGES]
+        if os.path.realpath(parent) in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(parent))
+        found += [Path(parent, name) for name in files if not name.startswith(".")]
+    images = (path for path in found if path.suffix.lower() in _IMAGES)
+    return sorted(images, key=lambda path: path.relative_to(root).parts)
+
+
+# Images that are decoded already.
+
+_KEYS = "train_images, train_labels, test_images and test_labels"
+
+
+def arrays(config: DataConfig) -> Splits:
+    """Reads train_images, train_labels, test_images, ... of an .npz or .safetensors file.
+
+    Images are unsigned bytes ``(N, H, W)``, ``(N, H, W, D)`` or ``(N, D, H, W)``, labels integers, or words (.npz).
+    ``class_names`` may be an array of words (.npz) or a JSON list in the metadata (.safetensors). Other arrays with one
+    value a training row are columns.
+    """
+    path = Path(config.root or "").expanduser()
+    if not path.is_file() or path.suffix not in (".npz", ".safetensors"):
+        raise InputError(f"data.root must be an .npz or .safetensors file with {_KEYS}, got {str(path)!r}")
+    content, names = _read_arrays(path)
+    check_names(names or (), str(path))
+    there = {name.removesuffix("_images"): name for name in content if name.endswith("_images")}
+    try:
+        train_name, test_name, no_test = _choose(config, there, path, "split")
+    except InputError as error:
+        raise InputError(f"{error}; the arrays are {', '.join(sorted(content)) or 'none'}") from None
+    train = _array_split(path, content, train_name)
+    return Splits(train, _array_split(path, content, test_name) if test_name else None, names, no_test)
+
+
+def _read_arrays(path: Path) -> tuple[dict[str, NDArray[Any]], tuple[str, ...] | None]:
+    """Returns all arrays of a file by name, and the class names where it has them."""
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                content = {name: file[name] for name in file.files}
+            found = content.pop("class_names", None)
+            return content, None if found is None else tuple(map(str, found.tolist()))
+        from safetensors import safe_open
+
+        with safe_open(path, framework="numpy") as file:
+            content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            text = (file.metadata() or {}).get("class_names")
+        return content, None if text is None else tuple(map(str, json.loads(text)))
+    # safetensors has an error of its own; a pickled array is a ValueError, and is not read.
+    except Exception as error:
+        raise InputError(f"{path} cannot be read ({first_line(error)}); it must hold {_KEYS}") from error
+
+
+def _array_split(path: Path, content: Mapping[str, NDArray[Any]], name: str) -> Split:
+    images, key = content[name], f"{name.removesuffix('_images')}_labels"
+    labels = content.get(key, np.empty(0))
+    if labels.ndim == 2 and labels.shape[1] == 1:  # MedMNIST
+        labels = labels[:, 0]
+    if labels.ndim != 1 or len(labels) != len(images) or labels.dtype.kind not in "iuU":
+        raise InputError(
+            f"{path}: {key!r} is {labels.dtype} of shape {labels.shape}; it needs {len(images)} integers or words, one "
+            f"an image; the arrays are {', '.join(sorted(content))}"
+        )
+    if labels.dtype.kind in "iu":
+        labels = labels.astype(np.int64)
+    wanted = "unsigned bytes (N, H, W), (N, H, W, D) or (N, D, H, W) with D 1 or 3"
+    got = f"{path}: {name!r} is {images.dtype} of shape {images.shape}"
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape[1:]:
+        raise InputError(f"{got}; it must be {wanted}")
+    if images.ndim == 4:
+        if (images.shape[1] in (1, 3)) == (images.shape[3] in (1, 3)):
+            raise InputError(f"{got}, in which the channels may stand first or last; it must be {wanted}")
+        images = images.transpose(0, 2, 3, 1) if images.shape[1] in (1, 3) else images
+    columns = {
+        other: values
+        for other, values in content.items()
+        if not other.endswith(("_images", "_labels")) and values.shape == labels.shape and values.dtype.kind in "iuU"
+    }
+    return of_arrays(images, RawLabels(labels, lambda row: f"{path}, {key} row {row}"), columns)
+
+
+def of_arrays(images: NDArray[np.uint8], labels: RawLabels, columns: Mapping[str, NDArray[Any]] | None = None) -> Split:
+    """Returns a split of decoded images ``(N, H, W)`` or ``(N, H, W, D)``, D 1 or 3."""
+    if images.shape[3:] == (1,):
+        images = images[..., 0]
+    there = columns or {}
+
+    def column(name: str) -> NDArray[Any]:
+        if name not in there:
+            raise InputError(f"no column {name!r}; the columns are: {', '.join(sorted(there)) or 'none'}")
+        return there[name]
+
+    return Split(labels, lambda rows: (images[row] for row in rows), column)
+
+
+_IDX = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+
+
+def has_idx(root: Path) -> bool:
+    """Returns whether a folder holds IDX files under the names of MNIST's authors, compressed with gzip or not."""
+    return _idx_file(root / _IDX["train"][0]).is_file()
+
+
+def idx(root: Path, names: tuple[str, ...]) -> Splits:
+    """Reads four IDX files (format: yann.lecun.com/exdb/mnist, and fashion-mnist by Zalando Research)."""
+    return Splits(_idx_split(root, *_IDX["train"]), _idx_split(root, *_IDX["test"]), names)
+
+
+def _idx_split(root: Path, images_name: str, labels_name: str) -> Split:
+    path = _idx_file(root / labels_name)
+    images, labels = _read_idx(_idx_file(root / images_name), 3), _read_idx(path, 1)
+    if len(images) != len(labels):
+        raise InputError(f"{path} has {len(labels)} labels for {len(images)} images; download both files again")
+    return of_arrays(images, RawLabels(labels.astype(np.int64), lambda row: f"{path}, row {row}"))
+
+
+def _idx_file(path: Path) -> Path:
+    packed = path.with_name(f"{path.name}.gz")
+    return packed if packed.is_file() and not path.is_file() else path
+
+
+def _read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
+    """Reads two zero bytes, 8 for unsigned bytes, the number of dimensions, each as 4 bytes, and the values."""
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        magic = struct.unpack(">HBB", content[:4])
+        shape = struct.unpack(f">{dimensions}I", content[4 : 4 + 4 * dimensions])
+        if magic != (0, 8, dimensions):
+            raise ValueError(f"it does not start as one of unsigned bytes with {dimensions} dimension(s)")
+        return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    except (OSError, EOFError, ValueError, zlib.error, struct.error) as error:
+        raise InputError(f"{path} is not a whole IDX file ({first_line(error)}); download it again") from error
