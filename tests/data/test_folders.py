@@ -117,7 +117,7 @@ def test_errors_name_the_file(tmp_path, hub):
     assert f"{path}: the image is corrupt" in error_of(tmp_path)
     path.write_bytes(b"")
     assert f"{path}: the image is corrupt" in error_of(tmp_path)
-    with pytest.raises(InputError, match="image files in folders have no columns"):
+    with pytest.raises(InputError, match="only tables and files of arrays have columns"):
         load(DataConfig(name="folder", root=tmp_path), columns=["writer"])
 
 

@@ -35,6 +35,10 @@ _ROWS = 128
 T = TypeVar("T")
 
 
+def _no_column(name: str) -> NDArray[Any]:
+    raise InputError(f"no column {name!r}: only tables and files of arrays have columns")
+
+
 @dataclass(frozen=True)
 class Split:
     """The rows of a split; images are read when they are asked for."""
@@ -42,7 +46,7 @@ class Split:
     labels: RawLabels
     images: Callable[[Labels], Iterable[Stored]]
     """From ascending rows to their images."""
-    column: Callable[[str], NDArray[Any]]
+    column: Callable[[str], NDArray[Any]] = _no_column
     """From the name of a further column to its values ``(N,)``, int64 or strings."""
 
 
@@ -150,18 +154,16 @@ def _files_by_split(root: Path) -> dict[str, list[Path]]:
 
 def _check_shards(files: Sequence[Path]) -> None:
     """Raises InputError where files are not one whole split, such as a download that stopped half-way."""
-    folders = sorted({path.parent for path in files})
-    if len(folders) > 1:
+    if len(folders := sorted({str(path.parent) for path in files})) > 1:
         raise InputError(
-            f"several folders have files of one split ({', '.join(map(str, folders))}); set data.root to one of them, "
-            "or data.subset to its name"
+            f"several folders have files of one split ({', '.join(folders)}); set data.root to one of them, or "
+            "data.subset to its name"
         )
-    counts = {int(match[1]) if (match := re.search(r"-\d+-of-(\d+)", path.stem)) else 0 for path in files}
-    if counts not in ({0}, {len(files)}):
-        wanted = ", ".join(str(count) if count else "no number" for count in sorted(counts))
+    totals = {int(match[1]) if (match := re.search(r"-\d+-of-(\d+)", path.stem)) else 0 for path in files}
+    if totals not in ({0}, {len(files)}):
         raise InputError(
-            f"{len(files)} shard(s) beside {files[0]}, but their names end in -of-: {wanted}; complete the download, "
-            "or remove files that do not belong"
+            f"{len(files)} shard(s) beside {files[0]}, but their names count {' and '.join(map(str, sorted(totals)))}; "
+            "complete the download, or remove files that do not belong"
         )
 
 
@@ -383,11 +385,8 @@ def _of_files(train: Labelled, test: Labelled | None, no_test: str = "") -> Spli
 
 
 def _file_split(images: Labelled) -> Split:
-    def column(name: str) -> NDArray[Any]:
-        raise InputError(f"no column {name!r}: image files in folders have no columns")
-
     labels = RawLabels(np.array([label for _, label in images], np.str_), lambda row: str(images[row][0]))
-    return Split(labels, lambda rows: (images[row][0] for row in rows), column)
+    return Split(labels, lambda rows: (images[row][0] for row in rows))
 
 
 def _folders(root: Path) -> list[Path]:
@@ -498,20 +497,21 @@ def _array_split(path: Path, content: Mapping[str, NDArray[Any]], name: str) -> 
         for other, values in content.items()
         if not other.endswith(("_images", "_labels")) and values.shape == labels.shape and values.dtype.kind in "iuU"
     }
-    return of_arrays(images, RawLabels(labels, lambda row: f"{path}, {key} row {row}"), columns)
+
+    def column(other: str) -> NDArray[Any]:
+        if other not in columns:
+            raise InputError(f"{path} has no column {other!r}; the columns are: {', '.join(sorted(columns)) or 'none'}")
+        return columns[other]
+
+    return of_arrays(images, RawLabels(labels, lambda row: f"{path}, {key} row {row}"), column)
 
 
-def of_arrays(images: NDArray[np.uint8], labels: RawLabels, columns: Mapping[str, NDArray[Any]] | None = None) -> Split:
+def of_arrays(
+    images: NDArray[np.uint8], labels: RawLabels, column: Callable[[str], NDArray[Any]] = _no_column
+) -> Split:
     """Returns a split of decoded images ``(N, H, W)`` or ``(N, H, W, D)``, D 1 or 3."""
     if images.shape[3:] == (1,):
         images = images[..., 0]
-    there = columns or {}
-
-    def column(name: str) -> NDArray[Any]:
-        if name not in there:
-            raise InputError(f"no column {name!r}; the columns are: {', '.join(sorted(there)) or 'none'}")
-        return there[name]
-
     return Split(labels, lambda rows: (images[row] for row in rows), column)
 
 
