@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedftg.data import cache, classes, read
+from fedftg.data import cache, classes, read, tables
 from fedftg.data.classes import Labels, RawLabels
 from fedftg.data.config import DataConfig
 from fedftg.data.dataset import Augmentation, Channels, ImageDataset, measured_normalisation
@@ -96,7 +96,7 @@ def _tables(config: DataConfig, source: Source) -> read.Splits:
                 return read.idx(folder, source.class_names)
     if config.name == "hub" and config.hub_id is None and config.root is None:
         raise InputError("data set 'hub' needs data.hub_id: the data set's id on the HuggingFace hub, as owner/name")
-    return read.tables(config, source.hub_id or config.hub_id, source.subset, source.image, source.label)
+    return tables.tables(config, source.hub_id or config.hub_id, source.subset, source.image, source.label)
 
 
 def _tensors(config: DataConfig) -> read.Splits:  # noqa: ARG001
