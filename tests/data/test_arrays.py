@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from fedftg.data import known
+from fedftg.data import sources
 from fedftg.data.config import DataConfig
 from fedftg.data.sources import load
 from fedftg.errors import InputError
@@ -67,13 +67,15 @@ def test_class_names_words_and_columns(tmp_path, hub):
     assert whole.columns["writer"].tolist() == writers.tolist()
     rows = [int((whole.train_images == image).flatten(1).all(dim=1).nonzero()) for image in data.train_images]
     assert data.columns["writer"].tolist() == [writers[row] for row in rows]
-    with pytest.raises(InputError, match="has no column 'other'; the columns are: writer"):
+    with pytest.raises(InputError, match="no column 'other'; the columns are: writer"):
         load(DataConfig(name="arrays", root=tmp_path / "a.npz"), columns=["other"])
     save_file(content(hub), tmp_path / "b.safetensors", metadata={"class_names": json.dumps(["ape", "bee"])})
     assert read(tmp_path / "b.safetensors").class_names == ("ape", "bee")
     words = content(hub, train_labels=np.array(["x", "y", "y", "x"]), test_labels=np.array(["y", "x"]))
     np.savez(tmp_path / "c.npz", **words)
     assert read(tmp_path / "c.npz").test_labels.tolist() == [1, 0]
+    np.savez(tmp_path / "m.npz", **content(hub, train_labels=np.array([[0], [1], [1], [0]])))  # as MedMNIST has them
+    assert read(tmp_path / "m.npz").train_labels.tolist() == [0, 1, 1, 0]
     np.savez(tmp_path / "d.npz", **words, class_names=np.array(["y", "never", "x"]))
     named = read(tmp_path / "d.npz")
     assert named.class_names == ("y", "never", "x")
@@ -90,7 +92,7 @@ def test_without_test_arrays_a_share_is_held_out(tmp_path, hub):
     path = tmp_path / "a.npz"
     np.savez(path, **content(hub, test_images=None, test_labels=None))
     message = error_of(path)
-    assert "has no array test_images or valid_images or validation_images or val_images; the arrays are" in message
+    assert "has no split test, valid, validation, val; the splits are: train" in message
     assert "data.test_share" in message
     assert len(read(path, test_share=0.5).test_labels) == 2
     np.savez(path, **content(hub))
@@ -106,14 +108,15 @@ def test_without_test_arrays_a_share_is_held_out(tmp_path, hub):
             {"train_images": np.zeros((4, 9, 9))},
             "'train_images' is float64 of shape (4, 9, 9); it must be unsigned bytes",
         ),
-        ({"train_images": np.zeros((4, 3, 9, 3), np.uint8)}, "where the channels stand is not clear"),
+        ({"train_images": np.zeros((4, 3, 9, 3), np.uint8)}, "in which the channels may stand first or last"),
         ({"train_labels": np.array([0, 1])}, "it needs 4 integers or words"),
-        ({"train_labels": None}, "has no array 'train_labels'; the arrays are test_images, test_labels, train_images"),
-        ({"train_labels": np.array([0, 2, 2, 0])}, "train_labels row 1: label 2 though no training row has label 1"),
+        ({"train_labels": None}, "one an image; the arrays are test_images, test_labels, train_images"),
+        ({"train_images": None}, "no split train; the splits are: test; set data.train_split to one of them"),
+        ({"train_labels": np.array([0, 2, 2, 0])}, "train_labels row 1: label 2, but no training row has label 1"),
         ({"test_images": np.zeros((0, 9, 9, 3), np.uint8), "test_labels": np.zeros(0, int)}, "has no test rows"),
         (
             {"test_images": np.zeros((2, 8, 8, 3), np.uint8)},
-            "test images have shape (3, 8, 8), training images (3, 9, 9)",
+            "test_labels row 0: the image is 8x8 (width x height), the first one is 9x9; set data.image_size",
         ),
         ({"train_labels": np.array([{}] * 4)}, "cannot be read (Object arrays cannot be loaded"),
     ],
@@ -144,10 +147,12 @@ def write_idx(hub, root, packed):
     return images
 
 
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
-def test_authors_files(tmp_path, hub, packed, name):
-    images = write_idx(hub, tmp_path / "raw" if packed else tmp_path, packed)
+@pytest.mark.parametrize(
+    ("name", "inside", "packed"),
+    [("mnist", "", False), ("mnist", "MNIST/raw", True), ("fashion_mnist", "raw", True), ("fashion_mnist", "", True)],
+)
+def test_authors_files_and_where_torchvision_puts_them(tmp_path, hub, name, inside, packed):
+    images = write_idx(hub, tmp_path / inside, packed)
     data = load(DataConfig(name=name, root=tmp_path))
     assert torch.equal(data.train_images[:, 0], torch.from_numpy(images))
     assert data.test_labels.tolist() == list(range(10))
@@ -159,15 +164,17 @@ def test_authors_files_that_are_not_whole(tmp_path, hub):
     path = tmp_path / "t10k-images-idx3-ubyte"
     path.write_bytes(path.read_bytes()[:-1])
     assert f"{path} is not a whole IDX file" in error_of(tmp_path, "mnist")
-    path.unlink()
-    assert f"{path} (or t10k-images-idx3-ubyte.gz) is missing" in error_of(tmp_path, "mnist")
-    (tmp_path / f"{path.name}.gz").write_bytes(b"x")
-    assert "is not a readable IDX file" in error_of(tmp_path, "mnist")
     path.write_bytes(idx(hub.grey(3, size=28)))
-    assert f"{path} has 3 images" in error_of(tmp_path, "mnist")
+    assert "has 10 labels for 3 images" in error_of(tmp_path, "mnist")
+    path.write_bytes((tmp_path / "t10k-labels-idx1-ubyte").read_bytes())
+    assert "not start as one of unsigned bytes with 3 dimension(s)" in error_of(tmp_path, "mnist")
+    path.unlink()
+    assert "is not a whole IDX file ([Errno 2] No such file" in error_of(tmp_path, "mnist")
+    (tmp_path / f"{path.name}.gz").write_bytes(b"x")
+    assert f"{path}.gz is not a whole IDX file" in error_of(tmp_path, "mnist")
 
 
-@pytest.mark.skipif(not known.DEBIAN_FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
+@pytest.mark.skipif(not sources.DEBIAN_FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
 def test_fashion_mnist_of_debian_needs_no_folder():
     """60,000 and 10,000 images, as many of each class, and the mean and deviation that its users know."""
     data = load(DataConfig(name="fashion_mnist"))

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from fedftg.data.classes import RawLabels, check_names, in_order, resolve
+from fedftg.data.classes import RawLabels, check_alike, check_names, in_order, resolve
 from fedftg.errors import InputError
 
 
@@ -31,15 +31,15 @@ def test_test_label_that_training_lacks():
 
 
 def test_words_and_numbers():
-    with pytest.raises(InputError, match="words, those of the other are numbers"):
+    with pytest.raises(InputError, match="one split has words as labels, the other integers"):
         resolve(raw("cat"), raw(0, split="test"), None)
 
 
 @pytest.mark.parametrize(
     ("labels", "expected"),
     [
-        ((0, 1, 5, 3, 3), "train row 3: label 3 though no training row has label 2"),
-        ((4, 2, 1), "train row 2: label 1 though no training row has label 0"),
+        ((0, 1, 5, 3, 3), "train row 3: label 3, but no training row has label 2"),
+        ((4, 2, 1), "train row 2: label 1, but no training row has label 0"),
     ],
 )
 def test_gap_says_where_the_first_label_after_it_stands(labels, expected):
@@ -62,6 +62,14 @@ def test_named_classes_may_lack_rows_but_labels_must_have_names():
     with pytest.raises(InputError, match=r"test row 0: label 4 is outside 0\.\.3"):
         resolve(raw(0), raw(4, split="test"), ("a", "b", "c", "d"))
     assert resolve(raw(0, 2), None, None, num_classes=4)[0] == ("0", "1", "2", "3")
+
+
+def test_class_names_that_are_alike():
+    check_alike(["A", "a"], "file")  # letters, as words
+    with pytest.raises(InputError, match="file: classes 'A' and 'a' differ only in case or spaces"):
+        check_alike(["A", "a"], "file", str.casefold)
+    with pytest.raises(InputError, match="column 'label': classes 'cat' and 'cat ' differ only in case or spaces"):
+        resolve(raw("cat ", "dog", "cat"), None, None)
 
 
 def test_two_classes_of_one_name():

@@ -7,13 +7,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedftg.data import decode
-from fedftg.data.decode import Sizing, resized
+from fedftg.data import decode, read
+from fedftg.data.classes import RawLabels
+from fedftg.data.decode import Sizing
 from fedftg.errors import InputError
 
 
 def decoded(content, sizing=None):
-    return decode.decode("here", content, sizing or Sizing())
+    return decode.decode(content, sizing or Sizing())
+
+
+def whole(*splits, sizing=None, progress=None):
+    """Images and how many were converted, of splits that are lists of encoded images."""
+    wanted = []
+    for number, images in enumerate(splits):
+        labels = RawLabels(np.zeros(len(images), int), lambda row, number=number: f"split {number}, row {row}")
+        split = read.Split(labels, lambda rows, images=images: [images[row] for row in rows], None)
+        wanted.append((split, np.arange(len(images))))
+    return decode.decode_all(wanted, sizing or Sizing(), decode.in_memory, progress)
 
 
 def halves(width, height, left=0, right=200):
@@ -77,51 +88,108 @@ def test_image_that_has_the_size_is_left_alone(hub):
 def test_more_than_8_bits_are_refused(hub, mode):
     image = Image.new(mode, (8, 8))
     content = hub.encode(image, "TIFF")
-    with pytest.raises(InputError, match=f"here: images of mode '{mode}' are not supported; convert them to 8-bit"):
+    with pytest.raises(InputError, match=f"images of mode '{mode}' are not supported; convert them to 8-bit"):
         decoded(content)
 
 
-def test_order_is_kept_over_blocks_and_the_first_bad_image_is_told(hub):
+def test_order_is_kept_over_blocks_and_the_first_bad_image_is_named(hub):
     images = hub.colour(200, size=8)
-    encoded = [(f"row {row}", hub.encode(image)) for row, image in enumerate(images)]
-    found = [item for block in decode.decoded(encoded, Sizing()) for item in block]
-    assert [where for where, _, _ in found] == [f"row {row}" for row in range(200)]
-    assert np.array_equal(np.stack([pixels for _, pixels, _ in found]), images)
-    encoded[70] = ("row 70", b"no image")
-    encoded[71] = ("row 71", b"no image either")
-    with pytest.raises(InputError, match="row 70: the image is corrupt"):
-        list(decode.decoded(encoded, Sizing()))
+    encoded = [hub.encode(image) for image in images]
+    told = []
+    found, converted = whole(encoded[:150], encoded[150:], progress=lambda *counts: told.append(counts))
+    assert np.array_equal(found.transpose(0, 2, 3, 1), images)
+    assert converted == {}
+    assert told == [(64, 200), (128, 200), (150, 200), (200, 200)]
+    encoded[170] = encoded[171] = b"no image"
+    with pytest.raises(InputError, match="split 1, row 20: the image is corrupt"):
+        whole(encoded[:150], encoded[150:])
+    encoded[100] = hub.encode(hub.colour(1, size=9)[0])
+    with pytest.raises(InputError, match=r"split 0, row 100: the image is 9x9 .*, the first one is 8x8; set"):
+        whole(encoded)
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_all_grey_stays_grey_and_one_colour_image_makes_all_colour(tmp_path, hub, in_file):
+    grey = hub.grey(100)
+    content = [hub.encode(image) for image in grey]
+    store = (lambda count, blocks: decode.in_file(tmp_path / "a.npy", count, blocks)) if in_file else decode.in_memory
+    split = read.Split(None, lambda rows: [content[row] for row in rows], None)
+    images, converted = decode.decode_all([(split, np.arange(100))], Sizing(), store)
+    assert np.array_equal(images, grey[:, None])
+    assert converted == {}
+    content[90] = hub.encode(hub.colour(1, size=8)[0])
+    images, converted = decode.decode_all([(split, np.arange(100))], Sizing(), store)
+    assert images.shape == (100, 3, 8, 8)
+    assert np.array_equal(images[:90], np.broadcast_to(grey[:90, None], (90, 3, 8, 8)))
+    assert converted == {"grey": 99}
+
+
+def test_mixed_modes_become_rgb_and_are_counted(hub):
+    rgb = Image.fromarray(hub.colour(1, size=8)[0])
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    content = [
+        hub.encode(rgb),
+        hub.encode(hub.grey(1)[0]),
+        hub.encode(palette, transparency=b"\x00\x80"),
+        hub.encode(rgb.convert("RGBA")),
+        hub.encode(Image.new("CMYK", (8, 8), (0, 0, 0, 255)), "JPEG"),
+        hub.encode(Image.new("1", (8, 8), 1)),
+        hub.encode(rgb, "PPM"),
+        hub.encode(rgb, "TIFF"),
+    ]
+    images, converted = whole(content)
+    assert images.shape == (8, 3, 8, 8)
+    assert all(np.array_equal(images[0], images[row]) for row in (3, 6, 7))
+    assert np.array_equal(images[1], np.broadcast_to(hub.grey(1), (3, 8, 8)))
+    assert images[2, :, 0, 0].tolist() == [10, 20, 30]
+    assert images[4].max() < 10
+    assert images[5].min() == 255
+    assert converted == {"CMYK": 1, "P": 1, "RGBA": 1, "grey": 2}
 
 
 def test_few_images_are_in_memory_at_a_time(hub):
-    """The source is asked for no more than a block ahead of what is handed on."""
+    """No more than a block of images is read before it is stored."""
     content = hub.encode(hub.grey(1)[0])
-    asked = []
+    asked, ahead = [], []
 
-    def source():
-        for row in range(300):
-            asked.append(row)
-            yield str(row), content
+    def store(count, blocks):
+        return np.concatenate([block for block in blocks if ahead.append(len(asked)) is None])
 
-    blocks = decode.decoded(source(), Sizing())
-    assert len(next(blocks)) == len(asked) == 64
+    split = read.Split(None, lambda rows: (content for row in rows if asked.append(row) is None), None)
+    decode.decode_all([(split, np.arange(130))], Sizing(), store)
+    assert ahead[:3] == [64, 128, 130]
 
 
 def test_file_that_is_gone():
-    with pytest.raises(InputError, match="here: the image is corrupt"):
+    with pytest.raises(InputError, match="the image is corrupt"):
         decoded(Path("/nowhere/x.png"))
 
 
 def test_arrays_are_resized_like_files(hub):
-    images = hub.colour(2, size=12)
-    expected = np.stack([decoded(hub.encode(image), Sizing(8))[0] for image in images])
-    assert np.array_equal(resized(images.transpose(0, 3, 1, 2), Sizing(8)).transpose(0, 2, 3, 1), expected)
-    grey = hub.grey(2, size=12)
-    expected = np.stack([decoded(hub.encode(image), Sizing(8))[0] for image in grey])
-    assert np.array_equal(resized(grey[:, None], Sizing(8))[:, 0], expected)
+    for image in (*hub.colour(2, size=12), *hub.grey(2, size=12)):
+        pixels, mode = decoded(image, Sizing(8))
+        assert np.array_equal(pixels, decoded(hub.encode(image), Sizing(8))[0])
+        assert mode == ("L" if image.ndim == 2 else "RGB")
 
 
-def test_sixteen_bit_colour_is_refused_though_pillow_takes_it_for_rgb():
+def test_a_very_large_image_is_not_called_corrupt(hub, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(InputError, match=r"the image is too large \(Image size \(64 pixels\) exceeds limit"):
+        decoded(hub.encode(hub.grey(1)[0]))
+
+
+def tiff_of_16_bits(compression):
+    """A colour TIFF by hand: Pillow writes none. Little-endian, one strip, tags in ascending order."""
+    pixels = np.full((8, 8, 3), 40_000, dtype="<u2").tobytes()
+    strip = zlib.compress(pixels) if compression == 8 else pixels
+    tags = [(256, 3, 1, 8), (257, 3, 1, 8), (258, 3, 3, 8 + len(strip)), (259, 3, 1, compression), (262, 3, 1, 2),
+            (273, 4, 1, 8), (277, 3, 1, 3), (278, 3, 1, 8), (279, 4, 1, len(strip))]  # fmt: skip
+    table = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + len(strip) + 6) + strip + struct.pack("<3H", 16, 16, 16) + table
+
+
+def png_of_16_bits():
     """A 1x1 PNG of colour type 2 and depth 16, by hand: IHDR, one row of filter 0 and three 16-bit values, IEND."""
 
     def chunk(kind, content):
@@ -129,6 +197,21 @@ def test_sixteen_bit_colour_is_refused_though_pillow_takes_it_for_rgb():
 
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
     body = chunk(b"IDAT", zlib.compress(b"\0" + struct.pack(">HHH", 1000, 2000, 3000)))
-    png = b"\x89PNG\r\n\x1a\n" + head + body + chunk(b"IEND", b"")
-    with pytest.raises(InputError, match="here: images of mode 'RGB;16' are not supported"):
-        decoded(png)
+    return b"\x89PNG\r\n\x1a\n" + head + body + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"P6 8 8 65535\n" + bytes(384),
+        b"P6 8 8 1023\n" + bytes(384),
+        tiff_of_16_bits(1),
+        tiff_of_16_bits(8),
+        png_of_16_bits(),
+    ],
+    ids=["ppm", "ppm10", "tiff", "tiff_deflate", "png"],
+)
+def test_sixteen_bit_colour_is_refused_though_pillow_takes_it_for_rgb(content):
+    assert Image.open(io.BytesIO(content)).mode == "RGB"
+    with pytest.raises(InputError, match="images of mode 'RGB;16' are not supported; convert them to 8-bit"):
+        decoded(content)

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -49,7 +51,7 @@ def test_train_and_test_with_numeric_names_in_their_order(tmp_path, hub, test):
 def test_classes_at_the_top_with_a_share_held_out(tmp_path, hub):
     """10 images a class, a share of 0.2: 2 of each are held out, 8 stay."""
     made = write(hub, tmp_path, ["ant", "bee"], count=10)
-    assert "the folders are ant, bee; set data.test_split to one of them, or data.test_share" in error_of(tmp_path)
+    assert "the folders are: ant, bee; set data.test_split to one of them, or data.test_share" in error_of(tmp_path)
     data = read(tmp_path, test_share=0.2)
     assert data.train_labels.bincount().tolist() == [8, 8]
     assert data.test_labels.bincount().tolist() == [2, 2]
@@ -59,36 +61,49 @@ def test_classes_at_the_top_with_a_share_held_out(tmp_path, hub):
 
 
 def test_named_splits_deeper_folders_and_other_files(tmp_path, hub):
-    """Tiny ImageNet's own folder has train/<class>/images/*.JPEG; hidden and other files are no images."""
+    """Hidden and other files are no images, and neither are a NAS's thumbnails; links are followed."""
     write(hub, tmp_path / "fit" / "n1", ["images"])
     write(hub, tmp_path / "fit" / "n2", ["images"])
     (tmp_path / "fit" / "n1" / "boxes.txt").write_text("x")
     (tmp_path / "fit" / "n1" / "images" / "._0.png").write_bytes(b"x")
+    write(hub, tmp_path / "fit" / "n1" / "@eaDir", ["0.png"])
+    write(hub, tmp_path / "store", ["more"], count=1)
+    (tmp_path / "fit" / "n2" / "more").symlink_to(tmp_path / "store" / "more")
+    (tmp_path / "store" / "more" / "up").symlink_to(tmp_path / "fit" / "n2")
     write(hub, tmp_path / "eval", ["n1", "n2"])
     data = read(tmp_path, train_split="fit", test_split="eval")
-    assert (data.class_names, data.train_labels.tolist()) == (("n1", "n2"), [0, 0, 1, 1])
-    assert "has no folder 'exam'; the folders are eval, fit" in error_of(tmp_path, train_split="fit", test_split="exam")
-    assert "has no folder 'train'; the folders are eval, fit" in error_of(tmp_path, test_split="eval")
+    assert (data.class_names, data.train_labels.tolist()) == (("n1", "n2"), [0, 0, 1, 1, 1])
+    folders = "the folders are: eval, fit, store"
+    assert f"has no folder exam; {folders}" in error_of(tmp_path, train_split="fit", test_split="exam")
+    assert f"has no folder train; {folders}" in error_of(tmp_path, test_split="eval")
 
 
 def test_folders_that_cannot_be_used(tmp_path, hub):
     with pytest.raises(InputError, match=r"data set 'folder' needs data\.root"):
         load(DataConfig(name="folder"))
     assert "is not a folder" in error_of(tmp_path / "nowhere")
-    write(hub, tmp_path / "train", ["cat", "dog"])
+    write(hub, tmp_path / "pets", ["cat", "dog"])
+    assert f"{tmp_path} has one class folder, 'pets'; set data.root to" in error_of(tmp_path, test_share=0.5)
+    (tmp_path / "pets").rename(tmp_path / "train")
     (tmp_path / "test").mkdir()
     assert f"{tmp_path / 'test'} has no class folders" in error_of(tmp_path)
     (tmp_path / "test" / "cat").mkdir()
     assert f"{tmp_path / 'test' / 'cat'} has no images; remove the folder" in error_of(tmp_path)
     write(hub, tmp_path / "test", ["emu"])
     (tmp_path / "test" / "cat").rmdir()
-    assert "class 'emu' is not among the training classes" in error_of(tmp_path)
+    assert "label 'emu' occurs in no training row" in error_of(tmp_path)
 
 
 @pytest.mark.parametrize("twin", ["CAT", "cat "])
 def test_folders_that_differ_in_case_or_spaces(tmp_path, hub, twin):
     write(hub, tmp_path / "train", ["cat", twin])
     assert "differ only in case or spaces; merge or rename" in error_of(tmp_path, test_share=0.5)
+
+
+def test_folder_name_of_an_old_zip_file(tmp_path, hub):
+    write(hub, tmp_path, ["a", "b"])
+    os.rename(os.fsencode(tmp_path / "a"), os.fsencode(tmp_path) + b"/caf\xe9")
+    assert r"the folder name 'caf\udce9' cannot be printed; rename it" in error_of(tmp_path, test_share=0.5)
 
 
 def test_errors_name_the_file(tmp_path, hub):
@@ -101,7 +116,9 @@ def test_errors_name_the_file(tmp_path, hub):
     assert read(tmp_path, image_size=8).image_shape == (3, 8, 8)
     path.write_bytes(path.read_bytes()[:60])
     assert f"{path}: the image is corrupt" in error_of(tmp_path)
-    with pytest.raises(InputError, match="image files in folders have no columns"):
+    path.write_bytes(b"")
+    assert f"{path}: the image is corrupt" in error_of(tmp_path)
+    with pytest.raises(InputError, match="only tables and files of arrays have columns"):
         load(DataConfig(name="folder", root=tmp_path), columns=["writer"])
 
 
@@ -128,9 +145,9 @@ def test_mio_tcd_holds_out_a_fifth_for_its_test_images_have_no_labels(tmp_path, 
 
 
 def test_mio_tcd_in_part(tmp_path, hub):
-    assert "has no folder 'train'; the folders are none" in error_of(tmp_path, "mio_tcd")
+    assert "has no folder 'train'; give the authors' MIO-TCD-Classification" in error_of(tmp_path, "mio_tcd")
     write(hub, tmp_path / "train", MIO_TCD[:10])
-    assert "has 10 class folders, not the 11 of mio_tcd" in error_of(tmp_path, "mio_tcd")
+    assert f"{tmp_path} has 10 classes" in error_of(tmp_path, "mio_tcd")
 
 
 def write_compcars(hub, root):
@@ -151,21 +168,16 @@ def test_compcars_takes_the_authors_lists(tmp_path, hub, inside):
 
 def test_compcars_that_is_not_whole(tmp_path, hub):
     write_compcars(hub, tmp_path)
-    lists = tmp_path / "test_surveillance.txt"
-    lists.write_text("2/2.png\n10/9.png\n")
-    assert f"{lists}, line 2: {tmp_path / 'image' / '10' / '9.png'} is missing" in error_of(tmp_path, "compcars")
-    lists.write_text("2-2.png\n")
-    assert f"{lists}, line 1: '2-2.png' is not like '1/abc.jpg'" in error_of(tmp_path, "compcars")
-    lists.write_text("../image/2/2.png\n")
-    assert "line 1: '../image/2/2.png' is not like '1/abc.jpg'" in error_of(tmp_path, "compcars")
-    lists.write_text("2/2.png\n2/2.png\n")
-    assert f"{lists}, line 2: the image is listed in line 1 already" in error_of(tmp_path, "compcars")
-    lists.write_text((tmp_path / "train_surveillance.txt").read_text().splitlines()[1])
-    assert f"{lists}, line 1: the image is in train_surveillance.txt too" in error_of(tmp_path, "compcars")
     write(hub, tmp_path / "image", ["3"])
-    lists.write_text("3/0.png\n")
-    assert f"{lists}, line 1: class 3 occurs in no line of train_surveillance.txt" in error_of(tmp_path, "compcars")
-    lists.write_text("\n")
-    assert f"{lists} has no lines" in error_of(tmp_path, "compcars")
-    lists.unlink()
-    assert f"{lists} cannot be read" in error_of(tmp_path, "compcars")
+    lists = tmp_path / "test_surveillance.txt"
+    for content, expected in (
+        ("2/2.png\n10/9.png\n", f"{lists}, image 2: '10/9.png' is not a file in {tmp_path / 'image'}"),
+        ("2-2.png\n", f"{lists}, image 1: '2-2.png' is not a file in"),
+        ("../image/2/2.png\n", "image 1: '../image/2/2.png' is not a file in"),
+        ("1/0.png\n", "1/0.png is in both lists"),
+        ("3/0.png\n", "label '3' occurs in no training row"),
+        ("\n", "has no test rows"),
+        (None, f"{lists} cannot be read"),
+    ):
+        lists.unlink() if content is None else lists.write_text(content)
+        assert expected in error_of(tmp_path, "compcars")

@@ -75,7 +75,7 @@ def test_download_that_breaks_off_then_whole_then_offline(tmp_path, hub, fake_hu
     with fake_hub.serving(tmp_path / "hub") as server:
         server.cut_after = 100
         (message,) = load(home, server.url, svhn)
-        assert message.startswith("ufldl-stanford/svhn is not here and cannot be downloaded (peer closed connection")
+        assert message.startswith("ufldl-stanford/svhn cannot be loaded from the hub (peer closed connection")
         assert message.endswith(
             "where there is network run 'hf download ufldl-stanford/svhn --repo-type dataset --local-dir DIR "
             '--include "cropped_digits/*"\', and set data.root to DIR'
@@ -110,7 +110,9 @@ def test_unknown_id_and_images_beside_the_table(tmp_path, hub, fake_hub):
         pets = {"name": "hub", "hub_id": "me/pets"}
         found = load(tmp_path / "home", server.url, pets, {"name": "hub", "hub_id": "me/nothing"})
     assert found[0] == [[6, 3, 8, 8], [0, 0, 0, 1, 1, 1], 4]
-    assert found[1].startswith("me/nothing cannot be loaded (Dataset 'me/nothing' doesn't exist on the Hub")
+    assert found[1].startswith(
+        "me/nothing cannot be loaded from the hub (Dataset 'me/nothing' doesn't exist on the Hub"
+    )
 
 
 def test_without_the_library(monkeypatch):

@@ -8,7 +8,6 @@ from pydantic import ValidationError
 from sklearn.datasets import load_digits
 
 from fedftg.data.config import DataConfig
-from fedftg.data.dataset import measured_normalisation
 from fedftg.data.sources import SOURCES, load, stratified_subset
 from fedftg.errors import InputError
 
@@ -73,124 +72,87 @@ def test_config_refuses(wrong):
 
 
 def test_every_source_is_described():
-    assert all(source.__doc__ for source in SOURCES.values())
+    assert all(source.about for source in SOURCES.values())
 
 
-def write_cifar(hub, root, columns, names, size=32):
-    content = [hub.encode(image) for image in hub.colour(4, size=size)]
-    for split in ("train", "test"):
-        hub.write(root / f"{split}-00000-of-00001.parquet", content, columns, names=names)
+def write_known(hub, root, columns, names=None, *, image="img", size=32, test="test", grey=False):
+    images = (hub.grey if grey else hub.colour)(4, size=size)
+    for split in ("train", test):
+        path = root / f"{split}-00000-of-00001-70d52db3c749a935.parquet"
+        hub.write(path, [hub.encode(pixels) for pixels in images], columns, image_name=image, names=names)
 
 
-def test_cifar10_layout(tmp_path, hub):
-    write_cifar(hub, tmp_path / "plain_text", {"label": [0, 9, 1, 1]}, {"label": [f"class{i}" for i in range(10)]})
-    data = load(DataConfig(name="cifar10", root=tmp_path))
-    assert data.mean == (0.491, 0.482, 0.447)
-    assert data.std == (0.247, 0.243, 0.262)
-    assert data.augment == "flip_crop"
-    assert data.num_classes == 10
-    assert load(DataConfig(name="cifar10", root=tmp_path, augment="none")).augment == "none"
-
-
-def test_cifar10_without_class_names_has_ten_classes(tmp_path, hub):
-    write_cifar(hub, tmp_path, {"label": [0, 1, 2, 3]}, None)
-    assert load(DataConfig(name="cifar10", root=tmp_path)).num_classes == 10
-
-
-def test_cifar100_fine_and_coarse(tmp_path, hub):
-    names = {"fine_label": [f"fine{i}" for i in range(100)], "coarse_label": [f"coarse{i}" for i in range(20)]}
-    write_cifar(hub, tmp_path, {"fine_label": [0, 99, 1, 1], "coarse_label": [3, 4, 5, 19]}, names)
-    fine = load(DataConfig(name="cifar100", root=tmp_path))
-    coarse = load(DataConfig(name="cifar100_coarse", root=tmp_path))
-    assert fine.train_labels.tolist() == [0, 99, 1, 1]
-    assert coarse.train_labels.tolist() == [3, 4, 5, 19]
-    assert (fine.num_classes, coarse.num_classes) == (100, 20)
-    assert fine.mean == coarse.mean == (0.5071, 0.4867, 0.4408)
-    with pytest.raises(InputError, match="has no column 'label' for labels; the columns are img, fine_label"):
-        load(DataConfig(name="cifar10", root=tmp_path))
-
-
-def test_wrong_folder_for_cifar10(tmp_path, hub):
-    write_cifar(hub, tmp_path, {"label": [0, 1, 2, 1]}, {"label": ["a", "b", "c"]})
-    with pytest.raises(InputError, match="has 3 classes in column 'label', not the 10 of cifar10"):
-        load(DataConfig(name="cifar10", root=tmp_path))
-
-
-def test_wrong_image_size_for_cifar10(tmp_path, hub):
-    write_cifar(hub, tmp_path, {"label": [0, 1, 2, 1]}, None, size=64)
-    with pytest.raises(InputError, match=r"images of shape \(3, 64, 64\), not the \(3, 32, 32\) of cifar10"):
-        load(DataConfig(name="cifar10", root=tmp_path))
+def error_of(**options):
+    with pytest.raises(InputError) as caught:
+        load(DataConfig(**options))
+    return str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "subset", "image", "classes", "size"),
+    ("name", "folder", "image", "label", "classes", "shape", "augment"),
     [
-        ("svhn", "cropped_digits", "image", 10, 32),
-        ("tiny_imagenet", "data", "image", 200, 64),
-        ("mnist", "mnist", "image", 10, 28),
-        ("fashion_mnist", "fashion_mnist", "image", 10, 28),
+        ("cifar10", "plain_text", "img", "label", 10, (3, 32, 32), "flip_crop"),
+        ("cifar100", ".", "img", "fine_label", 100, (3, 32, 32), "flip_crop"),
+        ("cifar100_coarse", "cifar100", "img", "coarse_label", 20, (3, 32, 32), "flip_crop"),
+        ("svhn", "cropped_digits", "image", "label", 10, (3, 32, 32), "crop"),
+        ("tiny_imagenet", "data", "image", "label", 200, (3, 64, 64), "flip_crop"),
+        ("food101", "data", "image", "label", 101, (3, 64, 64), "flip_crop"),
+        ("mnist", "mnist", "image", "label", 10, (1, 28, 28), "none"),
+        ("fashion_mnist", "fashion_mnist", "image", "label", 10, (1, 28, 28), "flip_crop"),
     ],
 )
-def test_layouts_of_known_sets(tmp_path, hub, name, subset, image, classes, size):
-    grey = name.endswith("mnist")
-    images = hub.grey(4, size=size) if grey else hub.colour(4, size=size)
-    content = [hub.encode(pixels) for pixels in images]
-    if name == "tiny_imagenet":
-        content[1] = hub.encode(hub.grey(1, size=size)[0])
-    names = {"label": [f"class {number}" for number in range(classes)]}
-    for split in ("train", "valid" if name == "tiny_imagenet" else "test"):
-        path = tmp_path / subset / f"{split}-00000-of-00001-70d52db3c749a935.parquet"
-        hub.write(path, content, {"label": [0, classes - 1, 1, 1]}, image_name=image, names=names)
+def test_known_sets_in_the_hubs_layout(tmp_path, hub, name, folder, image, label, classes, shape, augment):
+    other = "fine_label" if label == "coarse_label" else "other_label"
+    columns = {label: [0, classes - 1, 1, 1], other: [0] * 4}
+    names = {label: [f"class {number}" for number in range(classes)], other: ["one"]}
+    size = 90 if name == "food101" else shape[1]  # Food-101 has many sizes
+    test = {"tiny_imagenet": "valid", "food101": "validation"}.get(name, "test")
+    write_known(hub, tmp_path / folder, columns, names, image=image, size=size, test=test, grey=shape[0] == 1)
     data = load(DataConfig(name=name, root=tmp_path))
-    assert data.image_shape == (1 if grey else 3, size, size)
-    assert data.num_classes == classes
+    assert (data.image_shape, data.num_classes, data.augment) == (shape, classes, augment)
     assert data.train_labels.tolist() == [0, classes - 1, 1, 1]
-    assert data.converted == ({"grey": 2} if name == "tiny_imagenet" else {})
-    expected = {"svhn": "crop", "mnist": "none", "tiny_imagenet": "flip_crop", "fashion_mnist": "flip_crop"}
-    assert data.augment == expected[name]
-    assert load(DataConfig(name=name, root=tmp_path, image_size=16)).image_shape[1:] == (16, 16)
+    if name == "cifar10":
+        assert (data.mean, data.std) == ((0.491, 0.482, 0.447), (0.247, 0.243, 0.262))
+    elif name.startswith("cifar100"):
+        assert (data.mean, data.std) == ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+    small = load(DataConfig(name=name, root=tmp_path, image_size=16, augment="none"))
+    assert (small.image_shape[1:], small.augment) == ((16, 16), "none")
 
 
-def test_food101_is_resized_unless_told_otherwise(tmp_path, hub):
-    content = [hub.encode(hub.colour(1, size=size)[0], "JPEG") for size in (100, 140)]
-    names = {"label": ["apple_pie", "waffles"]}
-    for split in ("train", "validation"):
-        path = tmp_path / "data" / f"{split}-00000-of-00001.parquet"
-        hub.write(path, content, {"label": [0, 1]}, image_name="image", names=names)
-    assert load(DataConfig(name="food101", root=tmp_path)).image_shape == (3, 64, 64)
-    assert load(DataConfig(name="food101", root=tmp_path, image_size=32)).image_shape == (3, 32, 32)
+def test_a_folder_that_holds_another_set(tmp_path, hub):
+    write_known(hub, tmp_path, {"label": [0, 1, 2, 3]})
+    assert load(DataConfig(name="cifar10", root=tmp_path)).num_classes == 10  # though it has no names
+    assert "has no column 'fine_label' for labels" in error_of(name="cifar100", root=tmp_path)
+    write_known(hub, tmp_path, {"label": [0, 1, 2, 1]}, {"label": ["a", "b", "c"]})
+    assert "has 3 classes, not the 10 of cifar10; give its folder" in error_of(name="cifar10", root=tmp_path)
+    write_known(hub, tmp_path, {"label": [0, 1, 2, 1]}, size=64)
+    message = "holds images of shape (3, 64, 64), not the (3, 32, 32) of cifar10; set data.name to 'parquet'"
+    assert message in error_of(name="cifar10", root=tmp_path)
 
 
-def test_svhn_never_takes_whole_numbers(tmp_path, hub):
-    names = {"label": [str(digit) for digit in range(10)]}
-    for split in ("train", "test"):
-        path = tmp_path / "full_numbers" / f"{split}-00000-of-00001.parquet"
-        hub.write(path, [hub.encode(hub.colour(1)[0])], {"label": [0]}, image_name="image", names=names)
-    with pytest.raises(InputError, match=r"no train-\*\.parquet in"):
+@pytest.mark.parametrize(("name", "full"), [("tiny_imagenet", 200), ("food101", 101)])
+def test_part_of_the_classes_passes_but_not_more_than_there_are(tmp_path, hub, name, full):
+    for count in (full // 10, full + 1):
+        names = {"label": [f"n{number}" for number in range(count)]}
+        write_known(hub, tmp_path, {"label": [0, 1, 1, 0]}, names, image="image", size=64)
+        if count < full:
+            assert load(DataConfig(name=name, root=tmp_path)).num_classes == count
+    assert f"has {full + 1} classes, not the {full} of {name}" in error_of(name=name, root=tmp_path)
+
+
+def test_svhn_takes_cropped_digits(tmp_path, hub):
+    hub.write(tmp_path / "full_numbers" / "train.parquet", [b"x"], {"digits": [0]}, image_name="image")
+    with pytest.raises(InputError, match="has no column 'label' for labels; the columns are image, digits"):
         load(DataConfig(name="svhn", root=tmp_path))
+    names = {"label": [str(digit) for digit in range(10)]}
     for split, count in (("train", 2), ("test", 1), ("extra", 3)):
         path = tmp_path / "cropped_digits" / f"{split}-00000-of-00001.parquet"
         content = [hub.encode(image) for image in hub.colour(count)]
         hub.write(path, content, {"label": [9] * count}, image_name="image", names=names)
     assert len(load(DataConfig(name="svhn", root=tmp_path)).train_labels) == 2
     assert len(load(DataConfig(name="svhn", root=tmp_path, train_split="extra")).train_labels) == 3
-    with pytest.raises(InputError, match="has no split exam; the splits there are: extra, test, train"):
+    with pytest.raises(InputError, match="has no split exam; the splits are: extra, test, train"):
         load(DataConfig(name="svhn", root=tmp_path, test_split="exam"))
-
-
-@pytest.mark.parametrize(("name", "full"), [("tiny_imagenet", 200), ("food101", 101)])
-def test_part_of_the_classes_passes_but_not_more_than_there_are(tmp_path, hub, name, full):
-    content = [hub.encode(image) for image in hub.colour(2, size=64)]
-    for count, fine in ((full // 10, True), (full + 1, False)):
-        for split in ("train", "validation"):
-            names = {"label": [f"n{number}" for number in range(count)]}
-            path = tmp_path / f"{split}-00000-of-00001.parquet"
-            hub.write(path, content, {"label": [0, 1]}, image_name="image", names=names)
-        if fine:
-            assert load(DataConfig(name=name, root=tmp_path)).num_classes == count
-        else:
-            with pytest.raises(InputError, match=f"has {count} classes in column 'label', not the {full} of {name}"):
-                load(DataConfig(name=name, root=tmp_path))
 
 
 def test_settings_that_name_no_set():
@@ -198,7 +160,7 @@ def test_settings_that_name_no_set():
         load(DataConfig(name="hub"))
     with pytest.raises(InputError, match=r"data\.hub_id 'me/pets' goes with data\.name = 'hub', got 'digits'"):
         load(DataConfig(hub_id="me/pets"))
-    with pytest.raises(InputError, match="data set 'digits' has no column 'writer'; the columns are: none"):
+    with pytest.raises(InputError, match="no column 'writer': only tables and files of arrays have columns"):
         load(DataConfig(), columns=["writer"])
 
 
@@ -217,6 +179,15 @@ def test_offline_says_how_to_fetch_the_set(monkeypatch):
         load(DataConfig(name="cifar10"))
 
 
+def test_rare_classes_keep_a_training_image(tmp_path):
+    """A share of 0.5 of 6, 1 and 1 images takes 3, and by rounding one of the classes whole, which then keeps it."""
+    labels = np.array([0] * 6 + [1, 2])
+    np.savez(tmp_path / "a.npz", train_images=np.zeros((8, 8, 8), np.uint8), train_labels=labels)
+    data = load(DataConfig(name="arrays", root=tmp_path / "a.npz", test_share=0.5))
+    assert data.train_labels.bincount().tolist() == [3, 1, 1]
+    assert data.test_labels.tolist() == [0, 0, 0]
+
+
 def test_stratified_subset_by_hand():
     """Sizes 6, 3, 1 of 10; 5 of them: exact 3, 1.5, 0.5; the one that rounding leaves goes to the earlier class."""
     labels = np.array([0] * 6 + [1] * 3 + [2])
@@ -225,10 +196,6 @@ def test_stratified_subset_by_hand():
     assert (np.diff(chosen) > 0).all()
     assert np.array_equal(chosen, stratified_subset(labels, 5, 0))
     assert len(stratified_subset(labels, None, 0)) == len(stratified_subset(labels, 99, 0)) == 10
-
-
-def test_constant_images_can_be_normalised():
-    assert measured_normalisation(np.full((2, 1, 4, 4), 51, dtype=np.uint8)) == ((pytest.approx(0.2),), (1 / 255,))
 
 
 def test_real_cifar10(shared_data):

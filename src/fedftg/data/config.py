@@ -22,8 +22,8 @@ class DataConfig(BaseModel):
     )
     root: Path | None = Field(
         default=None,
-        description="folder (for arrays: file) that holds the data; without it sets of the HuggingFace hub are "
-        "downloaded once; not used by the built-in sets digits and mnist5k",
+        description="folder (for arrays: file) that holds the data; unset: sets of the HuggingFace hub are downloaded "
+        "once; not used by the built-in sets digits and mnist5k",
     )
     hub_id: str | None = Field(
         default=None, description="data.name = 'hub' only: the data set's id on the HuggingFace hub, as owner/name"
@@ -32,11 +32,11 @@ class DataConfig(BaseModel):
         default=None, description="the hub's configuration of a data set; needed only where it has several"
     )
     revision: str | None = Field(
-        default=None, description="branch, tag or commit of a data set on the hub; none takes the newest"
+        default=None, description="branch, tag or commit of a data set on the hub; unset: the newest"
     )
-    train_split: str | None = Field(default=None, description="name of the training split; none takes train")
+    train_split: str | None = Field(default=None, description="name of the training split; unset: train")
     test_split: str | None = Field(
-        default=None, description="name of the test split; none takes test, valid, validation or val"
+        default=None, description="name of the test split; unset: test, valid, validation or val"
     )
     test_share: float = Field(
         default=0.0,
@@ -55,27 +55,29 @@ class DataConfig(BaseModel):
         default=False, description="number integer labels that have gaps or start above 0 from 0, in ascending order"
     )
     image_size: int | None = Field(
-        default=None, ge=8, le=1024, description="side in pixels that all images are resized to, once; none keeps them"
+        default=None,
+        ge=8,
+        le=1024,
+        description="side in pixels that all images are resized to; unset: they keep their size",
     )
     resize: Literal["crop", "stretch"] = Field(
         default="crop",
         description="crop: the shorter side becomes image_size and the middle is kept; stretch: both sides do",
     )
     max_train: int | None = Field(
-        default=None, ge=1, description="use so many training images, the same in every run; none uses all"
+        default=None, ge=1, description="at most N training images (stratified, the same in every run); unset: all"
     )
     max_test: int | None = Field(
-        default=None, ge=1, description="use so many test images, the same in every run; none uses all"
+        default=None, ge=1, description="at most N test images (stratified, the same in every run); unset: all"
     )
     augment: Literal["default", "none", "flip", "crop", "flip_crop"] = Field(
         default="default",
-        description="random changes of training images; default is what suits the data set (see docs/data.md)",
+        description="augmentation of training images; default is what suits the data set (see docs/data.md)",
     )
     cache: str = Field(
         default="auto",
         pattern=r"\S",
-        description="folder for decoded images; auto is FEDFTG_CACHE or the user's cache folder, none keeps them in "
-        "memory only",
+        description="folder for decoded images; auto: FEDFTG_CACHE or the user's cache folder; none: not cached",
     )
 
 

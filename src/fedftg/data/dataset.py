@@ -80,7 +80,7 @@ class ImageDataset:
         augment: Augmentation = "none",
         columns: Mapping[str, NDArray[Any]] | None = None,
     ) -> ImageDataset:
-        """A data set of your own tensors or arrays, for ``fedftg.run(..., dataset=...)``.
+        """Returns a data set of your own tensors or arrays, for ``fedftg.run(..., dataset=...)``.
 
         Args:
             train_images: ``(N, D, H, W)`` unsigned bytes, 1 or 3 channels, or ``(N, H, W)``; not copied where they are
@@ -97,54 +97,51 @@ class ImageDataset:
         Raises:
             InputError: types, shapes, labels, names or statistics that do not fit; names the first row that is wrong.
         """
-        images = {"train": _tensor(train_images), "test": _tensor(test_images)}
-        images = {split: part[:, None] if part.ndim == 3 else part for split, part in images.items()}
-        labels = {"train": _tensor(train_labels), "test": _tensor(test_labels)}
-        for split in ("train", "test"):
-            _check_split(split, images[split], labels[split])
-        if images["train"].shape[1:] != images["test"].shape[1:]:
+        images = [part[:, None] if part.ndim == 3 else part for part in (_tensor(train_images), _tensor(test_images))]
+        labels = [_tensor(train_labels), _tensor(test_labels)]
+        for split, part, own in zip(("train", "test"), images, labels, strict=True):
+            _check_split(split, part, own)
+        if images[0].shape[1:] != images[1].shape[1:]:
             raise InputError(
-                f"test images have shape {tuple(images['test'].shape[1:])}, training images "
-                f"{tuple(images['train'].shape[1:])}; give both the same"
+                f"test images have shape {tuple(images[1].shape[1:])}, training images {tuple(images[0].shape[1:])}; "
+                "give both the same"
             )
-        labels = {split: part.to(torch.int64) for split, part in labels.items()}
-        count = int(labels["train"].max()) + 1 if class_names is None else len(class_names)
-        for split in ("train", "test"):
-            _check_labels(split, labels[split], count)
+        labels = [part.to(torch.int64) for part in labels]
+        count = int(labels[0].max()) + 1 if class_names is None else len(class_names)
+        _check_labels(labels, count, named=class_names is not None)
         names = tuple(map(str, class_names if class_names is not None else range(count)))
         check_names(names, "class_names")
-        if class_names is None:
-            _check_no_gap(labels["train"], count)
-        _check_channels("mean", mean, images["train"].shape[1], 0.0)
-        _check_channels("std", std, images["train"].shape[1], _LEAST_STD)
+        _check_channels("mean", mean, images[0].shape[1], 0.0)
+        _check_channels("std", std, images[0].shape[1], _LEAST_STD)
         if augment not in get_args(Augmentation):
             raise InputError(f"augment must be one of {', '.join(get_args(Augmentation))}, got {augment!r}")
         extra = {name: np.asarray(values) for name, values in (columns or {}).items()}
         for name, values in extra.items():
-            if values.shape != tuple(labels["train"].shape):
+            if values.shape != tuple(labels[0].shape):
                 raise InputError(
-                    f"column {name!r} has shape {values.shape}; it needs one value a training row, "
-                    f"{len(labels['train'])}"
+                    f"column {name!r} has shape {values.shape}; it needs one value a training row, {len(labels[0])}"
                 )
-        measured = measured_normalisation(images["train"].numpy()) if mean is None or std is None else ((0.0,), (1.0,))
+        if mean is None or std is None:
+            measured = measured_normalisation(images[0].numpy())
+            mean, std = measured[0] if mean is None else mean, measured[1] if std is None else std
         return cls(
-            train_images=images["train"],
-            train_labels=labels["train"],
-            test_images=images["test"],
-            test_labels=labels["test"],
+            train_images=images[0],
+            train_labels=labels[0],
+            test_images=images[1],
+            test_labels=labels[1],
             class_names=names,
-            mean=measured[0] if mean is None else tuple(map(float, mean)),
-            std=measured[1] if std is None else tuple(map(float, std)),
+            mean=tuple(map(float, mean)),
+            std=tuple(map(float, std)),
             augment=augment,
             columns=extra,
         )
 
 
 def measured_normalisation(images: NDArray[np.uint8]) -> tuple[Channels, Channels]:
-    """Mean and standard deviation per channel of images ``(N, D, H, W)``, scaled to 0..1, over all pixels.
+    """Returns mean and standard deviation per channel of images ``(N, D, H, W)``, scaled to 0..1, over all pixels.
 
-    Read a few images at a time, so a memory-mapped file does not fill memory. The deviation is at least one
-    grey level (1/255), so that a constant channel can be divided by it.
+    Reads a few images at a time, so that a memory-mapped file does not fill memory. The deviation is at least one grey
+    level (1/255), so that a constant channel can be divided by it.
     """
     channels = images.shape[1]
     counts = np.zeros((channels, 256), dtype=np.int64)
@@ -181,15 +178,6 @@ def _check_split(split: str, images: Tensor, labels: Tensor) -> None:
         )
 
 
-def _check_no_gap(labels: Tensor, num_classes: int) -> None:
-    missing = (torch.bincount(labels, minlength=num_classes) == 0).nonzero()
-    if len(missing):
-        raise InputError(
-            f"no training row has label {int(missing[0])}, though labels go up to {num_classes - 1}; number the "
-            "classes without a gap, or give class_names for all of them"
-        )
-
-
 def _check_channels(name: str, values: Sequence[float] | None, channels: int, least: float) -> None:
     if values is None:
         return
@@ -201,11 +189,18 @@ def _check_channels(name: str, values: Sequence[float] | None, channels: int, le
         )
 
 
-def _check_labels(split: str, labels: Tensor, num_classes: int) -> None:
-    wrong = ((labels < 0) | (labels >= num_classes)).nonzero()
-    if len(wrong):
-        row = int(wrong[0])
+def _check_labels(labels: Sequence[Tensor], num_classes: int, *, named: bool) -> None:
+    for split, part in zip(("train", "test"), labels, strict=True):
+        wrong = ((part < 0) | (part >= num_classes)).nonzero()
+        if len(wrong):
+            row = int(wrong[0])
+            raise InputError(
+                f"{split} row {row}: label {int(part[row])} is outside 0..{num_classes - 1}; number the classes from "
+                "0, or give class_names for all of them"
+            )
+    missing = (torch.bincount(labels[0], minlength=num_classes) == 0).nonzero()
+    if len(missing) and not named:
         raise InputError(
-            f"{split} row {row}: label {int(labels[row])} is outside 0..{num_classes - 1}; number the classes from 0, "
-            "or give class_names for all of them"
+            f"no training row has label {int(missing[0])}, though labels go up to {num_classes - 1}; number the "
+            "classes without a gap, or give class_names for all of them"
         )
