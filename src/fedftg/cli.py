@@ -13,6 +13,7 @@ import click
 from rich.console import Console
 
 from fedftg import __version__, commands, progress
+from fedftg.engine.machine import keep_freed_memory
 from fedftg.errors import ClientError, InputError
 from fedftg.report import table
 
@@ -33,6 +34,7 @@ def cli() -> None:
 def run(recipe: str | None, overrides: Sequence[str], out: Path | None, resume: bool) -> None:
     """Run one experiment; RECIPE is a file or a name (default: FedAvg + FedFTG on built-in data)."""
     console = _console()
+    keep_freed_memory()
     done = commands.run(recipe, overrides=overrides, out=out, resume=resume, progress=progress.for_console(console))
     _show(console, commands.report(done.folder))
     _say(console, f"run folder: {done.folder}")
@@ -45,6 +47,7 @@ def run(recipe: str | None, overrides: Sequence[str], out: Path | None, resume: 
 def compare(items: Sequence[str], overrides: Sequence[str], out: Path) -> None:
     """Run what is missing; one table and one plot of all."""
     console = _console()
+    keep_freed_memory()
     written = commands.compare(items, overrides, out, progress.for_console(console))
     _show(console, written)
     for record in written.runs:

@@ -16,11 +16,10 @@ from fedftg.config import RunConfig
 from fedftg.data import federated
 from fedftg.data.dataset import ImageDataset
 from fedftg.data.federation import Federation
-from fedftg.engine import executors
-from fedftg.engine.choice import Work
-from fedftg.engine.machine import cpu_threads, environment, keep_freed_memory, peak_memory_mb, resolve_device
+from fedftg.engine import choice
+from fedftg.engine.machine import cpu_threads, environment, peak_memory_mb, resolve_device
 from fedftg.engine.memory import ClientStore
-from fedftg.engine.workers import Origin
+from fedftg.engine.workers import RunRecipe
 from fedftg.errors import InputError
 from fedftg.models import registry as models
 from fedftg.models.functional import FunctionalModel
@@ -104,10 +103,11 @@ def build(config: RunConfig, dataset: ImageDataset | None = None, progress: Prog
         config.evaluation.track_all,
         bound=config.checkpoint.client_memory_mb * 1e6,
     )
-    origin = Origin(config.plugins, config.model, seed_for(config.seed, 0, SERVER, "model"), config.algorithm)
-    share = config.cohort.probability or 1.0
-    work = Work(config.rounds, config.cohort.size or round(share * with_data), config.threads)
-    executor = executors.build(config.executor, made.model, data, config.local, origin, work)
+    recipe = RunRecipe(
+        config.plugins, config.model, seed_for(config.seed, 0, SERVER, "model"), config.algorithm, config.rounds,
+        config.cohort.size or round((config.cohort.probability or 1.0) * with_data), config.threads,
+    )  # fmt: skip
+    executor = choice.build(config.executor, made.model, data, config.local, recipe)
     record: Record = {"class_names": list(data.dataset.class_names), "class_counts": data.class_counts.tolist()}
     record["digest"] = data.digest
     if data.holds_back:
@@ -151,7 +151,6 @@ def execute(
     Args:
         prepare: makes the experiment; called once ``folder`` is known to be of use.
     """
-    keep_freed_memory()
     run_folder = RunFolder(folder)
     # Before the data, which may take minutes to decode.
     if resume:

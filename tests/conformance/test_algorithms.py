@@ -6,10 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from torch.func import grad, vmap
 
 from fedftg import params as tree
-from fedftg.algorithms.base import Algorithm, Batch, ClientResult, LocalTask, ServerState
+from fedftg.algorithms.base import Algorithm, ClientResult, LocalTask, ServerState
 from fedftg.algorithms.registry import ALGORITHMS
 from fedftg.engine.local_train import LocalConfig, train
 from fedftg.models.functional import FunctionalModel
@@ -96,41 +95,6 @@ def some_results(algorithm: Algorithm, state: ServerState) -> list[ClientResult]
         task = make_task(algorithm, state, client, algorithm.local.init_memory(*MODEL.init()), 10 + client)
         found.append(train(MODEL, algorithm.local, task, batches(client, 1), torch.ones(CLASSES), SETTINGS))
     return found
-
-
-@every_algorithm
-def test_works_under_vmap(name: str) -> None:
-    algorithm = make(name)
-    state, memories = rounds(algorithm, initial(algorithm), {}, range(1, 3))
-    params, buffers = state.params, state.buffers
-    memory = algorithm.local.init_memory(*MODEL.init())
-    clients = [0, 1]
-    tasks = [make_task(algorithm, state, client, memories.get(client, memory)) for client in clients]
-    data = [batches(client, 9, steps=1)[0] for client in clients]
-
-    def corrected(
-        params: Params, buffers: Params, images: torch.Tensor, labels: torch.Tensor, memory: Params
-    ) -> Params:
-        task = replace(tasks[0], memory=memory)
-
-        def loss(params: Params, buffers: Params) -> torch.Tensor:
-            return algorithm.local.loss(MODEL, params, buffers, Batch(images, labels), task)
-
-        return algorithm.local.correct(grad(loss)(params, buffers), params, task)
-
-    one_by_one = [
-        corrected(params, tree.clone(buffers), *batch, task.memory) for batch, task in zip(data, tasks, strict=True)
-    ]
-    together = vmap(corrected)(
-        tree.stack([params] * 2),
-        tree.stack([tree.clone(buffers) for _ in clients]),
-        torch.stack([images for images, _ in data]),
-        torch.stack([labels for _, labels in data]),
-        tree.stack([task.memory for task in tasks]) if tasks[0].memory else {},
-    )
-    for alone, vectorized in zip(one_by_one, tree.unstack(together), strict=True):
-        for key in alone:
-            torch.testing.assert_close(alone[key], vectorized[key], rtol=1e-4, atol=1e-6)
 
 
 @every_algorithm

@@ -21,8 +21,7 @@ import small_federation as small
 from fedftg import experiment
 from fedftg.config import RunConfig, from_mapping
 from fedftg.engine import sampling
-from fedftg.engine.batches import client_batches
-from fedftg.engine.local_train import LocalConfig
+from fedftg.engine.local_train import LocalConfig, client_batches
 from fedftg.errors import InputError
 from fedftg.flower import FedDyn, FedFTG, Moon, Scaffold, class_counts, local_train
 from fedftg.flower.local_grid import LocalGrid
