@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedftg.engine.shared import Packed, file_behind, receive
+from fedftg.engine.shared import Inbox, Outbox, file_behind
 from fedftg.params import Params
 
 
@@ -22,38 +22,42 @@ def test_received_tensors_keep_strides_and_identity() -> None:
         "flags": torch.tensor([True, False]),
     }
     ours, theirs = Pipe()
-    packed = Packed({"a": tensors, "b": {"same": image}})
+    outbox, inbox = Outbox(), Inbox()
+    outbox.write({"a": tensors, "b": {"same": image}})
     for copy in (False, True):
-        packed.send(ours)
-        found = receive(theirs, copy=copy)
+        outbox.send(ours)
+        found = inbox.receive(theirs, copy=copy)
         for name, tensor in tensors.items():
             assert torch.equal(found["a"][name], tensor), name
             assert found["a"][name].dtype == tensor.dtype
         assert found["a"]["image"].stride() == image.stride()
         assert found["b"]["same"] is found["a"]["image"]
-    packed.close()
 
 
-def test_views_share_memory_and_copies_do_not() -> None:
+def test_memory_is_reused_and_grows_and_copies_stay() -> None:
     ours, theirs = Pipe()
-    packed = Packed({"a": {"x": torch.ones(2)}})
+    outbox, inbox = Outbox(), Inbox()
     received = []
-    for copy in (False, False, True):
-        packed.send(ours)
-        received.append(receive(theirs, copy=copy)["a"]["x"])
-    packed.close()
-    received[0].fill_(3.0)
-    assert [tensor.tolist() for tensor in received] == [[3.0, 3.0], [3.0, 3.0], [1.0, 1.0]]
-    Packed({"none": {}}).send(ours)
-    assert receive(theirs) == {"none": {}}
+    for value, size, copy in ((1.0, 2, True), (2.0, 2, False), (3.0, 2, False), (4.0, 100_000, False)):
+        outbox.write({"a": {"x": torch.full((size,), value)}})
+        outbox.send(ours)
+        received.append(inbox.receive(theirs, copy=copy)["a"]["x"])
+    outbox.close()
+    assert [tensor[1].item() for tensor in received] == [1.0, 3.0, 3.0, 4.0]
+    outbox.write({"none": {}})
+    outbox.send(ours)
+    assert inbox.receive(theirs) == {"none": {}}
+    outbox.close()
 
 
 def test_without_memfd(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on macOS."""
     monkeypatch.delattr(os, "memfd_create", raising=False)
     ours, theirs = Pipe()
-    Packed({"a": {"x": torch.arange(3)}}).send(ours)
-    assert receive(theirs)["a"]["x"].tolist() == [0, 1, 2]
+    outbox = Outbox()
+    outbox.write({"a": {"x": torch.arange(3)}})
+    outbox.send(ours)
+    assert Inbox().receive(theirs)["a"]["x"].tolist() == [0, 1, 2]
 
 
 def test_finds_the_file_behind_a_memory_map(tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from fedftg import experiment
 from fedftg.algorithms.fedavg import FedAvgConfig
 from fedftg.algorithms.registry import ALGORITHMS
 from fedftg.data.dataset import ImageDataset
-from fedftg.engine.workers import WorkersExecutor
 from fedftg.errors import ClientError, InputError
 from fedftg.progress import Silent
 from fedftg.rundir import records
@@ -121,14 +120,6 @@ def test_same_bits_from_memory_mapped_images_and_with_noise(tmp_path: Path) -> N
     assert_same_runs(ours, fedftg.run({**settings, **SEQUENTIAL}, out=tmp_path / "sequential", dataset=dataset))
 
 
-def test_resumed_by_another_executor_gives_the_same(tmp_path: Path) -> None:
-    settings = {**SETTINGS, "algorithm": {"name": "scaffold"}, **SEQUENTIAL}
-    whole = fedftg.run(settings, out=tmp_path / "whole")
-    fedftg.run({**settings, "rounds": 1}, out=tmp_path / "parts")
-    overrides = ["rounds=3", "executor.name=workers", "executor.workers=2"]
-    assert_same_runs(fedftg.run(None, overrides=overrides, out=tmp_path / "parts", resume=True), whole)
-
-
 def test_a_client_that_fails_is_named(tmp_path: Path, plugin: str) -> None:
     """With the cause's class and, in a note, the process's traceback; an InputError passes through."""
     with pytest.raises(ClientError, match="round 2, client 1, local training: ZeroDivisionError: by hand") as caught:
@@ -159,12 +150,15 @@ def test_a_plugin_that_cannot_be_imported_there(tmp_path: Path, plugin: str) -> 
 
 def test_a_generator_that_is_closed_early_leaves_nothing_behind() -> None:
     run = experiment.build(fedftg.RunConfig(**{**SETTINGS, "cohort": {}}))
-    whole = list(run.executor.run(run.algorithm.local, run._tasks(2, [0, 1, 2, 3])))
-    started = run.executor.run(run.algorithm.local, run._tasks(1, [0, 1, 2, 3]))
-    next(iter(started))
-    started.close()  # type: ignore[attr-defined]
-    again = list(run.executor.run(run.algorithm.local, run._tasks(2, [0, 1, 2, 3])))
-    for left, right in zip(whole, again, strict=True):
+
+    def results(round: int) -> Any:
+        return run.executor.run(run.algorithm.local, run._tasks(round, [0, 1, 2, 3]))
+
+    whole = list(results(2))
+    started = results(1)
+    next(started)
+    started.close()
+    for left, right in zip(whole, results(2), strict=True):
         assert left.client == right.client
         assert all(torch.equal(left.params[name], right.params[name]) for name in left.params)
     run.executor.close()
@@ -196,9 +190,8 @@ def test_what_other_processes_cannot_train(obstacle: str, monkeypatch: pytest.Mo
 def test_workers_train_on_the_cpu() -> None:
     run = experiment.build(fedftg.RunConfig(**SETTINGS))
     run.data.device = torch.device("meta")  # type: ignore[misc]
-    recipe = run.executor._recipe  # type: ignore[attr-defined]
     with pytest.raises(InputError, match="trains on the CPU and device is 'meta'; take device=cpu"):
-        WorkersExecutor(recipe, run.data, run.config.local, 2)  # type: ignore[arg-type]
+        type(run.executor)(run.executor._recipe, run.data, run.config.local, 2)  # type: ignore
 
 
 def test_a_script_without_a_guard_runs_once(tmp_path: Path) -> None:

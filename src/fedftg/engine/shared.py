@@ -32,14 +32,24 @@ class _Place(NamedTuple):
     file: str | None = None
 
 
-class Packed:
-    """Copies of CPU tensors in memory that other processes can map; a tensor under two names is copied once.
+class Outbox:
+    """Copies of CPU tensors in memory that other processes can map; reused, for new memory is slow to come by.
 
-    Args:
-        files: tensors that are memory maps of files are not copied; the other process maps the file.
+    Who writes must know that the receivers no longer read what they were sent before.
     """
 
-    def __init__(self, groups: Mapping[str, Params], *, files: bool = False) -> None:
+    def __init__(self) -> None:
+        self._descriptor = -1
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._layout: dict[str, dict[str, _Place]] = {}
+        self._mapped_by: set[Connection] = set()
+
+    def write(self, groups: Mapping[str, Params], *, files: bool = False) -> None:
+        """Copies groups of tensors in; a tensor under two names is copied once.
+
+        Args:
+            files: tensors that are memory maps of files are not copied; receivers map the file.
+        """
         unique: dict[int, tuple[Tensor, _Place]] = {}
         size = 0
         for tensor in (tensor for group in groups.values() for tensor in group.values()):
@@ -53,36 +63,52 @@ class Packed:
             group: {name: unique[id(tensor)][1] for name, tensor in tensors.items()}
             for group, tensors in groups.items()
         }
-        self._descriptor = _anonymous(size)
-        memory = _mapped(self._descriptor)
+        if self._descriptor < 0 or size > len(self._memory):
+            self.close()
+            self._descriptor = _anonymous(size)
+            self._memory = _mapped(self._descriptor)
         for tensor, place in unique.values():
             if place.file is None:
-                _view(memory, place).copy_(tensor.detach())
+                _view(self._memory, place).copy_(tensor.detach())
 
     def send(self, connection: Connection) -> None:
-        """Gives another process access, which calls `receive`."""
-        connection.send(self._layout)
-        send_handle(connection, self._descriptor, 0)
+        """Sends what was written last to an `Inbox` of another process."""
+        is_new = connection not in self._mapped_by
+        connection.send((self._layout, is_new))
+        if is_new:
+            send_handle(connection, self._descriptor, 0)
+            self._mapped_by.add(connection)
 
     def close(self) -> None:
-        """Closes this process's access; those that have received it keep theirs."""
-        os.close(self._descriptor)
+        """Closes this process's access; receivers keep theirs."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor = -1
+        self._mapped_by.clear()
 
 
-def receive(connection: Connection, *, copy: bool = False) -> dict[str, Params]:
-    """Returns the groups of a `Packed` that another process sends: views of the shared memory, or copies."""
-    layout: dict[str, dict[str, _Place]] = connection.recv()
-    descriptor = recv_handle(connection)
-    memory = _mapped(descriptor)
-    os.close(descriptor)
-    tensors: dict[_Place, Tensor] = {}
-    for place in (place for group in layout.values() for place in group.values()):
-        if place not in tensors:
-            tensors[place] = _view(memory, place)
-            if copy:  # not by clone, which may choose other strides for sides of length 1
-                own = torch.empty_strided(place.shape, place.stride, dtype=place.dtype)
-                tensors[place] = own.copy_(tensors[place])
-    return {group: {name: tensors[place] for name, place in places.items()} for group, places in layout.items()}
+class Inbox:
+    """Receives what one `Outbox` of another process sends."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def receive(self, connection: Connection, *, copy: bool = False) -> dict[str, Params]:
+        """Returns the groups of tensors: views of the shared memory, which the next ones overwrite, or copies."""
+        layout: dict[str, dict[str, _Place]]
+        layout, is_new = connection.recv()
+        if is_new:
+            descriptor = recv_handle(connection)
+            self._memory = _mapped(descriptor)
+            os.close(descriptor)
+        tensors: dict[_Place, Tensor] = {}
+        for place in (place for group in layout.values() for place in group.values()):
+            if place not in tensors:
+                tensors[place] = _view(self._memory, place)
+                if copy:  # not by clone, which may choose other strides for sides of length 1
+                    own = torch.empty_strided(place.shape, place.stride, dtype=place.dtype)
+                    tensors[place] = own.copy_(tensors[place])
+        return {group: {name: tensors[place] for name, place in places.items()} for group, places in layout.items()}
 
 
 def dense_strides(tensor: Tensor) -> tuple[int, ...]:
@@ -131,7 +157,7 @@ def _anonymous(size: int) -> int:
 
 def _mapped(descriptor: int) -> Tensor:
     size = os.fstat(descriptor).st_size
-    return torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8) if size else torch.empty(0).byte()
+    return torch.frombuffer(mmap.mmap(descriptor, size) if size else bytearray(1), dtype=torch.uint8)
 
 
 def _view(memory: Tensor, place: _Place) -> Tensor:

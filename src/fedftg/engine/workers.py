@@ -18,7 +18,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -33,7 +33,7 @@ from fedftg.data.federated import FederatedData
 from fedftg.engine.executors import SequentialExecutor
 from fedftg.engine.local_train import LocalConfig
 from fedftg.engine.machine import keep_freed_memory
-from fedftg.engine.shared import Packed, receive
+from fedftg.engine.shared import Inbox, Outbox
 from fedftg.errors import ClientError, InputError
 from fedftg.models import registry
 from fedftg.models.functional import FunctionalModel
@@ -96,8 +96,9 @@ class WorkersExecutor:
         self._settings = settings
         self._count = count
         self._workers: list[_Worker] = []
-        self._arrays: Packed | None = None
-        self._model: _RoundModel | None = None
+        self._arrays, self._model = Outbox(), Outbox()
+        self._received: tuple[Params, ...] = ()
+        """What all clients of a round receive, as it was copied to ``_model``."""
 
     def run(self, rule: LocalRule, tasks: Iterable[LocalTask]) -> Iterator[ClientResult]:  # noqa: ARG002
         """Yields one result per task, in order; the rule is the one that the recipe builds.
@@ -128,10 +129,10 @@ class WorkersExecutor:
         for worker in self._workers:
             worker.process.join()
             worker.connection.close()
-        for packed in (self._arrays, self._model.packed if self._model else None):
-            if packed is not None:
-                packed.close()
-        self._workers, self._arrays, self._model = [], None, None
+            worker.memory.close()
+        self._arrays.close()
+        self._model.close()
+        self._workers, self._received = [], ()
 
     def _busy(self) -> list[_Worker]:
         return [worker for worker in self._workers if worker.job is not None]
@@ -139,19 +140,22 @@ class WorkersExecutor:
     def _start(self, task: LocalTask) -> _Job:
         """Gives a task to an idle worker, or to a new one where there is none."""
         worker = next((worker for worker in self._workers if worker.job is None), None) or self._new_worker()
-        if self._model is None or not self._model.is_of(task):
-            if self._model is not None:
-                self._model.packed.close()
-            self._model = _RoundModel(task)
+        received = (task.params, task.buffers, task.message)
+        if not (self._received and all(new is old for new, old in zip(received, self._received, strict=True))):
+            while self._busy():  # with clients that still read the old values
+                self._receive()
+            self._received = received
+            self._model.write(dict(zip(("params", "buffers", "message"), received, strict=True)))
         worker.job = _Job(task)
-        is_new = worker.model is not self._model
+        worker.memory.write({"memory": task.memory})
+        is_new = worker.received is not self._received
+        worker.received = self._received
         # A process that died while idle is noticed when its result is awaited, and the client is named.
-        with suppress(ConnectionError), closing(Packed({"memory": task.memory})) as memory:
+        with suppress(ConnectionError):
             worker.connection.send((is_new, {name: getattr(task, name) for name in _NUMBERS}))
             if is_new:
-                self._model.packed.send(worker.connection)
-            memory.send(worker.connection)
-        worker.model = self._model
+                self._model.send(worker.connection)
+            worker.memory.send(worker.connection)
         return worker.job
 
     def _receive(self) -> None:
@@ -170,7 +174,7 @@ class WorkersExecutor:
             try:
                 answer = connection.recv()
                 if not isinstance(answer, _Failure):
-                    groups = receive(connection, copy=True)
+                    groups = worker.results.receive(connection, copy=True)
                     counts = self._data.class_counts[task.client]
                     job.result = ClientResult(task.client, task.num_samples, counts, loss=answer, **groups)
                     continue
@@ -185,7 +189,7 @@ class WorkersExecutor:
 
     def _new_worker(self) -> _Worker:
         data, dataset = self._data, self._data.dataset
-        if self._arrays is None:
+        if not self._workers:
             arrays = {
                 "images": dataset.train_images,
                 "labels": dataset.train_labels,
@@ -193,7 +197,7 @@ class WorkersExecutor:
                 "sizes": torch.tensor([len(part) for part in data._parts]),
                 "noise": torch.tensor(data._noise, dtype=torch.float64),
             }
-            self._arrays = Packed({"arrays": arrays}, files=True)
+            self._arrays.write({"arrays": arrays}, files=True)
         worker = _Worker()
         self._workers.append(worker)
         fields = {name: getattr(dataset, name) for name in ("class_names", "mean", "std", "augment")}
@@ -216,18 +220,6 @@ class _Job:
         return self.result
 
 
-class _RoundModel:
-    """What all clients of a round receive, in shared memory."""
-
-    def __init__(self, task: LocalTask) -> None:
-        self._parts = (task.params, task.buffers, task.message)
-        self.packed = Packed({"params": task.params, "buffers": task.buffers, "message": task.message})
-
-    def is_of(self, task: LocalTask) -> bool:
-        parts = (task.params, task.buffers, task.message)
-        return all(given is own for given, own in zip(parts, self._parts, strict=True))
-
-
 class _Worker:
     """A process, the connection to it, and what it is doing."""
 
@@ -237,8 +229,9 @@ class _Worker:
         with _protected_start():
             self.process.start()
         theirs.close()
+        self.memory, self.results = Outbox(), Inbox()
         self.job: _Job | None = None
-        self.model: _RoundModel | None = None
+        self.received: tuple[Params, ...] = ()
 
 
 @contextmanager
@@ -302,21 +295,21 @@ def _serve(connection: Connection) -> None:
         except Exception as error:
             connection.send(_Failure.of(error, _START))
             return
+        models, memories, results = Inbox(), Inbox(), Outbox()
         model: dict[str, Params] = {}
         while True:
             is_new, numbers = connection.recv()
             if is_new:
-                model = receive(connection)
-            fields: dict[str, Any] = {**numbers, **model, **receive(connection)}
+                model = models.receive(connection)
+            fields: dict[str, Any] = {**numbers, **model, **memories.receive(connection)}
             try:
                 result = executor.run_one(rule, LocalTask(**fields))
-                packed = Packed({name: getattr(result, name) for name in ("params", "buffers", "extra", "memory")})
+                results.write({name: getattr(result, name) for name in ("params", "buffers", "extra", "memory")})
             except Exception as error:
                 connection.send(_Failure.of(error, _TRAINING))
-                continue
-            connection.send(result.loss)
-            with closing(packed):
-                packed.send(connection)
+            else:
+                connection.send(result.loss)
+                results.send(connection)
 
 
 def _end_with_parent() -> None:
@@ -329,7 +322,7 @@ def _end_with_parent() -> None:
 def _build(connection: Connection) -> tuple[SequentialExecutor, LocalRule]:
     """Makes the parent's objects anew; images and labels are not copied."""
     recipe, settings, fields = connection.recv()
-    arrays = receive(connection)["arrays"]
+    arrays = Inbox().receive(connection)["arrays"]
     for module in recipe.plugins:
         importlib.import_module(module)
     images, labels = arrays["images"], arrays["labels"]
