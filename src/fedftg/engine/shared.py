@@ -33,9 +33,9 @@ class _Place(NamedTuple):
 
 
 class Outbox:
-    """Copies of CPU tensors in memory that other processes can map; reused, for new memory is slow to come by.
+    """Copies of CPU tensors in memory that other processes map, reused: new pages cost more than copying into old ones.
 
-    Who writes must know that the receivers no longer read what they were sent before.
+    Write only when no receiver reads the previous tensors any more.
     """
 
     def __init__(self) -> None:
