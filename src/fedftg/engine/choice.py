@@ -16,8 +16,8 @@ from fedftg.models.functional import FunctionalModel
 SHARED_FROM = 1_000
 """Local steps in a run from which ``auto`` takes ``workers``.
 
-To start processes takes 3 to 5 seconds (each imports torch). That is longer than 1,000 steps of the smallest models
-take, and far shorter than those of models for 32x32 images: half a minute for the CNN, minutes for ResNet-18.
+To start processes takes some seconds, for each imports torch. It lies between the default recipe (about 500 steps of a
+few milliseconds, which sharing would slow down) and the smallest runs on CIFAR-10 in our benchmarks (2,000 steps).
 """
 
 
