@@ -19,7 +19,7 @@ from fedftg.config import RunConfig
 from fedftg.data import sources
 from fedftg.data.config import DataConfig
 from fedftg.data.dataset import ImageDataset
-from fedftg.engine.machine import cpu_threads, environment, keep_freed_memory, peak_memory_mb
+from fedftg.engine.machine import cpu_threads, environment, peak_memory_mb
 from fedftg.errors import InputError
 from fedftg.experiment import Experiment
 from fedftg.params import to_device
@@ -150,7 +150,6 @@ def execute(
         InputError: wrong input; nothing was written, and an existing run is as it was.
         ClientError: a client's training failed. The run can be resumed.
     """
-    keep_freed_memory()
     run_folder = RunFolder(folder)
     # Before the data, which may take minutes to decode.
     if resume:

@@ -99,12 +99,6 @@ def stack(trees: Sequence[Params]) -> Params:
     return {name: torch.stack([tree[name] for tree in trees]) for name in trees[0]}
 
 
-def unstack(tree: Params) -> list[Params]:
-    """The inverse of `stack`; the tensors are views."""
-    size = next(iter(tree.values())).shape[0]
-    return [{name: tensor[index] for name, tensor in tree.items()} for index in range(size)]
-
-
 def to_device(params: Params, device: torch.device | str) -> Params:
     """The same values on ``device``; tensors already there are not copied."""
     return {name: tensor.to(device) for name, tensor in params.items()}
