@@ -43,4 +43,4 @@ def test_in_recipes_and_comparisons(fedftg: Any, tiny: list[str], tmp_path: Path
     assert "vs base" in done.stdout
     rows = [json.loads(line) for line in (tmp_path / "runs" / "default" / "rounds.jsonl").read_text().splitlines()]
     assert all(row["refine"]["moved"] > 0 for row in rows)
-    assert rows[1]["accuracy"]["refined"] != rows[1]["accuracy"]["selected"]
+    assert rows[1]["loss"]["refined"] != rows[1]["loss"]["selected"]
