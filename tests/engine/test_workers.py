@@ -21,6 +21,7 @@ from fedftg import config as configs
 from fedftg.algorithms.fedavg import FedAvgConfig
 from fedftg.algorithms.registry import ALGORITHMS
 from fedftg.data.dataset import ImageDataset
+from fedftg.engine import workers
 from fedftg.errors import ClientError, InputError
 from fedftg.progress import Progress
 from fedftg.rundir import records
@@ -192,6 +193,49 @@ def test_workers_train_on_the_cpu() -> None:
     run.data.device = torch.device("meta")  # type: ignore[misc]
     with pytest.raises(InputError, match="trains on the CPU and device is 'meta'; take device=cpu"):
         type(run.executor)(run.executor._recipe, run.data, run.config.local, 2)  # type: ignore
+
+
+def test_sent_tensors_keep_strides_and_identity() -> None:
+    image = torch.randn(3, 8, 8, 1).permute(0, 3, 1, 2)
+    tensors = {
+        "image": image,
+        "turned": torch.randn(4, 5).t().requires_grad_(),
+        "gaps": torch.arange(12.0)[::2],
+        "part": torch.arange(12.0)[3:9],
+        "count": torch.tensor(7),
+        "none": torch.empty(0, 3),
+        "half": torch.randn(3, dtype=torch.bfloat16),
+        "flags": torch.tensor([True, False]),
+    }
+    ours, theirs = multiprocessing.Pipe()
+    workers._send(ours, {"a": tensors, "b": image})
+    found = theirs.recv()
+    for name, tensor in tensors.items():
+        assert torch.equal(found["a"][name], tensor), name
+        assert found["a"][name].dtype == tensor.dtype
+        assert name == "gaps" or found["a"][name].stride() == tensor.stride()
+    assert found["b"] is found["a"]["image"]
+
+
+def test_finds_the_file_behind_a_memory_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless it was written to, or is another file by now. Other images are copied to a file without a name."""
+    path = tmp_path / "images.npy"
+    np.save(path, np.arange(60_000, dtype=np.uint8).reshape(100, 1, 20, 30))
+    images, other = (torch.from_numpy(np.load(path, mmap_mode="c")) for _ in range(2))
+    found = workers.file_behind(images)
+    if found is None:
+        pytest.skip("no /proc/self/smaps here")
+    assert Path(found[0]).read_bytes()[found[1] :] == images.numpy().tobytes()
+    images[0] = 0
+    assert workers.file_behind(images) is None
+    path.unlink()
+    assert workers.file_behind(other) is None
+    for _ in range(2):
+        file, start = workers._open(images)
+        file.seek(start)
+        assert file.read() == images.numpy().tobytes()
+        file.close()
+        monkeypatch.delattr(os, "memfd_create", raising=False)  # as on macOS
 
 
 def test_a_script_without_a_guard_runs_once(tmp_path: Path) -> None:
