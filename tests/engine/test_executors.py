@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import fedftg
-from fedftg import build
 from fedftg.algorithms.base import Algorithm, Batch, ClientResult, LocalTask
 from fedftg.algorithms.registry import ALGORITHMS
 from fedftg.data.dataset import ImageDataset
@@ -29,7 +28,7 @@ from fedftg.engine.executors import (
     local_steps,
 )
 from fedftg.engine.local_train import LocalConfig
-from fedftg.errors import InputError
+from fedftg.errors import ClientError, InputError
 from fedftg.models import registry
 from fedftg.models.functional import FunctionalModel
 from fedftg.params import Params
@@ -244,6 +243,22 @@ def test_what_cannot_be_recorded_falls_back_or_is_an_error(recorder: Any, reason
     assert_like_sequential(executor, algorithm.local, tasks)
 
 
+@pytest.mark.parametrize(
+    ("raised", "seen", "message"),
+    [
+        (ZeroDivisionError, ClientError, "round 1, client 0, local training: ZeroDivisionError: by hand"),
+        (InputError, InputError, "by hand"),
+    ],
+)
+def test_a_client_that_fails_is_named(raised: type[Exception], seen: type[Exception], message: str) -> None:
+    def fail(_: LocalTask) -> None:
+        raise raised("by hand")
+
+    model = make_model()
+    with pytest.raises(seen, match=message):
+        list(CudaGraphExecutor(model, DATA, SETTINGS, 1, recorder=Again()).run(Own(fail), own_tasks(model, 1)))
+
+
 def test_the_environment_says_what_the_clients_ran_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def build(_: Any, model: FunctionalModel, data: FederatedData, settings: LocalConfig, *__: Any) -> Any:
         return CudaGraphExecutor(model, data, settings, 2, recorder=Refuses(), may_fall_back=True)
@@ -311,13 +326,3 @@ def test_auto_by_device(device: str, dropout: float, expected: tuple[str, str]) 
     data.device = torch.device(device)
     model = FunctionalModel(nn.Sequential(nn.Flatten(), nn.Dropout(dropout), nn.Linear(64, 3)))
     assert choose(model, data, SETTINGS, recipe(), 8)[:2] == expected
-
-
-def test_the_default_recipe_stays_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its documented numbers depend on it only through the time it takes."""
-    from fedftg import recipes
-    from fedftg.config import load
-
-    monkeypatch.setattr(executors, "cores", lambda: 8)
-    run = build.build(load(recipes.find("default")))
-    assert run.executor.description.startswith("sequential (auto: about ")

@@ -1,5 +1,4 @@
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -96,43 +95,30 @@ def test_rate_decays_from_round_2() -> None:
     assert [settings.lr_at(round) for round in (1, 2, 3)] == [0.1, 0.05, 0.025]
 
 
-def stepped(make_step: Callable[[Params], Callable[[Params], None]], rounds: int = 3) -> Params:
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+def test_sgd_is_that_of_torch_whatever_the_strides(momentum: float, weight_decay: float) -> None:
     torch.manual_seed(0)
     params = {"a": torch.randn(5, 3), "kernel": torch.randn(4, 3, 3, 3), "c": torch.randn(2)}
-    step = make_step(params)
-    for _ in range(rounds):
+    leaves = [nn.Parameter(value.clone()) for value in params.values()]
+    reference = torch.optim.SGD(leaves, lr=0.1, momentum=momentum, weight_decay=weight_decay, foreach=False)
+    sgd = Sgd(params, 0.1, LocalConfig(momentum=momentum, weight_decay=weight_decay))
+    for _ in range(3):
         grads = {name: torch.randn_like(value) for name, value in params.items()}
         # As a convolution may return it, and as the gradient of a mean is: other strides than the parameter.
         grads["kernel"] = grads["kernel"].contiguous(memory_format=torch.channels_last)
         grads["c"] = torch.randn((), dtype=torch.float64).expand(2)  # a rule may count in another type
+        for leaf, grad in zip(leaves, grads.values(), strict=True):
+            leaf.grad = grad.to(leaf.dtype).clone()
         before = {name: grad.clone() for name, grad in grads.items()}
-        step(grads)
+        sgd.step(grads)
         assert all(torch.equal(grads[name], value) for name, value in before.items())
-    return params
-
-
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
-def test_sgd_is_that_of_torch_whatever_the_strides(momentum: float, weight_decay: float) -> None:
-    def reference(params: Params) -> Callable[[Params], None]:
-        leaves = [nn.Parameter(value) for value in params.values()]
-        optimiser = torch.optim.SGD(leaves, lr=0.1, momentum=momentum, weight_decay=weight_decay, foreach=False)
-
-        def step(grads: Params) -> None:
-            for leaf, grad in zip(leaves, grads.values(), strict=True):
-                leaf.grad = grad.to(leaf.dtype).clone()
-            optimiser.step()
-
-        return step
-
-    settings = LocalConfig(momentum=momentum, weight_decay=weight_decay)
-    expected = stepped(reference)
-    found = stepped(lambda params: Sgd(params, 0.1, settings).step)
-    for name, value in expected.items():
+        reference.step()
+    for leaf, value in zip(leaves, params.values(), strict=True):
         if momentum:
-            torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(value, leaf.detach(), rtol=1e-6, atol=1e-6)
         else:
-            assert torch.equal(found[name], value), name
+            assert torch.equal(value, leaf)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -140,17 +126,12 @@ def test_sgd_is_that_of_torch_whatever_the_strides(momentum: float, weight_decay
 def test_a_rate_in_a_tensor_is_followed(fused: bool, momentum: float) -> None:
     """Also without the fused kernel, as on a GPU."""
     settings = LocalConfig(weight_decay=0.1, momentum=momentum)
-    rate = torch.tensor(0.0)
-    found, expected = ({"a": torch.ones(3, 4)} for _ in range(2))
-    grads = {"a": torch.full((3, 4), 2.0)}
-    following = Sgd(found, rate, settings)
-    following._fused = fused
-    velocity: list[torch.Tensor] = [torch.zeros(3, 4)]
+    rate, found, expected = torch.tensor(0.0), {"a": torch.ones(3, 4)}, {"a": torch.ones(3, 4)}
+    following, plain = Sgd(found, rate, settings), Sgd(expected, 0.0, settings)
+    following._fused = plain._fused = fused
     for lr in (0.3, 0.1):
-        rate.fill_(lr)
-        following.step(grads)
-        plain = Sgd(expected, lr, settings, velocity)
-        plain._fused = fused
-        plain.step(grads)
+        plain._lr = float(rate.fill_(lr))
+        for sgd in (following, plain):
+            sgd.step({"a": torch.full((3, 4), 2.0)})
         torch.testing.assert_close(found["a"], expected["a"], rtol=1e-6, atol=0)
     assert found["a"].max() < 0.2

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from fedftg.algorithms.fedavg import FedAvgConfig
 from fedftg.algorithms.registry import ALGORITHMS
 from fedftg.data.dataset import ImageDataset
 from fedftg.engine import workers
+from fedftg.engine.workers import WorkersExecutor
 from fedftg.errors import ClientError, InputError
+from fedftg.models.registry import ModelConfig
 from fedftg.progress import Progress
 from fedftg.rundir import records
 
@@ -166,33 +169,27 @@ def test_a_generator_that_is_closed_early_leaves_nothing_behind() -> None:
     run.executor.close()
 
 
-@pytest.mark.parametrize("obstacle", ["class", "model", "daemon"])
-def test_what_other_processes_cannot_train(obstacle: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_other_processes_cannot_train(monkeypatch: pytest.MonkeyPatch) -> None:
     class Local(FedAvgConfig):
         pass
 
-    class Model(torch.nn.Sequential):
-        def __init__(self) -> None:
-            super().__init__(torch.nn.Flatten(), torch.nn.Linear(64, 10))
-
-    settings, reason = dict(SETTINGS), "put it into a module, or take"
-    if obstacle == "class":
-        settings["algorithm"] = Local()
-    elif obstacle == "model":
-        monkeypatch.setattr(sys.modules["__main__"], "Own", Model, raising=False)
-        settings["model"] = {"name": "__main__:Own"}
-    else:
-        monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # type: ignore[attr-defined]
-        reason = "may not start others"
-    with pytest.raises(InputError, match=rf"executor\.name=workers.* {reason}"):
-        build.build(fedftg.RunConfig(**settings))
-
-
-def test_workers_train_on_the_cpu() -> None:
     run = build.build(fedftg.RunConfig(**SETTINGS))
+
+    def refusal(**changed: Any) -> str:
+        with pytest.raises(InputError) as caught:
+            WorkersExecutor(replace(run.executor._recipe, **changed), run.data, run.config.local, 2)  # type: ignore
+        return str(caught.value)
+
+    advice = "; put it into a module, or take executor.name=sequential"
+    assert refusal(algorithm=Local()).endswith(f"Local is defined in the started script{advice}")
+    assert f"model __main__:Own is defined in the started script{advice}" in refusal(
+        model=ModelConfig(name="__main__:Own")
+    )
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # type: ignore[attr-defined]
+    assert "may not start others" in refusal()
+    monkeypatch.undo()
     run.data.device = torch.device("meta")  # type: ignore[misc]
-    with pytest.raises(InputError, match="trains on the CPU and device is 'meta'; take device=cpu"):
-        type(run.executor)(run.executor._recipe, run.data, run.config.local, 2)  # type: ignore
+    assert "trains on the CPU and device is 'meta'; take device=cpu" in refusal()
 
 
 def test_sent_tensors_keep_strides_and_identity() -> None:

@@ -57,7 +57,6 @@ class ClientSlot:
         self.params = {name: tensor.detach().clone().requires_grad_() for name, tensor in task.params.items()}
         self.buffers = tree.clone(task.buffers)
         self.memory = tree.clone(task.memory)
-        self.velocity = tree.zeros_like(task.params) if settings.momentum else {}
         device = inputs.lr.device
         self.numbers: dict[str, Any] = {
             name: torch.tensor(getattr(task, name), dtype=kind, device=device) for name, kind in _NUMBERS.items()
@@ -65,7 +64,7 @@ class ClientSlot:
         self.task = LocalTask(
             params=inputs.params, buffers=inputs.buffers, message=inputs.message, memory=self.memory, **self.numbers
         )
-        self.sgd = Sgd(self.params, inputs.lr, settings, list(self.velocity.values()) or None)
+        self.sgd = Sgd(self.params, inputs.lr, settings)
         self.loss = torch.zeros((), device=device)
         self.images: dict[torch.Size, tuple[Tensor, Tensor]] = {}
         """Images and labels of a step, by the shape of the images."""
@@ -76,7 +75,7 @@ class ClientSlot:
         _copy(self.params, task.params)
         _copy(self.buffers, task.buffers)
         _copy(self.memory, task.memory)
-        for tensor in self.velocity.values():
+        for tensor in self.sgd.velocity:
             tensor.zero_()
         for name, tensor in self.numbers.items():
             tensor.fill_(getattr(task, name))
@@ -90,7 +89,7 @@ class ClientSlot:
 
     def state(self) -> list[Tensor]:
         """Returns all tensors that a step changes."""
-        return [*self.params.values(), *self.buffers.values(), *self.velocity.values()]
+        return [*self.params.values(), *self.buffers.values(), *self.sgd.velocity]
 
     def step(self, model: FunctionalModel, rule: LocalRule, shape: torch.Size, max_grad_norm: float) -> None:
         """Makes one step on the last batch of this shape."""

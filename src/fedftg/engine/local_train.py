@@ -70,17 +70,15 @@ class Sgd:
 
     Args:
         lr: the rate; a tensor of the parameters' type is read in each step, also in a recorded one.
-        velocity: initial momentum, one tensor a parameter, updated in place; None starts from the first gradients.
     """
 
-    def __init__(
-        self, params: Params, lr: float | Tensor, settings: LocalConfig, velocity: Sequence[Tensor] | None = None
-    ) -> None:
+    def __init__(self, params: Params, lr: float | Tensor, settings: LocalConfig) -> None:
         self._params = list(params.values())
         self._lr = lr
         self._weight_decay = settings.weight_decay
         self._momentum = settings.momentum
-        self._velocity = None if velocity is None else list(velocity)
+        self.velocity = [torch.zeros_like(param) for param in self._params] if settings.momentum else []
+        """The momentum of each parameter, updated in place."""
         self._fused = all(param.device.type == "cpu" for param in self._params)
 
     @torch.no_grad()
@@ -93,12 +91,9 @@ class Sgd:
         if self._weight_decay:
             steps = list(torch._foreach_add(steps, self._params, alpha=self._weight_decay))
         if self._momentum:
-            if self._velocity is None:
-                self._velocity = [step.clone() for step in steps]
-            else:
-                torch._foreach_mul_(self._velocity, self._momentum)
-                torch._foreach_add_(self._velocity, steps)
-            steps = self._velocity
+            torch._foreach_mul_(self.velocity, self._momentum)
+            torch._foreach_add_(self.velocity, steps)
+            steps = self.velocity
         if isinstance(self._lr, Tensor):
             torch._foreach_sub_(self._params, torch._foreach_mul(steps, self._lr))
         else:
@@ -112,14 +107,12 @@ class Sgd:
             else torch.empty_like(param).copy_(step)
             for step, param in zip(steps, self._params, strict=True)
         ]
-        velocity: list[Tensor | None] = [None] * len(steps) if self._velocity is None else [*self._velocity]
+        velocity: list[Tensor | None] = [*self.velocity] or [None] * len(steps)
         torch_sgd(
             [param.detach() for param in self._params], steps, velocity, fused=True, weight_decay=self._weight_decay,
             momentum=self._momentum, lr=self._lr, dampening=0.0, nesterov=False,  # type: ignore[arg-type]
             maximize=False,
         )  # fmt: skip
-        if self._momentum:
-            self._velocity = [tensor for tensor in velocity if tensor is not None]
 
 
 def client_step(
