@@ -11,9 +11,9 @@ from fedftg.config import RunConfig
 from fedftg.data import federated
 from fedftg.data.dataset import ImageDataset
 from fedftg.data.federated import Federation
-from fedftg.engine import choice
+from fedftg.engine import executors
+from fedftg.engine.executors import RunRecipe
 from fedftg.engine.machine import resolve_device
-from fedftg.engine.workers import RunRecipe
 from fedftg.errors import InputError
 from fedftg.experiment import Experiment
 from fedftg.models import registry as models
@@ -93,7 +93,7 @@ def build(config: RunConfig, dataset: ImageDataset | None = None, progress: Prog
         config.cohort.size or round((config.cohort.probability or 1.0) * with_data),
         config.threads,
     )
-    executor = choice.build(config.executor, made.model, data, config.local, recipe)
+    executor = executors.build(config.executor, made.model, data, config.local, recipe)
     record: Record = {"class_names": list(data.dataset.class_names), "class_counts": data.class_counts.tolist()}
     record["digest"] = data.digest
     if data.holds_back:

@@ -38,7 +38,7 @@ def test_freed_memory_is_kept_where_nothing_else_was_chosen(
     assert calls == expected
 
 
-def test_versions_of_what_is_installed_and_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_of_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     def version(package: str) -> str:
         if package == "fedftg":
             raise PackageNotFoundError(package)

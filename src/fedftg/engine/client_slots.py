@@ -16,12 +16,8 @@ from fedftg.models.functional import FunctionalModel
 from fedftg.params import Params
 
 _NUMBERS = {
-    "round": torch.int64,
-    "client": torch.int64,
-    "num_samples": torch.int64,
-    "relative_size": torch.float64,
-    "lr": torch.float64,
-    "seed": torch.int64,
+    **dict.fromkeys(("round", "client", "num_samples", "seed"), torch.int64),
+    **dict.fromkeys(("relative_size", "lr"), torch.float64),
 }
 """Numbers of a task that are tensors in a recorded step, so that one recording serves all clients and rounds."""
 
@@ -32,34 +28,26 @@ class RoundInputs:
     def __init__(self, task: LocalTask, rule: LocalRule) -> None:
         like = next(iter(task.params.values()))
         self.rule = rule
-        self.task = task
         self.params, self.buffers = tree.clone(task.params), tree.clone(task.buffers)
         self.message = tree.clone(task.message)
-        self._memory_shapes = _shapes(task.memory)
         # In the parameters' type: with another one, an update of all parameters in one call is slower.
         self.lr = torch.tensor(task.lr, dtype=like.dtype, device=like.device)
-
-    @property
-    def numbers(self) -> dict[str, Any]:
+        self._shapes = _shapes(task)
+        self.numbers: dict[str, Any] = {}
         """Round and rate, where the rule may branch on them: a recording then holds for one round only."""
-        reads_round = getattr(self.rule, "reads_round", True)
-        return {"round": self.task.round, "lr": self.task.lr} if reads_round else {}
 
     def fits(self, task: LocalTask, rule: LocalRule) -> bool:
         """Whether the rule is the recorded one, and all tensors of the task have the same names and shapes."""
-        pairs = ((self.params, task.params), (self.buffers, task.buffers), (self.message, task.message))
-        same_shapes = all(_shapes(own) == _shapes(new) for own, new in pairs)
-        return rule is self.rule and same_shapes and _shapes(task.memory) == self._memory_shapes
+        return rule is self.rule and _shapes(task) == self._shapes
 
     @torch.no_grad()
     def fill(self, task: LocalTask) -> None:
         """Copies another round's values in."""
-        if not (task.lr == self.task.lr and _same_model(task, self.task)):
-            _copy(self.params, task.params)
-            _copy(self.buffers, task.buffers)
-            _copy(self.message, task.message)
-            self.lr.fill_(task.lr)
-        self.task = task
+        _copy(self.params, task.params)
+        _copy(self.buffers, task.buffers)
+        _copy(self.message, task.message)
+        self.lr.fill_(task.lr)
+        self.numbers = {"round": task.round, "lr": task.lr} if getattr(self.rule, "reads_round", True) else {}
 
 
 class ClientSlot:
@@ -69,16 +57,14 @@ class ClientSlot:
         self.params = {name: tensor.detach().clone().requires_grad_() for name, tensor in task.params.items()}
         self.buffers = tree.clone(task.buffers)
         self.memory = tree.clone(task.memory)
-        self.velocity = tree.zeros_like(task.params) if settings.momentum else {}
-        device = next(iter(self.params.values())).device
-        self.numbers = {
+        device = inputs.lr.device
+        self.numbers: dict[str, Any] = {
             name: torch.tensor(getattr(task, name), dtype=kind, device=device) for name, kind in _NUMBERS.items()
         }
-        numbers: dict[str, Any] = {**self.numbers, **inputs.numbers}
         self.task = LocalTask(
-            params=inputs.params, buffers=inputs.buffers, message=inputs.message, memory=self.memory, **numbers
+            params=inputs.params, buffers=inputs.buffers, message=inputs.message, memory=self.memory, **self.numbers
         )
-        self.sgd = Sgd(self.params, inputs.lr, settings, list(self.velocity.values()) or None)
+        self.sgd = Sgd(self.params, inputs.lr, settings)
         self.loss = torch.zeros((), device=device)
         self.images: dict[torch.Size, tuple[Tensor, Tensor]] = {}
         """Images and labels of a step, by the shape of the images."""
@@ -89,7 +75,7 @@ class ClientSlot:
         _copy(self.params, task.params)
         _copy(self.buffers, task.buffers)
         _copy(self.memory, task.memory)
-        for tensor in self.velocity.values():
+        for tensor in self.sgd.velocity:
             tensor.zero_()
         for name, tensor in self.numbers.items():
             tensor.fill_(getattr(task, name))
@@ -102,8 +88,8 @@ class ClientSlot:
         own[1].copy_(labels)
 
     def state(self) -> list[Tensor]:
-        """All tensors that a step changes."""
-        return [*self.params.values(), *self.buffers.values(), *self.velocity.values()]
+        """Returns all tensors that a step changes."""
+        return [*self.params.values(), *self.buffers.values(), *self.sgd.velocity]
 
     def step(self, model: FunctionalModel, rule: LocalRule, shape: torch.Size, max_grad_norm: float) -> None:
         """Makes one step on the last batch of this shape."""
@@ -113,10 +99,10 @@ class ClientSlot:
 
 
 def groups(tasks: Iterable[LocalTask], size: int) -> Iterator[list[LocalTask]]:
-    """Yields up to ``size`` tasks at a time, in order, with the same model and memories of the same shapes."""
+    """Yields up to ``size`` tasks of a round at a time, in order, with memories of the same shapes."""
     group: list[LocalTask] = []
     for task in tasks:
-        if group and (len(group) == size or not _fit_together(group[0], task)):
+        if group and (len(group) == size or _shapes(group[0]) != _shapes(task)):
             yield group
             group = []
         group.append(task)
@@ -124,17 +110,9 @@ def groups(tasks: Iterable[LocalTask], size: int) -> Iterator[list[LocalTask]]:
         yield group
 
 
-def _fit_together(left: LocalTask, right: LocalTask) -> bool:
-    return _same_model(left, right) and _shapes(left.memory) == _shapes(right.memory)
-
-
-def _same_model(left: LocalTask, right: LocalTask) -> bool:
-    received = ((task.params, task.buffers, task.message) for task in (left, right))
-    return all(a is b for a, b in zip(*received, strict=True))
-
-
-def _shapes(tensors: Params) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+def _shapes(task: LocalTask) -> list[dict[str, tuple[torch.Size, torch.dtype]]]:
+    received = (task.params, task.buffers, task.message, task.memory)
+    return [{name: (tensor.shape, tensor.dtype) for name, tensor in part.items()} for part in received]
 
 
 def _copy(into: Params, values: Params) -> None:

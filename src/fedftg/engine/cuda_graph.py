@@ -3,7 +3,7 @@
 A step (forward, backward, the rule's correction, clipping, SGD) is `fedftg.engine.local_train.client_step`, unchanged,
 on tensors with fixed addresses (`fedftg.engine.client_slots`): values are copied in before a client and out after it,
 images and labels before each step. Order and augmentation are drawn outside. A smaller last batch has a recording of
-its own. With ``executor.group`` above 1 the steps of several clients with full batches are recorded side by side, each
+its own. With ``executor.group`` above 1 the steps of all clients with full batches are recorded side by side, each
 on its own stream.
 
 Recordings serve all rounds, unless the rule reads the round (`fedftg.algorithms.base.LocalRule`).
@@ -11,11 +11,8 @@ Recordings serve all rounds, unless the rule reads the round (`fedftg.algorithms
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from typing import Protocol
 
 import torch
@@ -26,8 +23,8 @@ from fedftg.algorithms.base import ClientResult, LocalRule, LocalTask
 from fedftg.data.federated import FederatedData
 from fedftg.engine.client_slots import ClientSlot, RoundInputs, groups
 from fedftg.engine.executors import SequentialExecutor
-from fedftg.engine.local_train import LocalConfig, client_batches
-from fedftg.errors import ClientError, InputError
+from fedftg.engine.local_train import LocalConfig, client_batches, result_of
+from fedftg.errors import ClientError, InputError, first_line
 from fedftg.models.functional import FunctionalModel
 from fedftg.seeds import forked, seed_for
 
@@ -80,20 +77,11 @@ class CudaRecorder:
             main.wait_stream(stream)
 
 
-@dataclass
-class _Recorded:
-    """Recordings, and the tensors that they use."""
-
-    inputs: RoundInputs
-    slots: list[ClientSlot] = field(default_factory=list)
-    recordings: OrderedDict[Key, Part] = field(default_factory=OrderedDict)
-
-
 class CudaGraphExecutor:
     """Recorded steps on a GPU, ``group`` clients at a time.
 
     Args:
-        fallback: runs the clients where a step cannot be recorded; None makes that an error.
+        may_fall_back: runs clients one after the other where a step cannot be recorded; False makes that an error.
         recorder: None takes CUDA graphs.
 
     Raises:
@@ -107,7 +95,7 @@ class CudaGraphExecutor:
         settings: LocalConfig,
         group: int,
         *,
-        fallback: SequentialExecutor | None = None,
+        may_fall_back: bool = False,
         recorder: Recorder | None = None,
     ) -> None:
         if recorder is None and data.device.type != "cuda":
@@ -125,29 +113,25 @@ class CudaGraphExecutor:
         self._data = data
         self._settings = settings
         self._group = group
-        self._fallback = fallback
-        self._recorder = recorder
-        self._cannot_record = False
-        self._recorded: _Recorded | None = None
+        self._may_fall_back = may_fall_back
+        self._recorder = recorder or CudaRecorder(data.device)
+        self._sequential: SequentialExecutor | None = None
+        """Takes over where a step cannot be recorded."""
+        self.close()
 
     def run(self, rule: LocalRule, tasks: Iterable[LocalTask]) -> Iterator[ClientResult]:
         """Yields the results of a group at a time, in the order of the tasks.
 
         Raises:
-            InputError: the step cannot be recorded, and there is no fallback.
+            InputError: the step cannot be recorded, and the executor may not fall back.
             ClientError: names the first client of the group that failed.
         """
-        if self._cannot_record and self._fallback is not None:
-            yield from self._fallback.run(rule, tasks)
-            return
-        waiting = groups(tasks, self._group)
-        for group in waiting:
+        for group in groups(tasks, self._group):
+            results: Iterable[ClientResult]
             try:
-                results = self._train(rule, group)
+                results = self._train(rule, group) if self._sequential is None else self._sequential.run(rule, group)
             except CannotRecord as error:
-                fallback = self._fall_back(error)
-                yield from fallback.run(rule, chain(group, chain.from_iterable(waiting)))
-                return
+                results = self._fall_back(error).run(rule, group)
             except InputError:
                 raise
             except Exception as error:
@@ -156,24 +140,22 @@ class CudaGraphExecutor:
 
     def close(self) -> None:
         """Frees the recordings and their memory."""
-        self._recorded = None
+        self._inputs: RoundInputs | None = None
+        self._slots: list[ClientSlot] = []
+        self._recordings: dict[Key, Part] = {}
 
     def _fall_back(self, error: CannotRecord) -> SequentialExecutor:
         self.close()
-        if self._fallback is None:
+        if not self._may_fall_back:
             raise InputError(f"executor.name=cuda_graph: {error}; take executor.name=sequential") from error
-        self._cannot_record = True
         self.description = f"sequential (cuda_graph: {error})"
-        return self._fallback
+        self._sequential = SequentialExecutor(self._model, self._data, self._settings)
+        return self._sequential
 
     def _train(self, rule: LocalRule, tasks: list[LocalTask]) -> list[ClientResult]:
         # By size: those that still step are then the first ones, and there are few combinations to record.
-        order = sorted(range(len(tasks)), key=lambda index: -self._data.num_samples(tasks[index].client))
-        ordered = [tasks[index] for index in order]
-        state = self._prepare(rule, ordered)
-        slots = state.slots[: len(ordered)]
-        for slot, task in zip(slots, ordered, strict=True):
-            slot.load(task, state.inputs)
+        ordered = sorted(tasks, key=lambda task: -self._data.num_samples(task.client))
+        self._load(rule, ordered)
         batches = [client_batches(self._model, self._data, self._settings, task) for task in ordered]
         losses: list[list[Tensor]] = [[] for _ in ordered]
         first = tasks[0]
@@ -183,100 +165,70 @@ class CudaGraphExecutor:
                 for index, source in enumerate(batches):
                     batch = next(source, None)
                     if batch is not None:
-                        slots[index].feed(*batch)
+                        self._slots[index].feed(*batch)
                         current.append((index, batch[0].shape))
                 if not current:
                     break
-                for key in _neighbours(current, self._settings.batch_size):
-                    self._replay(state, rule, key)
+                full = tuple(one for one in current if one[1][0] == self._settings.batch_size)
+                keys = [full] * bool(full) + [(one,) for one in current if one not in full]
+                for key in keys:
+                    self._replay(rule, key)
                 for index, _ in current:
-                    losses[index].append(slots[index].loss.clone())
-        results = [self._result(rule, *one) for one in zip(slots, ordered, losses, strict=True)]
-        return [result for _, result in sorted(zip(order, results, strict=True), key=lambda pair: pair[0])]
+                    losses[index].append(self._slots[index].loss.clone())
+        results = {}
+        for task, slot, own in zip(ordered, self._slots, losses, strict=False):
+            params, buffers = tree.clone(slot.params), tree.clone(slot.buffers)
+            counts = self._data.class_counts[task.client]
+            results[task.client] = result_of(rule, task, params, buffers, own, counts)
+        return [results[task.client] for task in tasks]
 
-    def _prepare(self, rule: LocalRule, tasks: list[LocalTask]) -> _Recorded:
-        """The slots for these clients, with what they receive; made anew for another rule, other names or shapes."""
-        first = tasks[0]
-        state = self._recorded
-        if state is None or not state.inputs.fits(first, rule):
-            state = self._recorded = _Recorded(RoundInputs(first, rule))
-        before = state.inputs.numbers
-        state.inputs.fill(first)
-        if state.inputs.numbers != before:
-            state.recordings.clear()
-        for task in tasks[len(state.slots) :]:
-            state.slots.append(ClientSlot(task, state.inputs, self._settings))
-        return state
+    def _load(self, rule: LocalRule, tasks: list[LocalTask]) -> None:
+        """Fills the slots; they are made anew for another rule, other names or shapes."""
+        if self._inputs is None or not self._inputs.fits(tasks[0], rule):
+            self.close()
+            self._inputs = RoundInputs(tasks[0], rule)
+        before = self._inputs.numbers
+        self._inputs.fill(tasks[0])
+        if self._inputs.numbers != before:
+            self._recordings.clear()
+        for task in tasks[len(self._slots) :]:
+            self._slots.append(ClientSlot(task, self._inputs, self._settings))
+        for slot, task in zip(self._slots, tasks, strict=False):
+            slot.load(task, self._inputs)
 
-    def _replay(self, state: _Recorded, rule: LocalRule, key: Key) -> None:
-        if key not in state.recordings:
-            slots = [state.slots[index] for index, _ in key]
-            parts: list[Part] = [
-                partial(slot.step, self._model, rule, shape, self._settings.max_grad_norm)
-                for slot, (_, shape) in zip(slots, key, strict=True)
-            ]
-            state.recordings[key] = self._with_room(state, slots, parts)
-            if len(state.recordings) > MOST_RECORDINGS:
-                state.recordings.popitem(last=False)
-        state.recordings.move_to_end(key)
-        state.recordings[key]()
+    def _replay(self, rule: LocalRule, key: Key) -> None:
+        recording = self._recordings.pop(key, None) or self._record(rule, key)
+        self._recordings[key] = recording  # the last one is the most recently used
+        if len(self._recordings) > MOST_RECORDINGS:
+            del self._recordings[next(iter(self._recordings))]
+        recording()
 
-    def _with_room(self, state: _Recorded, slots: list[ClientSlot], parts: list[Part]) -> Part:
-        """Records; if memory runs out, the other recordings are dropped and it is tried once more."""
-        for _ in range(2):
-            try:
-                return self._record(slots, parts)
-            except torch.OutOfMemoryError:
-                state.recordings.clear()
-        raise CannotRecord(f"the GPU has too little memory for the steps of {len(slots)} clients at a time")
-
-    def _record(self, slots: list[ClientSlot], parts: list[Part]) -> Part:
-        """Returns a recording that was compared with the step itself; the slots are unchanged, also after an error."""
-        if self._recorder is None:
-            self._recorder = CudaRecorder(self._data.device)
+    def _record(self, rule: LocalRule, key: Key) -> Part:
+        """Returns a recording that was compared with the step itself; the slots are unchanged."""
+        slots = [self._slots[index] for index, _ in key]
+        parts: list[Part] = [
+            partial(slot.step, self._model, rule, shape, self._settings.max_grad_norm)
+            for slot, (_, shape) in zip(slots, key, strict=True)
+        ]
         tensors = [tensor for slot in slots for tensor in slot.state()]
         before = [tensor.detach().clone() for tensor in tensors]
+        for part in parts:
+            part()
+        expected = [tensor.detach().clone() for tensor in tensors]
+        _restore(tensors, before)
         try:
-            for part in parts:
-                part()
-            expected = [tensor.detach().clone() for tensor in tensors]
+            replay = self._recorder.record(parts)
             _restore(tensors, before)
-            try:
-                replay = self._recorder.record(parts)
-                _restore(tensors, before)
-                replay()
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                lines = str(error).splitlines() or [""]
-                raise CannotRecord(f"a step cannot be recorded ({type(error).__name__}: {lines[0]})") from error
-            length, error_length = _distance(expected, before), _distance(expected, tensors)
-        finally:
-            _restore(tensors, before)
+            replay()
+        except RuntimeError as error:
+            raise CannotRecord(f"a step cannot be recorded ({first_line(error)})") from error
+        length, error_length = _distance(expected, before), _distance(expected, tensors)
+        _restore(tensors, before)
         # Other kernels may be chosen, so it need not be equal to the bit. NaN compares as false: it shows nothing.
         if error_length > 1e-2 * length:
             off = error_length / length if length else error_length
             raise CannotRecord(f"a recorded step is off by {off:.1g} of its length")
         return replay
-
-    def _result(self, rule: LocalRule, slot: ClientSlot, task: LocalTask, losses: list[Tensor]) -> ClientResult:
-        params, buffers = tree.clone(slot.params), tree.clone(slot.buffers)
-        extra, memory = rule.finish(params, buffers, task, len(losses))
-        loss = float(torch.stack(losses).double().mean()) if losses else float("nan")
-        counts = self._data.class_counts[task.client]
-        return ClientResult(task.client, task.num_samples, counts, params, buffers, extra, memory, loss)
-
-
-def _neighbours(current: list[tuple[int, torch.Size]], batch_size: int) -> list[Key]:
-    """The slots that have a batch: neighbours with full ones together, others alone."""
-    keys: list[Key] = []
-    for index, shape in current:
-        before, size = keys[-1][-1] if keys else (-2, None)
-        if before == index - 1 and size == shape and shape[0] == batch_size:
-            keys[-1] = (*keys[-1], (index, shape))
-        else:
-            keys.append(((index, shape),))
-    return keys
 
 
 @torch.no_grad()

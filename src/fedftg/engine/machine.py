@@ -19,9 +19,6 @@ import torch
 
 from fedftg.errors import InputError
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""As in glibc's malloc.h."""
-
 
 def resolve_device(name: str) -> str:
     """Returns the device of a name; ``auto`` is a GPU if there is one.
@@ -32,10 +29,9 @@ def resolve_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device {name!r} needs an NVIDIA GPU and a CUDA build of torch; none is here, use device=cpu")
+        raise InputError(f"device {name!r} needs an NVIDIA GPU and a CUDA build of torch; use device=cpu")
     if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise InputError(f"device {name!r} does not exist: GPUs are cuda:0 to cuda:{count - 1}; use one of them")
+        raise InputError(f"device {name!r} does not exist; GPUs are cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     return name
 
 
@@ -63,17 +59,20 @@ def keep_freed_memory() -> None:
         return
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def environment(threads: int, device: str) -> dict[str, Any]:
     """Returns what the numbers of a run may depend on besides its config."""
-    packages = ("fedftg", "torch", "numpy", "safetensors", "pydantic")
+    packages = dict.fromkeys(("fedftg", "torch", "numpy", "safetensors", "pydantic"), "not installed")
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):  # imported from its sources
+            packages[name] = version(name)
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in packages},
+        "packages": packages,
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -91,14 +90,6 @@ def peak_memory_mb() -> float:
         return round(int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024 / 1e6, 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
-
-
-def _version(package: str) -> str:
-    """Returns the installed version; a package may also be imported from its sources."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _processor() -> str:
