@@ -176,7 +176,6 @@ class FederatedData:
             yield self._noisy(self._normalise(augment(images, self.dataset.augment, rng)), client, rng), labels
 
     def _train(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns images as unsigned bytes and labels of some training rows, on the device."""
         images = self._train_images[rows.to(self._train_images.device)].to(self.device)
         return images, self._train_labels[rows.to(self.device)]
 
@@ -258,11 +257,7 @@ class Partition:
 
 
 def partition_dataset(dataset: ImageDataset, config: PartitionConfig, seed: int) -> Partition:
-    """Partitions the training images among clients, and each client's into training and held-back rows.
-
-    Raises:
-        InputError: an impossible partition.
-    """
+    """Partitions the training images among clients, and each client's into training and held-back rows."""
     labels = dataset.train_labels.numpy()
     whole = partition(labels, config, numpy_rng(seed, 0, SERVER, "partition"), dataset.columns)
     train, held_back = hold_back(whole, labels, config.test_share, numpy_rng(seed, 0, SERVER, "hold_back"))

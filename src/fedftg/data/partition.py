@@ -126,8 +126,7 @@ def dirichlet(labels: Indices, config: PartitionConfig, rng: np.random.Generator
     left = np.bincount(labels)
     pool, next_in_pool = _shuffled_by_class(labels, rng), np.cumsum(left) - left
     wanted = dirichlet_draws(len(sizes), len(left), config.alpha, rng)
-    rows: list[Indices] = []
-    owners: list[Indices] = []
+    rows, owners = [], []
     # Clients are served in turn, one sample each and in a new random order: served one after the other, the last
     # clients would get only leftovers.
     for number in range(int(sizes.max())):
