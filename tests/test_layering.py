@@ -61,4 +61,4 @@ def test_imports_go_down() -> None:
 def test_report_reads_only_folders() -> None:
     for path in (SOURCE / "report").glob("*.py"):
         parts = {name.split(".")[1] for name in imports(path) if name.startswith("fedftg.")}
-        assert parts <= {"report", "errors", "params"}, path
+        assert parts <= {"report", "errors", "rundir"}, path

@@ -10,9 +10,9 @@ from fedftg.algorithms.base import Algorithm, Batch, LocalTask, Refiner, Refiner
 from fedftg.config import RunConfig
 from fedftg.data import federated
 from fedftg.data.dataset import ImageDataset
-from fedftg.data.federated import Federation
 from fedftg.engine import executors
 from fedftg.engine.executors import RunRecipe
+from fedftg.data.federated import FederatedData
 from fedftg.engine.machine import resolve_device
 from fedftg.errors import InputError
 from fedftg.experiment import Experiment
@@ -35,7 +35,7 @@ class Parts:
     state: ServerState
 
 
-def parts(config: RunConfig, data: Federation, with_data: int) -> Parts:
+def parts(config: RunConfig, data: FederatedData, with_data: int) -> Parts:
     """Builds model, algorithm, refiner and initial state.
 
     Args:
@@ -103,7 +103,7 @@ def build(config: RunConfig, dataset: ImageDataset | None = None, progress: Prog
     return Experiment(config, data, made.model, algorithm, made.refiner, executor, made.state, clients, record)
 
 
-def _check_fit(config: RunConfig, algorithm: Algorithm, model: FunctionalModel, data: Federation) -> None:
+def _check_fit(config: RunConfig, algorithm: Algorithm, model: FunctionalModel, data: FederatedData) -> None:
     """Computes the loss of two images, so that a model that cannot be trained fails before anything is written."""
     if model.has_batchnorm and config.local.batch_size < 2:
         raise InputError("local.batch_size must be >= 2 for a model with BatchNorm, got 1; or take a GroupNorm model")

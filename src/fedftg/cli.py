@@ -207,7 +207,7 @@ def write_partition(console: Console, config: RunConfig, out: Path | None) -> No
     """
     from fedftg.data import sources
     from fedftg.data.federated import partition_dataset
-    from fedftg.data.partition import class_counts, describe, needed_columns, save, skew, to_json
+    from fedftg.data.partition import class_counts, describe, needed_columns, skew, to_json
     from fedftg.report import plots, table
 
     law = config.partition
@@ -239,8 +239,8 @@ def write_partition(console: Console, config: RunConfig, out: Path | None) -> No
             raise InputError(f"{folder} holds another partition already; choose another folder by --out")
         number += 1
         folder = RUNS / "partitions" / f"{config.name}-{number}"
-    _make(folder)
-    file = save(folder / "partition.json", text)
+    file = folder / "partition.json"
+    _write(file, text)
     title = f"{config.data.name}, {describe(law)}, seed {config.seed}"
     _print(console, title)
     console.print(table.partition_table(counts.tolist(), names, skew(counts), held_back, groups))
@@ -297,12 +297,8 @@ def _report(console: Console, folders: Sequence[Path], out: Path) -> list[RunRec
     from fedftg.report.load import load_run
 
     runs = [load_run(folder) for folder in folders]
-    _make(out)
     file = out / "table.md"
-    try:
-        file.write_text(table.markdown_table(runs), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write {file}: {error.strerror}; make the folder writable") from None
+    _write(file, table.markdown_table(runs))
     console.print(table.terminal_table(runs))
     _print(console, f"table: {file}")
     _print(console, f"plot: {plots.accuracy_plot(runs, out / 'accuracy.png')}")
@@ -315,11 +311,14 @@ def _progress(console: Console) -> Progress:
     return progress.for_console(console)
 
 
-def _make(folder: Path) -> None:
+def _write(file: Path, text: str) -> None:
+    from fedftg.rundir import records
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        records.write_atomically(file, text.encode())
     except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}; choose another folder by --out") from None
+        raise InputError(f"cannot write {file}: {error.strerror}; choose another folder by --out") from None
 
 
 def _print(console: Console, text: str) -> None:

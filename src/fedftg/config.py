@@ -26,7 +26,7 @@ from fedftg.engine.evaluate import EvaluationConfig
 from fedftg.engine.executors import INTERCHANGEABLE, ExecutorConfig
 from fedftg.engine.local_train import LocalConfig
 from fedftg.engine.sampling import CohortConfig
-from fedftg.errors import InputError, explain, unknown
+from fedftg.errors import InputError, explain, flat, unknown
 from fedftg.models.registry import ModelConfig
 from fedftg.registry import import_user_module
 
@@ -262,11 +262,3 @@ def first_difference(before: RunConfig, now: RunConfig) -> str | None:
         if not allowed and left.get(key) != right.get(key):
             return key
     return None
-
-
-def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested settings as ``{"local.lr": 0.1, ...}``."""
-    found: dict[str, Any] = {}
-    for key, value in nested.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found

@@ -11,7 +11,7 @@ from typing import Any
 
 from fedftg.algorithms.base import Algorithm, ClientResult, LocalTask, Metrics, Refiner, ServerState, rejection
 from fedftg.config import RunConfig
-from fedftg.data.federated import Federation
+from fedftg.data.federated import FederatedData
 from fedftg.engine import sampling
 from fedftg.engine.evaluate import Measured, evaluate, evaluate_clients
 from fedftg.engine.executors import Executor, Rejected
@@ -32,7 +32,7 @@ class Experiment:
     """The objects that a config names, and the state after the last completed round."""
 
     config: RunConfig
-    data: Federation
+    data: FederatedData
     model: FunctionalModel
     algorithm: Algorithm
     refiner: Refiner

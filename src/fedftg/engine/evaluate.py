@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from fedftg.data.federated import Federation
+from fedftg.data.federated import FederatedData
 from fedftg.models.functional import FunctionalModel
 from fedftg.params import Params
 
@@ -44,7 +44,7 @@ class Measured:
 
 @torch.no_grad()
 def evaluate(
-    model: FunctionalModel, params: Params, buffers: Params, data: Federation, batch_size: int
+    model: FunctionalModel, params: Params, buffers: Params, data: FederatedData, batch_size: int
 ) -> tuple[float, float]:
     """Returns accuracy in [0, 1] and mean cross-entropy over the whole test set, in evaluation mode."""
     correct, loss, total = [], [], 0
@@ -57,7 +57,7 @@ def evaluate(
 
 
 def evaluate_clients(
-    model: FunctionalModel, params: Params, buffers: Params, data: Federation, batch_size: int
+    model: FunctionalModel, params: Params, buffers: Params, data: FederatedData, batch_size: int
 ) -> dict[str, float]:
     """Returns the accuracy on held-back samples over the clients that have some: `over_clients`."""
     correct = correct_held_back(model, params, buffers, data, batch_size)
@@ -66,7 +66,7 @@ def evaluate_clients(
 
 @torch.no_grad()
 def correct_held_back(
-    model: FunctionalModel, params: Params, buffers: Params, data: Federation, batch_size: int
+    model: FunctionalModel, params: Params, buffers: Params, data: FederatedData, batch_size: int
 ) -> Tensor:
     """Counts each client's correctly classified held-back samples: ``(clients,)`` int64, on the CPU."""
     correct = torch.zeros(data.num_clients, dtype=torch.int64, device=data.device)

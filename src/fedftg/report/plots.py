@@ -17,19 +17,19 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from fedftg.errors import InputError
-from fedftg.report.load import RunRecord, display_names
-from fedftg.report.table import Score, score
+from fedftg.report.load import RunRecord, Series, display_names
+from fedftg.report.table import score
 
 DPI = 100
 WIDTH = 12.0
 """Inches: 1200 px."""
 
 SMOOTH_FROM = 200
-"""From so many evaluations on, lines are running means of `WINDOW` evaluations above the faint single values."""
+"""From this many evaluations on, lines are running means of `WINDOW` evaluations above the faint single values."""
 WINDOW = 10
 
 BINNED_FROM = 401
-"""From so many clients on, a heatmap's rows would be thinner than three pixels, and are means of several clients."""
+"""From this many clients on, a heatmap's rows would be thinner than three pixels, and are means of several clients."""
 _MOST_ROWS = 250
 _LONGEST_TITLE = 120
 """Characters: what fits into the width."""
@@ -40,24 +40,20 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LineStyle = Literal["-", "--", ":"]
 _STYLES: dict[str, LineStyle] = {"deployed": "-", "selected": "--", "all": ":"}
 
-Series = tuple[list[int], list[float]]
 
-
-def accuracy_plot(runs: Sequence[RunRecord], path: Path, title: str | None = None) -> Path:
-    """Test accuracies over rounds as PNG; returns ``path``.
+def accuracy_plot(runs: Sequence[RunRecord], path: Path) -> Path:
+    """Writes test accuracies over rounds as PNG; returns ``path``.
 
     One run: `selected`, `all` and `refined`, a colour each. Several: a colour per run, the deployed model solid,
     `selected` dashed, `all` dotted.
 
     Raises:
-        InputError: no run, or the file cannot be written.
+        InputError: the file cannot be written.
     """
-    if not runs:
-        raise InputError("nothing to plot: give at least one run folder")
     figure = Figure(figsize=(WIDTH, 5.6 + 0.22 * math.ceil(len(runs) / 2)), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     handles = _draw_one(axes, runs[0]) if len(runs) == 1 else _draw_several(axes, runs)
-    _decorate(axes, runs, title if title is not None else _default_title(runs))
+    _decorate(axes, runs)
     columns = 1 if max(len(str(handle.get_label())) for handle in handles) > 70 else 3 if len(runs) == 1 else 2
     legend = figure.legend(
         handles=handles,
@@ -74,23 +70,17 @@ def accuracy_plot(runs: Sequence[RunRecord], path: Path, title: str | None = Non
 
 
 def partition_heatmap(
-    class_counts: Sequence[Sequence[int]],
-    class_names: Sequence[str],
-    path: Path,
-    title: str | None = None,
+    class_counts: Sequence[Sequence[int]], class_names: Sequence[str], path: Path, title: str
 ) -> Path:
-    """Clients x classes as PNG, with each client's size as a bar; returns ``path``.
+    """Writes clients x classes as PNG, with each client's size as a bar; returns ``path``.
 
     Classes that a client has no sample of are white. Counts are written into the cells while they are readable. Where
     one client holds more than 8 times the median, the colours are logarithmic. From `BINNED_FROM` clients on, clients
     are sorted by their biggest class, and a row is the mean of several.
 
     Raises:
-        ValueError: no client, no class, or rows that do not fit the names.
         InputError: the file cannot be written.
     """
-    if not class_counts or not class_names or any(len(row) != len(class_names) for row in class_counts):
-        raise ValueError(f"need at least one client, and {len(class_names)} counts for each")
     counts = np.asarray(class_counts, dtype=np.float64)
     clients, classes = counts.shape
     together = math.ceil(clients / _MOST_ROWS) if clients >= BINNED_FROM else 1
@@ -122,50 +112,40 @@ def partition_heatmap(
     axes.yaxis.set_major_locator(MaxNLocator(nbins=45 if clients <= 45 else 20, integer=True))
     axes.set_ylim(clients - 0.5, -0.5)
     _size_bars(bars, counts.sum(axis=1), together)
-    shown_title = title if title is not None else f"{clients} clients, {classes} classes"
-    figure.suptitle(_cut(shown_title, _LONGEST_TITLE), parse_math=False)
+    figure.suptitle(_cut(title, _LONGEST_TITLE), parse_math=False)
     return _save(figure, path)
 
 
-def partition_sizes(sizes: Sequence[int], path: Path, title: str | None = None) -> Path:
-    """How many clients hold how many samples, as PNG; returns ``path``.
+def partition_sizes(sizes: Sequence[int], path: Path, title: str) -> Path:
+    """Writes a histogram of the clients' sizes as PNG; returns ``path``.
 
-    Clients without samples are told in the note above. Where sizes span more than a factor of 50, the axis is
+    Clients without samples are counted in the note above. Where sizes span more than a factor of 50, the axis is
     logarithmic.
 
     Raises:
-        ValueError: no client.
         InputError: the file cannot be written.
     """
-    if not len(sizes):
-        raise ValueError("need at least one client")
     held = np.asarray(sizes, dtype=np.int64)
     filled = held[held > 0]
     figure = Figure(figsize=(WIDTH, 5.0), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     axes.set(xlabel="samples of a client", ylabel="clients")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#DDDDDD", linewidth=0.7)
-    axes.set_axisbelow(True)
+    _frame(axes, grid="y")
     note = f"{len(held)} clients"
     if len(filled):
         _draw_sizes(axes, filled)
-        low, high = int(filled.min()), int(filled.max())
-        note += (
-            f", {low} samples each"
-            if low == high
-            else f" of {low} to {high} samples, mean {_brief(float(filled.mean()))}"
-        )
+        low, high, mean = int(filled.min()), int(filled.max()), float(filled.mean())
+        note += f", {low} samples each" if low == high else f" of {low} to {high} samples, mean {_brief(mean)}"
     if len(filled) < len(held):
         note += f"; {len(held) - len(filled)} without samples are not drawn"
     axes.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     axes.set_title(note, loc="left", fontsize=10)
-    figure.suptitle(_cut(title if title is not None else "sizes of clients", _LONGEST_TITLE), parse_math=False)
+    figure.suptitle(_cut(title, _LONGEST_TITLE), parse_math=False)
     return _save(figure, path)
 
 
 def running_mean(values: Sequence[float], window: int = WINDOW) -> list[float]:
-    """The mean of each value and up to ``window - 1`` before it."""
+    """Returns the mean of each value and up to ``window - 1`` before it."""
     parts = [values[max(0, end - window) : end] for end in range(1, len(values) + 1)]
     return [math.fsum(part) / len(part) for part in parts]
 
@@ -176,7 +156,7 @@ def _draw_one(axes: Axes, run: RunRecord) -> list[Line2D]:
         kinds = {"selected": "selected (deployed)", "all": "all"}
     handles = []
     for index, (kind, label) in enumerate(kinds.items()):
-        series = run.series("accuracy", kind)
+        series = run.accuracy(kind)
         style = _STYLES["deployed" if index == 0 else kind]
         colour, marker = _COLOURS[index], _MARKERS[index] if len(series[0]) <= 30 else ""
         if series[0]:
@@ -188,21 +168,18 @@ def _draw_one(axes: Axes, run: RunRecord) -> list[Line2D]:
 def _draw_several(axes: Axes, runs: Sequence[RunRecord]) -> list[Line2D]:
     handles = []
     for index, (run, name) in enumerate(zip(runs, display_names(runs), strict=True)):
-        colour = _COLOURS[index % len(_COLOURS)]
-        marker = _MARKERS[index // len(_COLOURS) % len(_MARKERS)]
+        deployed, colour = run.accuracy("refined"), _COLOURS[index % len(_COLOURS)]
+        marked = len(runs) > len(_COLOURS) or len(deployed[0]) <= 30
+        marker = _MARKERS[index // len(_COLOURS) % len(_MARKERS)] if marked else ""
         if run.refiner != "none":  # without refiner it is the deployed model
-            _draw_line(axes, run.series("accuracy", "selected"), colour, _STYLES["selected"], 1.0)
-        _draw_line(axes, run.series("accuracy", "all"), colour, _STYLES["all"], 1.1)
-        deployed = run.deployed()
-        many = len(runs) > len(_COLOURS)
-        _draw_line(axes, deployed, colour, _STYLES["deployed"], 2.0, marker, always_mark=many)
-        handles.append(_handle(name, deployed, colour, "-", marker if many or len(deployed[0]) <= 30 else ""))
+            _draw_line(axes, run.accuracy("selected"), colour, _STYLES["selected"], 1.0)
+        _draw_line(axes, run.accuracy("all"), colour, _STYLES["all"], 1.1)
+        _draw_line(axes, deployed, colour, _STYLES["deployed"], 2.0, marker)
+        handles.append(_handle(name, deployed, colour, "-", marker))
     return handles
 
 
-def _draw_line(
-    axes: Axes, series: Series, colour: str, style: LineStyle, width: float, marker: str = "", always_mark: bool = False
-) -> None:
+def _draw_line(axes: Axes, series: Series, colour: str, style: LineStyle, width: float, marker: str = "") -> None:
     rounds, values = series
     if not rounds:
         return
@@ -211,25 +188,19 @@ def _draw_line(
         if width >= 2:
             axes.plot(rounds, percent, color=colour, linewidth=0.6, alpha=0.25)
         percent = running_mean(percent)
-    mark = marker if always_mark or len(rounds) <= 30 else ""
-    if not mark and len(rounds) == 1:
-        mark = "."
-    every = max(1, len(rounds) // 15) if len(rounds) > 30 else 1
+    mark = marker or ("." if len(rounds) == 1 else "")
+    every = len(rounds) // 15 if len(rounds) > 30 else 1
     alpha = 1.0 if width >= 2 else 0.7
     (line,) = axes.plot(rounds, percent, color=colour, linestyle=style, linewidth=width, alpha=alpha)
     line.set(marker=mark, markersize=4.5, markevery=every)
 
 
 def _handle(name: str, series: Series, colour: str, style: LineStyle, marker: str) -> Line2D:
-    result: Score | None = score(*series)
+    result = score(series)
     # The value comes first: matplotlib leaves out labels that start with an underscore.
     text = "no evaluation" if result is None else f"{100 * result.mean_last:.2f}"
     label = f"{text}   {_cut(name, 110)}"
     return Line2D([], [], color=colour, linestyle=style, linewidth=2, marker=marker, markersize=4.5, label=label)
-
-
-def _default_title(runs: Sequence[RunRecord]) -> str:
-    return f"{runs[0].name}: {runs[0].method}" if len(runs) == 1 else f"{len(runs)} runs"
 
 
 def _cut(text: str, length: int) -> str:
@@ -237,34 +208,36 @@ def _cut(text: str, length: int) -> str:
 
 
 def _explain_styles(axes: Axes, runs: Sequence[RunRecord]) -> None:
-    shown = {
-        "deployed": True,
-        "selected": any(run.refiner != "none" and run.series("accuracy", "selected")[0] for run in runs),
-        "all": any(run.series("accuracy", "all")[0] for run in runs),
-    }
-    labels = {"deployed": "deployed (refined)", "selected": "selected (before refining)", "all": "all (last uploads)"}
+    shown = {"deployed": "deployed (refined)"}
+    if any(run.refiner != "none" and run.accuracy("selected")[0] for run in runs):
+        shown["selected"] = "selected (before refining)"
+    if any(run.accuracy("all")[0] for run in runs):
+        shown["all"] = "all (last uploads)"
     handles = [
         Line2D([], [], color="#444444", linestyle=_STYLES[kind], linewidth=2 if kind == "deployed" else 1.2, label=text)
-        for kind, text in labels.items()
-        if shown[kind]
+        for kind, text in shown.items()
     ]
     axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, borderaxespad=0.2)
 
 
-def _decorate(axes: Axes, runs: Sequence[RunRecord], title: str) -> None:
-    many = max(len(run.deployed()[0]) for run in runs) >= SMOOTH_FROM
+def _decorate(axes: Axes, runs: Sequence[RunRecord]) -> None:
+    title = f"{runs[0].name}: {runs[0].method}" if len(runs) == 1 else f"{len(runs)} runs"
     axes.set_title(_cut(title, 60), loc="left", parse_math=False)
-    axes.set(xlabel="round", ylabel="test accuracy (%)")
-    if many:
-        axes.set_ylabel(f"test accuracy (%), running mean of {WINDOW} evaluations")
+    smooth = max(len(run.accuracy("refined")[0]) for run in runs) >= SMOOTH_FROM
+    means = f", running mean of {WINDOW} evaluations" if smooth else ""
+    axes.set(xlabel="round", ylabel=f"test accuracy (%){means}")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, steps=[1, 2, 5, 10], integer=True))
     axes.margins(x=0.015)
-    axes.grid(color="#DDDDDD", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    _frame(axes, grid="both")
     if not axes.lines:
         axes.text(0.5, 0.5, "no evaluation yet", transform=axes.transAxes, ha="center", va="center", color="#777777")
         axes.set(xlim=(0, 1), ylim=(0, 100))
+
+
+def _frame(axes: Axes, grid: Literal["y", "both"]) -> None:
+    axes.grid(axis=grid, color="#DDDDDD", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_sizes(axes: Axes, sizes: NDArray[np.int64]) -> None:
@@ -294,14 +267,12 @@ def _brief(value: float) -> str:
 
 
 def _binned(counts: NDArray[np.float64], together: int) -> NDArray[np.float64]:
-    """Means over ``together`` clients each, in the order of their biggest class, those with most of it first.
+    """Returns means over ``together`` clients each, in the order of their biggest class, those with most of it first.
 
     Equally big classes take turns from client to client: always the first of them would bend the diagonal.
     """
     clients, classes = counts.shape
-    turn = (
-        (np.arange(classes) - np.arange(clients)[:, None]) % classes / classes
-    )  # below 1: decides between equals only
+    turn = (np.arange(classes) - np.arange(clients)[:, None]) % classes / classes  # below 1: decides among equals only
     biggest = counts.max(axis=1)
     klass = np.where(biggest > 0, (counts + turn).argmax(axis=1), classes)  # clients without samples come last
     ordered = counts[np.lexsort((-biggest, klass))]
