@@ -73,29 +73,28 @@ def test_a_function_is_called_as_it_is() -> None:
     assert torch.equal(teachers(IMAGES)[0], logits(IMAGES))
 
 
-@pytest.mark.parametrize("stacked", [True, False])
-def test_parts(stacked: bool) -> None:
-    teachers = three(stacked)
-    assert len(teachers) == 3
-    torch.testing.assert_close(teachers(IMAGES, 1, 3), teachers(IMAGES)[1:3])
-
-
-def three(stacked: bool | None) -> ListedTeachers | StackedTeachers:
+def three(kind: type[ListedTeachers | StackedTeachers]) -> ListedTeachers | StackedTeachers:
     modules = [classifier(seed).eval() for seed in range(3)]
+    if kind is ListedTeachers:
+        return ListedTeachers(modules)
     structure = copy.deepcopy(modules[0])
 
     def function(params: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Tensor:
         return functional_call(structure, (params, buffers), (images,))
 
     params = [dict(module.named_parameters()) for module in modules]
-    buffers = [dict(module.named_buffers()) for module in modules]
-    return stack_or_list(function, params, buffers, stacked=stacked)
+    return StackedTeachers(function, stack(params), stack([dict(module.named_buffers()) for module in modules]))
+
+
+@pytest.mark.parametrize("kind", [ListedTeachers, StackedTeachers])
+def test_parts(kind: type[ListedTeachers | StackedTeachers]) -> None:
+    teachers = three(kind)
+    assert len(teachers) == 3
+    torch.testing.assert_close(teachers(IMAGES, 1, 3), teachers(IMAGES)[1:3])
 
 
 def test_stacked_is_listed() -> None:
-    stacked, listed = three(True), three(False)
-    assert isinstance(stacked, StackedTeachers)
-    assert isinstance(listed, ListedTeachers)
+    stacked, listed = three(StackedTeachers), three(ListedTeachers)
     torch.testing.assert_close(stacked(IMAGES), listed(IMAGES))
     expected = torch.stack([classifier(seed).eval()(IMAGES) for seed in range(3)])
     torch.testing.assert_close(listed(IMAGES), expected)
@@ -115,7 +114,7 @@ def test_teachers_are_stacked_on_an_accelerator_while_copies_are_small(monkeypat
     for most, kind in ((48, StackedTeachers), (47, ListedTeachers)):
         monkeypatch.setattr(teaching, "STACKED_UP_TO", most)
         assert isinstance(stack_or_list(function, weights, [{}] * 3), kind)
-    assert isinstance(three(None), ListedTeachers)  # on the CPU
+    assert isinstance(stack_or_list(function, [{"w": torch.ones(1)}], [{}]), ListedTeachers)
 
 
 def test_stacked_teachers_hold_no_gradient() -> None:
@@ -128,7 +127,7 @@ def test_stacked_teachers_hold_no_gradient() -> None:
     assert not teachers(IMAGES).requires_grad
     expected = torch.stack([linear(w, s, IMAGES) for w, s in zip(weights, shifts, strict=True)])
     torch.testing.assert_close(teachers(IMAGES), expected.detach())
-    listed = stack_or_list(linear, weights, shifts, stacked=False)
+    listed = stack_or_list(linear, weights, shifts)
     assert not listed(IMAGES).requires_grad
 
 
