@@ -268,15 +268,6 @@ def test_a_field_that_no_other_test_needs_matters(
     assert not same(*states)
 
 
-@pytest.mark.parametrize("mode", ["eval", "train"])
-def test_buffers_of_the_student(bench: Callable[..., Bench], counts: Tensor, mode: str) -> None:
-    one = bench("paper", student_mode=mode)
-    before, weights = clone(dict(one.student.named_buffers())), clone(dict(one.student.named_parameters()))
-    one.distil(counts)
-    assert same(before, dict(one.student.named_buffers())) == (mode == "eval")
-    assert not same(weights, dict(one.student.named_parameters()))
-
-
 def test_modes_and_flags_are_put_back_also_after_an_error(bench: Callable[..., Bench], counts: Tensor) -> None:
     one = bench("paper")
     one.student.train()

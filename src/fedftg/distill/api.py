@@ -121,7 +121,8 @@ def refine(
     settings = preset(config) if isinstance(config, str) else config
     if isinstance(teachers, nn.Module) and not isinstance(teachers, nn.ModuleList):
         raise InputError(f"teachers must be a list of classifiers, got one {type(teachers).__name__}; pass [teacher]")
-    models = {"student": student, **{f"teacher {k}": teacher for k, teacher in enumerate(teachers)}}
+    models: dict[str, Classifier] = {"student": student}
+    models |= {f"teacher {k}": teacher for k, teacher in enumerate(teachers)}
     for name, model in models.items():
         if not callable(model):
             raise InputError(f"{name} must be a classifier, got {type(model).__name__}; load weights into a module")

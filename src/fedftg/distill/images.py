@@ -75,7 +75,7 @@ class ProxyImages:
         """The rows ``(B,)`` of each batch."""
         number, size = call.iterations * self._batch_size, len(self._images)
         passes = [torch.randperm(size, generator=call.rng) for _ in range(math.ceil(number / size))]
-        return torch.cat(passes)[:number].to(self._images.device).split(self._batch_size)
+        return torch.split(torch.cat(passes)[:number].to(self._images.device), self._batch_size)
 
     def improve(self, call: Call, draw: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
         """Real images stay as they are."""

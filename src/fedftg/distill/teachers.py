@@ -36,13 +36,8 @@ class Teachers(Protocol):
         """``K``."""
         ...
 
-    def __call__(
-        self, images: Float[Tensor, "B D H W"], start: int = 0, stop: int | None = None
-    ) -> Float[Tensor, "K B C"]:
-        """Logits ``(stop - start, B, C)`` of the teachers ``start <= k < stop``; None: to the last.
-
-        They are differentiable with respect to the images.
-        """
+    def __call__(self, images: Float[Tensor, "B D H W"], start: int, stop: int) -> Float[Tensor, "K B C"]:
+        """Logits ``(stop - start, B, C)`` of the teachers ``start <= k < stop``, differentiable in the images."""
         ...
 
 
@@ -62,12 +57,9 @@ class ListedTeachers:
         self._classifiers = [frozen(classifier) for classifier in classifiers]
 
     def __len__(self) -> int:
-        """``K``."""
         return len(self._classifiers)
 
-    def __call__(
-        self, images: Float[Tensor, "B D H W"], start: int = 0, stop: int | None = None
-    ) -> Float[Tensor, "K B C"]:
+    def __call__(self, images: Float[Tensor, "B D H W"], start: int, stop: int) -> Float[Tensor, "K B C"]:
         """Logits ``(stop - start, B, C)``."""
         return torch.stack([classifier(images) for classifier in self._classifiers[start:stop]])
 
@@ -88,12 +80,9 @@ class StackedTeachers:
         self._buffers = {name: tensor.detach() for name, tensor in buffers.items()}
 
     def __len__(self) -> int:
-        """``K``."""
         return next(iter(self._params.values())).shape[0]
 
-    def __call__(
-        self, images: Float[Tensor, "B D H W"], start: int = 0, stop: int | None = None
-    ) -> Float[Tensor, "K B C"]:
+    def __call__(self, images: Float[Tensor, "B D H W"], start: int, stop: int) -> Float[Tensor, "K B C"]:
         """Logits ``(stop - start, B, C)``."""
         params = {name: tensor[start:stop] for name, tensor in self._params.items()}
         buffers = {name: tensor[start:stop] for name, tensor in self._buffers.items()}
@@ -144,7 +133,6 @@ class Ensemble:
         self._mean_weights = (weights.double() @ class_probabilities(class_counts)).to(like)
 
     def __len__(self) -> int:
-        """``K``."""
         return len(self._teachers)
 
     @property
@@ -193,7 +181,7 @@ def autocast(config: DistillConfig, device: torch.device) -> torch.autocast:
 
 
 def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy, also of a module that keeps a result with its graph as an attribute, such as its last features."""
+    """Returns a deep copy, also of a module that keeps a result with its graph as an attribute, such as features."""
     memo = memo or {}
     for layer in module.modules():
         kept = [value for value in vars(layer).values() if isinstance(value, Tensor) and value.grad_fn is not None]
@@ -202,10 +190,9 @@ def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
 
 
 def frozen(classifier: Classifier) -> Classifier:
-    """A view of a module that evaluates and has no weight gradients; a function is returned as it is.
+    """Returns a view of a module that evaluates and has no weight gradients; a function, which must evaluate, as it is.
 
-    The view shares the module's values, so later changes in place are seen; the module keeps its modes and flags. A
-    function must evaluate, not train.
+    The view shares the module's values; the module keeps its modes and flags.
     """
     if not isinstance(classifier, nn.Module):
         return classifier
