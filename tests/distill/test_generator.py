@@ -22,15 +22,12 @@ def test_parameter_counts_of_the_paper(noise: int, classes: int, expected: int) 
     assert parameters(Generator(noise, classes, (3, 32, 32))) == expected
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize(
-    "size", [(8, 8), (9, 9), (12, 12), (16, 16), (28, 28), (32, 32), (31, 33), (64, 64), (96, 96), (8, 50), (224, 224)]
-)
-def test_image_shapes(channels: int, size: tuple[int, int]) -> None:
-    generator = Generator(5, 4, (channels, *size), width=2)
-    images = generator(torch.randn(3, 5), torch.tensor([0, 3, 1]))
-    assert images.shape == (3, channels, *size)
-    assert generator.image_shape == (channels, *size)
+@pytest.mark.parametrize("size", [(8, 8), (9, 9), (28, 28), (31, 33), (96, 96), (8, 50), (224, 224)])
+def test_image_shapes(size: tuple[int, int]) -> None:
+    for channels in (1, 3):
+        generator = Generator(5, 4, (channels, *size), width=2)
+        assert generator(torch.randn(3, 5), torch.tensor([0, 3, 1])).shape == (3, channels, *size)
+        assert generator.image_shape == (channels, *size)
 
 
 @pytest.mark.parametrize(("side", "base", "blocks"), [(8, 2, 2), (32, 8, 2), (64, 8, 3), (224, 7, 5)])
@@ -38,12 +35,6 @@ def test_the_base_map_is_at_most_eight(side: int, base: int, blocks: int) -> Non
     generator = Generator(5, 4, (3, side, side), width=2)
     assert generator.noise_layer.out_features == 2 * base**2
     assert len(generator.blocks) == blocks
-
-
-def test_upsamplings_can_be_set() -> None:
-    generator = Generator(5, 4, (3, 64, 64), width=2, upsamplings=2)
-    assert generator.noise_layer.out_features == 2 * 16**2
-    assert generator(torch.randn(2, 5), torch.tensor([0, 1])).shape == (2, 3, 64, 64)
 
 
 def test_layers_are_those_of_the_paper_in_order() -> None:
@@ -72,35 +63,31 @@ def test_a_training_batch_has_mean_zero_and_variance_one_in_every_channel() -> N
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("shape", "message"),
     [
-        ((5, 4, (2, 8, 8)), "1 or 3 channels"),
-        ((5, 4, (3, 7, 8)), "8 to 224 pixels"),
-        ((5, 4, (3, 225, 225)), "8 to 224 pixels"),
-        ((5, 4, (8, 8)), "channels, height, width"),
-        ((0, 4, (3, 8, 8)), "noise_dim of a generator must be >= 1, got 0"),
-        ((5, 1, (3, 8, 8)), "num_classes of a generator must be >= 2, got 1"),
-        ((5, 4, (3, 8, 8), 0), "width of a generator must be >= 1, got 0"),
-        ((5, 4, (3, 8, 8), 2, 0), "upsamplings of a generator must be >= 1, got 0"),
+        ((2, 8, 8), "1 or 3 channels"),
+        ((3, 7, 8), "8 to 224 pixels"),
+        ((3, 225, 225), "8 to 224 pixels"),
+        ((8, 8), "channels, height, width"),
     ],
 )
-def test_wrong_sizes_give_one_line(arguments: tuple[object, ...], message: str) -> None:
+def test_wrong_sizes_give_one_line(shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
-        Generator(*arguments[:4], upsamplings=arguments[4] if len(arguments) > 4 else None)
+        Generator(5, 4, shape)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("width", "upsamplings", "expected"),
     [
-        (64, 1, [64]),
         (64, 2, [128, 64]),
         (64, 4, [128, 64, 32, 16]),
         (64, 6, [128, 64, 32, 16, 8, 8]),
         (4, 3, [8, 4, 4]),
     ],
 )
-def test_channels_halve_beyond_the_second_upsampling(width, upsamplings, expected):
+def test_channels_halve_beyond_the_second_upsampling(width: int, upsamplings: int, expected: list[int]) -> None:
     generator = Generator(5, 4, (3, 64, 64), width=width, upsamplings=upsamplings)
+    assert generator(torch.randn(2, 5), torch.tensor([0, 1])).shape == (2, 3, 64, 64)
     assert [block[0].out_channels for block in generator.blocks] == expected
     assert generator.to_image.in_channels == expected[-1]

@@ -37,8 +37,9 @@ from torch import Tensor, nn
 
 from fedftg.distill import losses
 from fedftg.distill.config import preset
-from fedftg.distill.distiller import Distiller
+from fedftg.distill.distiller import distil
 from fedftg.distill.generator import Generator
+from fedftg.distill.images import Call, GeneratorImages, NoiseAndLabels
 from fedftg.distill.labels import ensemble_weights, sample_labels
 from fedftg.distill.teachers import ListedTeachers
 from fedftg.params import prefixed, unprefixed
@@ -75,18 +76,6 @@ def golden() -> Arrays:
     return load(os.environ.get("FEDFTG_GOLDEN") or DEFAULT)
 
 
-@pytest.fixture(scope="module", params=["golden", "16 pixels, 2 teachers", "64 pixels, grey, 4 teachers"])
-def any_file(request: pytest.FixtureRequest, golden: Arrays, tmp_path_factory: pytest.TempPathFactory) -> Arrays:
-    """The file of the public code, or one with other sizes that `plain_loop` has made here."""
-    if request.param == "golden":
-        return golden
-    small = {"teachers": 2, "batch": 5, "classes": 4, "noise": 7, "width": 3, "shape": (3, 16, 16), "iterations": 2}
-    large = {"teachers": 4, "batch": 6, "classes": 12, "noise": 9, "width": 2, "shape": (1, 64, 64), "iterations": 4}
-    path = tmp_path_factory.mktemp("golden") / "other.npz"
-    np.savez(path, **made(**(small if request.param.startswith("16") else large)))
-    return load(path)
-
-
 def relative_error(got: Tensor, expected: Tensor) -> float:
     got, expected = got.detach().double(), expected.double()
     assert got.shape == expected.shape
@@ -119,14 +108,10 @@ def build_classifier(golden: Arrays, prefix: str) -> nn.Sequential:
     classes, flat = state["4.weight"].shape
     size, side = golden["step.fake"].shape[2], math.isqrt(flat // out)
     stride = next(s for s in range(1, size) if (size + 2 - kernel) // s + 1 == side)
-    model = classifier(channels, out, kernel, stride, flat, classes)
+    convolution = nn.Conv2d(channels, out, kernel, stride=stride, padding=1)
+    model = nn.Sequential(convolution, nn.BatchNorm2d(out), nn.ReLU(), nn.Flatten(), nn.Linear(flat, classes))
     model.load_state_dict(state)
     return model
-
-
-def classifier(channels: int, out: int, kernel: int, stride: int, flat: int, classes: int) -> nn.Sequential:
-    convolution = nn.Conv2d(channels, out, kernel, stride=stride, padding=1)
-    return nn.Sequential(convolution, nn.BatchNorm2d(out), nn.ReLU(), nn.Flatten(), nn.Linear(flat, classes))
 
 
 def build_teachers(golden: Arrays, dtype: torch.dtype = torch.float32) -> list[nn.Sequential]:
@@ -191,61 +176,21 @@ def student_objective(student_logits: Tensor, teacher_logits: list[Tensor], weig
     return -(ensemble * student_logits.log_softmax(1)).mean()
 
 
-def made(
-    *, teachers: int, batch: int, classes: int, noise: int, width: int, shape: tuple[int, int, int], iterations: int
-) -> dict[str, np.ndarray]:
-    """A file as METHOD section 7 describes it, with other sizes."""
-    torch.manual_seed(teachers)
-    names = {ours: public for public, ours in LAYERS.items()}
-
-    def public(state: Arrays) -> Arrays:
-        split = [(name.rpartition("."), tensor) for name, tensor in state.items()]
-        return {f"{names[layer]}.{leaf}": tensor for (layer, _, leaf), tensor in split}
-
-    generator = Generator(noise, classes, shape, width, upsamplings=2)
-    models = [classifier(shape[0], 4, 3, 8, 4 * (shape[1] // 8) ** 2, classes) for _ in range(teachers + 1)]
-    counts = torch.randint(0, 50, (teachers, classes))
-    counts[:, 1] = 0
-    arrays = {"counts": counts, **prefixed(public(generator.state_dict()), "init.generator.")}
-    for k, model in enumerate(models):
-        arrays |= prefixed(model.state_dict(), f"init.teacher{k}." if k < teachers else "init.student.")
-    arrays = {name: tensor.clone() for name, tensor in arrays.items()}
-    held = counts.sum(0).nonzero().squeeze(1)
-    arrays["run.z"] = torch.randn(iterations, batch, noise)
-    arrays["run.y"] = held[torch.randint(len(held), (iterations, batch))]
-    z, y, table = torch.randn(batch + 2, noise), held[torch.randint(len(held), (batch + 2,))], ensemble_weights(counts)
-    arrays |= {"step.z": z, "step.y": y, "step.weights": table[:, y].T}
-    arrays["step.fake"] = fake = generator.train()(z, y).detach()
-    student, rest = models[-1].eval(), [model.eval() for model in models[:-1]]
-    arrays["step.student_logits"] = student(fake).detach()
-    arrays["step.teacher_logits"] = torch.stack([model(fake).detach() for model in rest])
-    values = [generator_objective(generator, t, student, z, y, w, teachers) for t, w in zip(rest, table, strict=True)]
-    arrays["step.losses_total_md_cls_dis"] = torch.stack([torch.stack(row).detach() for row in values])
-    logits = [model(fake) for model in rest]
-    arrays["step.loss_student"] = student_objective(student(fake), logits, table[:, y]).detach()
-    ends = (counts.sum(0).double().cumsum(0) / counts.sum() * 300).floor()
-    arrays["labels.histogram_of_300"] = torch.diff(ends, prepend=torch.zeros(1))
-    final = plain_loop(arrays, torch.float32)
-    arrays |= prefixed(unprefixed(final, "student."), "final.student.")
-    arrays |= prefixed(public(unprefixed(final, "generator.")), "final.generator.")
-    return {name: tensor.numpy() for name, tensor in arrays.items()}
+def test_one_batch_at_the_initial_weights(golden: Arrays) -> None:
+    noise, labels, student = golden["step.z"], golden["step.y"], build_classifier(golden, "init.student.").eval()
+    images = build_generator(golden).train()(noise, labels)
+    assert relative_error(images, golden["step.fake"]) < TOLERANCE
+    assert relative_error(student(images), golden["step.student_logits"]) < TOLERANCE
+    teachers = ListedTeachers(build_teachers(golden))
+    assert relative_error(teachers(images, 0, len(teachers)), golden["step.teacher_logits"]) < TOLERANCE
+    weights = ensemble_weights(golden["counts"], OFFICIAL.ensemble, OFFICIAL.ensemble_epsilon)[:, labels]
+    assert relative_error(weights.T, golden["step.weights"]) < TOLERANCE
 
 
-def test_one_batch_at_the_initial_weights(any_file: Arrays) -> None:
-    noise, labels, student = any_file["step.z"], any_file["step.y"], build_classifier(any_file, "init.student.").eval()
-    images = build_generator(any_file).train()(noise, labels)
-    assert relative_error(images, any_file["step.fake"]) < TOLERANCE
-    assert relative_error(student(images), any_file["step.student_logits"]) < TOLERANCE
-    teachers = ListedTeachers(build_teachers(any_file))
-    assert relative_error(teachers(images), any_file["step.teacher_logits"]) < TOLERANCE
-    weights = ensemble_weights(any_file["counts"], OFFICIAL.ensemble, OFFICIAL.ensemble_epsilon)[:, labels]
-    assert relative_error(weights.T, any_file["step.weights"]) < TOLERANCE
-
-
-def test_generator_losses_of_each_teacher(any_file: Arrays) -> None:
-    labels, weights = any_file["step.y"], ensemble_weights(any_file["counts"])[:, any_file["step.y"]]
-    teachers, student = any_file["step.teacher_logits"], any_file["step.student_logits"]
-    diversity = losses.diversity(any_file["step.z"], any_file["step.fake"])
+def test_generator_losses_of_each_teacher(golden: Arrays) -> None:
+    labels, weights = golden["step.y"], ensemble_weights(golden["counts"])[:, golden["step.y"]]
+    teachers, student = golden["step.teacher_logits"], golden["step.student_logits"]
+    diversity = losses.diversity(golden["step.z"], golden["step.fake"])
     rows = []
     for k in range(len(teachers)):
         one = slice(k, k + 1)
@@ -254,60 +199,49 @@ def test_generator_losses_of_each_teacher(any_file: Arrays) -> None:
         total = OFFICIAL.lambda_cls * fidelity - OFFICIAL.lambda_md * discrepancy
         total = total + OFFICIAL.lambda_dis * diversity / len(teachers)
         rows.append(torch.stack([total, -discrepancy, fidelity, diversity]))
-    expected = any_file["step.losses_total_md_cls_dis"]
+    expected = golden["step.losses_total_md_cls_dis"]
     for column in range(4):
         assert relative_error(torch.stack(rows)[:, column], expected[:, column]) < TOLERANCE
 
 
-def test_student_loss(any_file: Arrays) -> None:
-    weights = ensemble_weights(any_file["counts"])[:, any_file["step.y"]]
-    ensemble = losses.ensemble_probabilities(any_file["step.teacher_logits"], weights)
-    got = losses.student_loss(any_file["step.student_logits"], ensemble, kind=OFFICIAL.student_loss)
-    assert relative_error(got, any_file["step.loss_student"]) < TOLERANCE
+def test_student_loss(golden: Arrays) -> None:
+    weights = ensemble_weights(golden["counts"])[:, golden["step.y"]]
+    ensemble = losses.ensemble_probabilities(golden["step.teacher_logits"], weights)
+    got = losses.student_loss(golden["step.student_logits"], ensemble, kind=OFFICIAL.student_loss)
+    assert relative_error(got, golden["step.loss_student"]) < TOLERANCE
 
 
-def test_label_histogram(any_file: Arrays) -> None:
-    key = next(name for name in any_file if name.startswith("labels.histogram_of_"))
-    number, rng = int(any_file[key].sum()), torch.Generator().manual_seed(0)
-    labels = sample_labels(any_file["counts"].double(), 1, number, OFFICIAL.label_sampling, rng=rng)
-    assert torch.bincount(labels.flatten(), minlength=any_file["counts"].shape[1]).tolist() == any_file[key].tolist()
+def test_label_histogram(golden: Arrays) -> None:
+    key = next(name for name in golden if name.startswith("labels.histogram_of_"))
+    number, rng = int(golden[key].sum()), torch.Generator().manual_seed(0)
+    labels = sample_labels(golden["counts"].double(), 1, number, OFFICIAL.label_sampling, rng=rng)
+    assert torch.bincount(labels.flatten(), minlength=golden["counts"].shape[1]).tolist() == golden[key].tolist()
 
 
 def refine(golden: Arrays, dtype: torch.dtype, **overrides: object) -> Arrays:
-    """The student's and the generator's final states by `Distiller`, named as `plain_loop` names them."""
-    iterations, batch_size, noise_dim = golden["run.z"].shape
-    sizes = {"iterations": iterations, "batch_size": batch_size, "noise_dim": noise_dim}
+    """The student's and the generator's final states by `distil`, named as `plain_loop` names them."""
+
+    class Images(GeneratorImages):
+        def start(self, call: Call) -> list[NoiseAndLabels]:
+            super().start(call)
+            return list(zip(golden["run.z"].to(dtype), golden["run.y"], strict=True))
+
+    config = preset("official", **{"iterations": len(golden["run.z"]), **overrides})
     generator, student = build_generator(golden).to(dtype), build_classifier(golden, "init.student.").to(dtype)
-    Distiller(preset("official", **{**sizes, **overrides}), generator).refine(
-        student,
-        ListedTeachers(build_teachers(golden, dtype)),
-        golden["counts"],
-        rng=torch.Generator().manual_seed(0),
-        noise=golden["run.z"],
-        labels=golden["run.y"],
-    )
+    teachers, rng = ListedTeachers(build_teachers(golden, dtype)), torch.Generator().manual_seed(0)
+    distil(config, Images(config, generator), student, teachers, golden["counts"], rng=rng)
     return {**prefixed(student.state_dict(), "student."), **prefixed(generator.state_dict(), "generator.")}
 
 
-def test_a_run_in_float32_is_the_plain_loop_bit_for_bit(any_file: Arrays) -> None:
-    got, expected = refine(any_file, torch.float32), plain_loop(any_file, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_run_is_the_plain_loop(golden: Arrays, dtype: torch.dtype) -> None:
+    """Bit for bit in float32."""
+    got, expected = refine(golden, dtype), plain_loop(golden, dtype)
     assert set(got) == set(expected)
-    assert [name for name, tensor in expected.items() if not torch.equal(got[name], tensor)] == []
-
-
-@pytest.mark.parametrize("teacher_chunk", [0, 1, 2])
-def test_a_run_in_float64_is_the_plain_loop(any_file: Arrays, teacher_chunk: int) -> None:
-    got = refine(any_file, torch.float64, teacher_chunk=teacher_chunk)
-    expected = plain_loop(any_file, torch.float64)
+    if dtype == torch.float32:
+        assert [name for name, tensor in expected.items() if not torch.equal(got[name], tensor)] == []
     errors = {name: relative_error(got[name], tensor) for name, tensor in expected.items()}
     assert {name: error for name, error in errors.items() if error > (1e-6 if NOISY.match(name) else 1e-9)} == {}
-
-
-def test_another_file_is_met(any_file: Arrays, golden: Arrays) -> None:
-    """Files made on this machine; that of the public code has the tests below."""
-    if any_file is not golden:
-        got, expected = refine(any_file, torch.float32), final_states(any_file)
-        assert all(relative_error(got[name], tensor) < TOLERANCE for name, tensor in expected.items())
 
 
 def final_states(golden: Arrays) -> Arrays:

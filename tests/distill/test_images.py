@@ -67,21 +67,17 @@ def test_a_student_learns_from_unlabelled_images_reproducibly() -> None:
     assert not torch.equal(ends[0]["2.weight"], ends[2]["2.weight"])
 
 
-def call(iterations: int, **given: Tensor) -> Call:
-    ensemble = Ensemble(TEACHERS, COUNTS.double(), DistillConfig(), torch.zeros(()))
-    return Call(student(), ensemble, iterations, torch.Generator().manual_seed(0), 1.0, given)
-
-
 def test_every_proxy_image_is_shown_once_per_pass() -> None:
-    source = ProxyImages(torch.arange(7.0).reshape(7, 1, 1, 1).expand(7, 1, 8, 8), batch_size=3)
-    rows = torch.cat(list(source.start(call(iterations=5))))
-    assert len(rows) == 15
-    assert sorted(rows[:7].tolist()) == sorted(rows[7:14].tolist()) == list(range(7))
-    assert rows[:7].tolist() != rows[7:14].tolist()
-    given = source.start(call(iterations=1, rows=torch.tensor([[6, 6, 2]])))
-    images, labels = source.make(given[0])
-    assert images[:, 0, 0, 0].tolist() == [6, 6, 2]
-    assert labels is None
+    numbered = torch.arange(7.0).reshape(7, 1, 1, 1).expand(7, 1, 8, 8)
+    ensemble = Ensemble(TEACHERS, COUNTS.double(), DistillConfig(), torch.zeros(()))
+    source = ProxyImages(numbered, batch_size=3)
+    draws = source.start(Call(student(), ensemble, 5, torch.Generator().manual_seed(0), 1.0))
+    images, labels = zip(*(source.make(draw) for draw in draws), strict=True)
+    assert labels == (None,) * 5
+    shown = torch.cat(images)[:, 0, 0, 0].tolist()
+    assert len(shown) == 15
+    assert sorted(shown[:7]) == sorted(shown[7:14]) == list(range(7))
+    assert shown[:7] != shown[7:14]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedftg.distill import teachers as teaching
-from fedftg.distill.teachers import ListedTeachers, StackedTeachers, stack_or_list
+from fedftg.distill.teachers import ListedTeachers, StackedTeachers, Teachers, stack_or_list
 from fedftg.errors import InputError
 from fedftg.params import stack
 
@@ -38,8 +38,8 @@ def test_listed_teachers_evaluate_and_leave_the_modules_as_they_are() -> None:
     before = [copy.deepcopy(module.state_dict()) for module in modules]
     teachers = ListedTeachers(modules)
     expected = torch.stack([copy.deepcopy(module).eval()(IMAGES) for module in modules])
-    assert torch.equal(teachers(IMAGES), expected)
-    assert torch.equal(teachers(IMAGES), expected)
+    assert torch.equal(logits(teachers), expected)
+    assert torch.equal(logits(teachers), expected)
     for module, state in zip(modules, before, strict=True):
         assert all(submodule.training for submodule in module.modules())
         assert all(parameter.requires_grad for parameter in module.parameters())
@@ -48,61 +48,46 @@ def test_listed_teachers_evaluate_and_leave_the_modules_as_they_are() -> None:
 
 def test_gradients_reach_the_images_and_no_weight() -> None:
     module, images = classifier(0), IMAGES.clone().requires_grad_()
-    assert not ListedTeachers([module])(IMAGES).requires_grad
-    ListedTeachers([module])(images).sum().backward()
+    assert not logits(ListedTeachers([module])).requires_grad
+    logits(ListedTeachers([module]), images).sum().backward()
     assert images.grad is not None
     assert images.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
-def test_later_changes_in_place_are_seen() -> None:
-    module = classifier(0)
-    teachers = ListedTeachers([module])
-    before = teachers(IMAGES)
-    with torch.no_grad():
-        module[5].bias += 1
-    torch.testing.assert_close(teachers(IMAGES), before + 1)
+def logits(teachers: Teachers, images: Tensor = IMAGES) -> Tensor:
+    return teachers(images, 0, len(teachers))
 
 
-def test_a_function_is_called_as_it_is() -> None:
-    def logits(images: Tensor) -> Tensor:
-        return images.flatten(1)[:, :4]
-
-    teachers = ListedTeachers([logits, classifier(1)])
-    assert len(teachers) == 2
-    assert torch.equal(teachers(IMAGES)[0], logits(IMAGES))
-
-
-@pytest.mark.parametrize("stacked", [True, False])
-def test_parts(stacked: bool) -> None:
-    teachers = three(stacked)
-    assert len(teachers) == 3
-    torch.testing.assert_close(teachers(IMAGES, 1, 3), teachers(IMAGES)[1:3])
-
-
-def three(stacked: bool | None) -> ListedTeachers | StackedTeachers:
+def three(kind: type[ListedTeachers | StackedTeachers]) -> ListedTeachers | StackedTeachers:
     modules = [classifier(seed).eval() for seed in range(3)]
+    if kind is ListedTeachers:
+        return ListedTeachers(modules)
     structure = copy.deepcopy(modules[0])
 
     def function(params: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Tensor:
         return functional_call(structure, (params, buffers), (images,))
 
     params = [dict(module.named_parameters()) for module in modules]
-    buffers = [dict(module.named_buffers()) for module in modules]
-    return stack_or_list(function, params, buffers, stacked=stacked)
+    return StackedTeachers(function, stack(params), stack([dict(module.named_buffers()) for module in modules]))
+
+
+@pytest.mark.parametrize("kind", [ListedTeachers, StackedTeachers])
+def test_parts(kind: type[ListedTeachers | StackedTeachers]) -> None:
+    teachers = three(kind)
+    assert len(teachers) == 3
+    torch.testing.assert_close(teachers(IMAGES, 1, 3), logits(teachers)[1:3])
 
 
 def test_stacked_is_listed() -> None:
-    stacked, listed = three(True), three(False)
-    assert isinstance(stacked, StackedTeachers)
-    assert isinstance(listed, ListedTeachers)
-    torch.testing.assert_close(stacked(IMAGES), listed(IMAGES))
+    stacked, listed = three(StackedTeachers), three(ListedTeachers)
+    torch.testing.assert_close(logits(stacked), logits(listed))
     expected = torch.stack([classifier(seed).eval()(IMAGES) for seed in range(3)])
-    torch.testing.assert_close(listed(IMAGES), expected)
+    torch.testing.assert_close(logits(listed), expected)
     gradients = []
     for teachers in (stacked, listed):
         images = IMAGES.clone().requires_grad_()
-        (teachers(images) ** 2).sum().backward()
+        (logits(teachers, images) ** 2).sum().backward()
         gradients.append(images.grad)
     torch.testing.assert_close(gradients[0], gradients[1])
 
@@ -115,7 +100,7 @@ def test_teachers_are_stacked_on_an_accelerator_while_copies_are_small(monkeypat
     for most, kind in ((48, StackedTeachers), (47, ListedTeachers)):
         monkeypatch.setattr(teaching, "STACKED_UP_TO", most)
         assert isinstance(stack_or_list(function, weights, [{}] * 3), kind)
-    assert isinstance(three(None), ListedTeachers)  # on the CPU
+    assert isinstance(stack_or_list(function, [{"w": torch.ones(1)}], [{}]), ListedTeachers)
 
 
 def test_stacked_teachers_hold_no_gradient() -> None:
@@ -125,11 +110,11 @@ def test_stacked_teachers_hold_no_gradient() -> None:
     weights = [{"weight": torch.randn(64, 4, requires_grad=True)} for _ in range(2)]
     shifts = [{"shift": torch.randn(4)} for _ in range(2)]
     teachers = StackedTeachers(linear, stack(weights), stack(shifts))
-    assert not teachers(IMAGES).requires_grad
+    assert not logits(teachers).requires_grad
     expected = torch.stack([linear(w, s, IMAGES) for w, s in zip(weights, shifts, strict=True)])
-    torch.testing.assert_close(teachers(IMAGES), expected.detach())
-    listed = stack_or_list(linear, weights, shifts, stacked=False)
-    assert not listed(IMAGES).requires_grad
+    torch.testing.assert_close(logits(teachers), expected.detach())
+    listed = stack_or_list(linear, weights, shifts)
+    assert not logits(listed).requires_grad
 
 
 @pytest.mark.parametrize("build", [partial(ListedTeachers, []), partial(stack_or_list, lambda p, b, x: x, [], [])])

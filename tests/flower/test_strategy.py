@@ -28,8 +28,9 @@ import small_federation as small
 
 from fedftg.algorithms.base import ClientResult, RefinerConfig, RefinerContext, ServerState
 from fedftg.algorithms.registry import REFINERS, register_refiner
-from fedftg.distill.distiller import Distiller
+from fedftg.distill.distiller import distil
 from fedftg.distill.generator import Generator
+from fedftg.distill.images import GeneratorImages
 from fedftg.distill.teachers import ListedTeachers
 from fedftg.errors import InputError
 from fedftg.flower import FedFTG, Refined
@@ -97,12 +98,12 @@ def whole_as_floats(record: ArrayRecord) -> ArrayRecord:
 
 
 def aggregate_then_distil(base: Strategy, grid: LocalGrid, rounds: int) -> dict[str, Tensor]:
-    """What FedFTG must give, written out: the base's aggregate, and one call of the Distiller a round."""
+    """What FedFTG must give, written out: the base's aggregate, and one distillation a round."""
     model = FunctionalModel(small.net())
     seed = int(torch.randint(2**62, (), generator=torch_rng(0, 0, SERVER, "refiner")))
     with forked(seed, torch.device("cpu")):
         generator = Generator(CONFIG.noise_dim, small.NUM_CLASSES, small.IMAGE_SHAPE, CONFIG.generator_width)
-    distiller = Distiller(CONFIG, generator)
+    images = GeneratorImages(CONFIG, generator)
     arrays = small.initial()
     for number in range(1, rounds + 1):
         if isinstance(base, flower.FedAvgM):
@@ -128,7 +129,7 @@ def aggregate_then_distil(base: Strategy, grid: LocalGrid, rounds: int) -> dict[
         student = model.module(*({name: mixed[name] for name in part} for part in model.init()))
         rng = torch_rng(0, number, SERVER, "refine")
         scale = CONFIG.lr_decay ** (number - 1)
-        distiller.refine(student, ListedTeachers(teachers), torch.tensor(counts), rng=rng, lr_scale=scale)
+        distil(CONFIG, images, student, ListedTeachers(teachers), torch.tensor(counts), rng=rng, lr_scale=scale)
         params, buffers = values(student)
         arrays = ArrayRecord({name: {**params, **buffers}[name] for name in like})
     return small.state(arrays)

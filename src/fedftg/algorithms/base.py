@@ -194,18 +194,17 @@ class RefinerConfig(BaseModel):
     name: str
 
     @classmethod
-    def defaults(cls, num_classes: int | None) -> dict[str, Any]:  # noqa: ARG003
-        """Returns the defaults that depend on the data set; ``num_classes`` is None where only the data tell."""
+    def defaults(cls, given: Mapping[str, Any], num_classes: int | None = None) -> dict[str, Any]:  # noqa: ARG003
+        """Returns the values that settings have which are not ``given``, where other settings or the data decide them.
+
+        ``num_classes`` is None where it is not known before the data are read. Where setting one key changes these
+        defaults, settings equal to the old ones are dropped.
+        """
         return {}
 
     def build(self, context: RefinerContext) -> Refiner:  # noqa: ARG002
         """The refiner for one experiment."""
         raise TypeError(f"{type(self).__name__} does not define build(context) -> Refiner")
-
-    @classmethod
-    def kept(cls, given: Mapping[str, Any], key: str) -> dict[str, Any]:  # noqa: ARG003
-        """Those of a recipe's settings that stay when ``--set`` or a recipe that extends it sets ``key``: all."""
-        return dict(given)
 
 
 class NoRefiner:

@@ -3,21 +3,42 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 
 import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from fedftg.distill.config import DistillConfig, preset
-from fedftg.distill.distiller import Distiller, DistillMetrics, Progress
+from fedftg.distill.distiller import Progress, distil, trainable
 from fedftg.distill.generator import Generator
+from fedftg.distill.images import GeneratorImages
 from fedftg.distill.labels import check_class_counts, class_probabilities, sample_labels
 from fedftg.distill.teachers import Classifier, ListedTeachers, copied, frozen
-from fedftg.errors import InputError
+from fedftg.errors import InputError, first_line
 from fedftg.params import first_non_finite
 from fedftg.seeds import SERVER, forked, seed_for, torch_rng
+
+
+@dataclass(frozen=True)
+class DistillMetrics:
+    """What happened in each iteration: ``(I,)`` float32 tensors on the CPU."""
+
+    discrepancy: Tensor
+    """``sum_k a_k L_md`` in the generator's steps, their mean; with a mask, what the mask leaves of it."""
+    fidelity: Tensor
+    """``sum_k a_k L_cls`` in the generator's steps, their mean."""
+    diversity: Tensor
+    """``L_dis`` in the generator's steps, their mean; 1 is a generator that makes one image."""
+    student: Tensor
+    """The student's loss, mean over its steps; 0 where it takes none."""
+    teacher_agreement: Tensor
+    """The share of the student's images for which the weighted ensemble predicts the label they were drawn for."""
+
+    def means(self) -> dict[str, float]:
+        """The mean of each metric over the iterations."""
+        return {item.name: float(getattr(self, item.name).mean()) for item in fields(self)}
 
 
 @dataclass(frozen=True)
@@ -50,15 +71,14 @@ class RefineResult:
         """
         if n < 1:
             raise InputError(f"n must be >= 1, got {n}; it is the number of images")
-        classes = self.generator.num_classes
         if labels is None:
             chosen = sample_labels(self.class_probabilities[None], 1, n, rng=self._rng)[0]
         else:
             chosen = torch.as_tensor(labels).cpu()
             chosen = chosen.expand(n) if chosen.ndim == 0 else chosen
-        wrong = tuple(chosen.shape) != (n,) or chosen.is_floating_point()
-        if wrong or int(chosen.min()) < 0 or int(chosen.max()) >= classes:
-            raise InputError(f"labels must be one or {n} whole numbers from 0 to {classes - 1}, got {labels}")
+        allowed = torch.arange(self.generator.num_classes)
+        if chosen.shape != (n,) or not bool(torch.isin(chosen, allowed).all()):
+            raise InputError(f"labels must be one or {n} whole numbers from 0 to {len(allowed) - 1}, got {labels}")
         noise = torch.randn(n, self.generator.noise_dim, generator=self._rng)
         parameter = next(self.generator.parameters())
         chosen = chosen.to(parameter.device, torch.int64)
@@ -101,44 +121,33 @@ def refine(
     settings = preset(config) if isinstance(config, str) else config
     if isinstance(teachers, nn.Module) and not isinstance(teachers, nn.ModuleList):
         raise InputError(f"teachers must be a list of classifiers, got one {type(teachers).__name__}; pass [teacher]")
-    models: list[Classifier] = [student, *teachers]
-    _check_models(student, models)
-    ensemble = ListedTeachers(models[1:])
+    models: dict[str, Classifier] = {"student": student}
+    models |= {f"teacher {k}": teacher for k, teacher in enumerate(teachers)}
+    for name, model in models.items():
+        if not callable(model):
+            raise InputError(f"{name} must be a classifier, got {type(model).__name__}; load weights into a module")
+    ensemble = ListedTeachers(list(models.values())[1:])
+    place = trainable(student)[0]
     counts = _counts(class_counts, len(ensemble))
     if generator is None:
-        new = _new_generator(settings, counts.shape[1], image_shape, seed)
+        with forked(seed_for(seed, 0, SERVER, "generator"), torch.device("cpu")):
+            new = Generator(settings.noise_dim, counts.shape[1], image_shape, settings.generator_width)
     else:
         new = copy.deepcopy(generator)
-        settings = settings.model_copy(update={"noise_dim": new.noise_dim})
-    place = next(student.parameters())
     new = new.to(place)
-    start, model = copy.deepcopy(new).eval(), copied(student)
-    _probe(models, torch.zeros(2, *new.image_shape).to(place), counts.shape[1])
-    metrics = Distiller(settings, new).refine(
-        model, ensemble, counts, rng=torch_rng(seed, 0, SERVER, "refine"), progress=progress
-    )
-    broken = first_non_finite(model.state_dict()) or first_non_finite(new.state_dict())
+    _check(models, torch.zeros(2, *new.image_shape).to(place), counts.shape[1])
+    start, refined = copy.deepcopy(new).eval(), copied(student)
+    rng = torch_rng(seed, 0, SERVER, "refine")
+    metrics = distil(settings, GeneratorImages(settings, new), refined, ensemble, counts, rng=rng, progress=progress)
+    broken = first_non_finite(refined.state_dict()) or first_non_finite(new.state_dict())
     return RefineResult(
-        model=copied(student) if broken else model,
+        model=copied(student) if broken else refined,
         generator=start if broken else new.eval(),
-        metrics=metrics,
+        metrics=DistillMetrics(**metrics),
         rolled_back=f"{broken} is not finite; lower student_lr or generator_lr" if broken else None,
         class_probabilities=class_probabilities(counts),
         _rng=torch_rng(seed, 0, SERVER, "sample"),
     )
-
-
-def _check_models(student: nn.Module, models: Sequence[Classifier]) -> None:
-    for name, model in zip(_names(models), models, strict=True):
-        if not callable(model):
-            raise InputError(
-                f"{name} must be a classifier, got {type(model).__name__}; load weights into a module and pass that"
-            )
-        broken = first_non_finite(model.state_dict()) if isinstance(model, nn.Module) else None
-        if broken:
-            raise InputError(f"{name} has values in {broken} that are not finite; leave it out, or train it anew")
-    if next(student.parameters(), None) is None:
-        raise InputError(f"student {type(student).__name__} has no parameters; give a classifier that can be trained")
 
 
 def _counts(class_counts: Tensor | Sequence[Sequence[float] | Tensor], num_teachers: int) -> Float[Tensor, "K C"]:
@@ -150,25 +159,18 @@ def _counts(class_counts: Tensor | Sequence[Sequence[float] | Tensor], num_teach
     return check_class_counts(class_counts, num_teachers=num_teachers)
 
 
-def _new_generator(settings: DistillConfig, num_classes: int, image_shape: Sequence[int], seed: int) -> Generator:
-    try:
-        shape = tuple(int(size) for size in image_shape)
-    except (TypeError, ValueError):
-        raise InputError(f"image_shape must be three whole numbers such as (3, 32, 32), got {image_shape!r}") from None
-    with forked(seed_for(seed, 0, SERVER, "generator"), torch.device("cpu")):
-        return Generator(settings.noise_dim, num_classes, shape, settings.generator_width)
-
-
 @torch.no_grad()
-def _probe(models: Sequence[Classifier], images: Tensor, num_classes: int) -> None:
-    """Calls the student and every teacher once: what is wrong is one line before any work is done."""
-    for name, model in zip(_names(models), models, strict=True):
+def _check(models: Mapping[str, Classifier], images: Tensor, num_classes: int) -> None:
+    """Calls every model once: what is wrong is one line before any work is done."""
+    for name, model in models.items():
+        broken = first_non_finite(model.state_dict()) if isinstance(model, nn.Module) else None
+        if broken:
+            raise InputError(f"{name} has values in {broken} that are not finite; leave it out, or train it anew")
         try:
             logits = frozen(model)(images)
         except Exception as error:
-            reason = str(error).strip().partition("\n")[0]
             raise InputError(
-                f"{name} does not take images of shape {tuple(images.shape)} on {images.device}: {reason}; "
+                f"{name} does not take images of shape {tuple(images.shape)} on {images.device}: {first_line(error)}; "
                 "pass the image_shape that it was trained with, and put all models on one device"
             ) from error
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -177,7 +179,3 @@ def _probe(models: Sequence[Classifier], images: Tensor, num_classes: int) -> No
                 f"{name} must return logits of shape (batch, classes) = {(len(images), num_classes)}, got {got}; "
                 "student, teachers and class_counts must have the same classes"
             )
-
-
-def _names(models: Sequence[Classifier]) -> list[str]:
-    return ["student", *(f"teacher {k}" for k in range(len(models) - 1))]

@@ -1,4 +1,7 @@
-"""`DistillConfig` and its presets: ``paper``, ``official`` (the public code) and ``fedftg`` (ours, the default)."""
+"""`DistillConfig` and its presets: ``paper``, ``official`` (the public code) and ``fedftg`` (ours, the default).
+
+Imports no torch, so that commands can show the presets without it.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedftg.distill.labels import EnsembleWeighting, LabelSampling
-from fedftg.distill.losses import Discrepancy, FidelityWeighting, StudentLoss
 from fedftg.errors import explain, unknown
+
+Discrepancy = Literal["kl", "l1_logits"]
+FidelityWeighting = Literal["sample", "batch_mean"]
+StudentLoss = Literal["kl", "soft_cross_entropy"]
+LabelSampling = Literal["iid", "proportional", "uniform"]
+EnsembleWeighting = Literal["class", "samples", "uniform"]
 
 
 class DistillConfig(BaseModel):
@@ -93,9 +100,6 @@ class DistillConfig(BaseModel):
 
     student_mode: Literal["train", "eval"] = Field(
         default="train", description="eval: BatchNorm of the student uses and keeps its real statistics, dropout is off"
-    )
-    restore_buffers: bool = Field(
-        default=False, description="put the student's buffers (BatchNorm statistics) back afterwards"
     )
     generator_warmup: int = Field(
         default=0, ge=0, description="generator-only iterations before those of the first call"

@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor
 
+from fedftg.distill.config import EnsembleWeighting, LabelSampling
 from fedftg.errors import InputError
-
-LabelSampling = Literal["iid", "proportional", "uniform"]
-EnsembleWeighting = Literal["class", "samples", "uniform"]
 
 
 def check_class_counts(class_counts: Num[Tensor, "K C"], *, num_teachers: int) -> Float[Tensor, "K C"]:
     """``(K, C)`` float64 on the CPU, after checking shape and values.
 
     Raises:
-        InputError: wrong shape, a negative or non-finite count, or no sample at all.
+        InputError: wrong shape, fewer than two classes, a negative or non-finite count, or no sample at all.
     """
-    if class_counts.ndim != 2 or len(class_counts) != num_teachers:
+    if class_counts.ndim != 2 or len(class_counts) != num_teachers or class_counts.shape[1] < 2:
         raise InputError(
             f"class_counts must have shape (teachers, classes) = ({num_teachers}, C), got "
-            f"{tuple(class_counts.shape)}; give one row per teacher and one column per class"
+            f"{tuple(class_counts.shape)}; give one row per teacher and one column per class, at least two"
         )
     counts = class_counts.detach().to("cpu", torch.float64)
     if not bool(torch.isfinite(counts).all()) or bool((counts < 0).any()):
-        raise InputError(
-            "class_counts must be finite and >= 0, got a negative or non-finite one; "
-            "count the training samples of each class that each teacher has seen"
-        )
+        raise InputError("class_counts must be finite and >= 0; count each teacher's training samples of each class")
     if not bool(counts.sum() > 0):
-        raise InputError("class_counts are all 0, allowed is at least one sample; leave out teachers that saw no data")
+        raise InputError("class_counts are all 0; leave out teachers that saw no data")
     return counts
 
 

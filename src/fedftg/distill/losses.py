@@ -8,16 +8,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Discrepancy = Literal["kl", "l1_logits"]
-FidelityWeighting = Literal["sample", "batch_mean"]
-StudentLoss = Literal["kl", "soft_cross_entropy"]
+from fedftg.distill.config import Discrepancy, FidelityWeighting, StudentLoss
 
 _MOST_DIFFERENCES = 2**22
 """How many differences of pixels `diversity` forms at once: the public code's arithmetic, to the last bit.

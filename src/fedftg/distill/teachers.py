@@ -36,13 +36,8 @@ class Teachers(Protocol):
         """``K``."""
         ...
 
-    def __call__(
-        self, images: Float[Tensor, "B D H W"], start: int = 0, stop: int | None = None
-    ) -> Float[Tensor, "K B C"]:
-        """Logits ``(stop - start, B, C)`` of the teachers ``start <= k < stop``; None: to the last.
-
-        They are differentiable with respect to the images.
-        """
+    def __call__(self, images: Float[Tensor, "B D H W"], start: int, stop: int) -> Float[Tensor, "K B C"]:
+        """Logits ``(stop - start, B, C)`` of the teachers ``start <= k < stop``, differentiable in the images."""
         ...
 
 
@@ -62,12 +57,9 @@ class ListedTeachers:
         self._classifiers = [frozen(classifier) for classifier in classifiers]
 
     def __len__(self) -> int:
-        """``K``."""
         return len(self._classifiers)
 
-    def __call__(
-        self, images: Float[Tensor, "B D H W"], start: int = 0, stop: int | None = None
-    ) -> Float[Tensor, "K B C"]:
+    def __call__(self, images: Float[Tensor, "B D H W"], start: int, stop: int) -> Float[Tensor, "K B C"]:
         """Logits ``(stop - start, B, C)``."""
         return torch.stack([classifier(images) for classifier in self._classifiers[start:stop]])
 
@@ -88,12 +80,9 @@ class StackedTeachers:
         self._buffers = {name: tensor.detach() for name, tensor in buffers.items()}
 
     def __len__(self) -> int:
-        """``K``."""
         return next(iter(self._params.values())).shape[0]
 
-    def __call__(
-        self, images: Float[Tensor, "B D H W"], start: int = 0, stop: int | None = None
-    ) -> Float[Tensor, "K B C"]:
+    def __call__(self, images: Float[Tensor, "B D H W"], start: int, stop: int) -> Float[Tensor, "K B C"]:
         """Logits ``(stop - start, B, C)``."""
         params = {name: tensor[start:stop] for name, tensor in self._params.items()}
         buffers = {name: tensor[start:stop] for name, tensor in self._buffers.items()}
@@ -101,29 +90,27 @@ class StackedTeachers:
         return logits
 
 
-def stack_or_list(
-    function: ClassifierFunction, params: Sequence[Params], buffers: Sequence[Params], *, stacked: bool | None = None
-) -> Teachers:
-    """Teachers of one architecture in the form that is faster where their values lie; the numbers agree up to rounding.
+def stack_or_list(function: ClassifierFunction, params: Sequence[Params], buffers: Sequence[Params]) -> Teachers:
+    """Returns teachers of one architecture in the form that is faster; the numbers agree up to rounding.
+
+    Stacked (which copies all values) on an accelerator, where many small kernels wait for their launch, while the
+    copies are at most 1 GiB; listed beyond that, and on the CPU, where a ``vmap`` over convolutions measured twice the
+    time of a loop.
 
     Args:
         function: see `StackedTeachers`.
         params: one per teacher.
         buffers: one per teacher.
-        stacked: None chooses: stacked (copies all values) on an accelerator, where many small kernels wait for their
-            launch, while the copies are at most 1 GiB; listed beyond that, and on the CPU, where a ``vmap`` over
-            convolutions measured twice the time of a loop.
 
     Raises:
         InputError: no teacher.
     """
-    if stacked is None and params:
-        size = len(params) * sum(tensor.nbytes for tensor in params[0].values())
-        stacked = next(iter(params[0].values())).device.type != "cpu" and size <= STACKED_UP_TO
-    if stacked:
+    tensors = [tensor for one in params for tensor in one.values()]
+    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
+    if not on_cpu and sum(tensor.nbytes for tensor in tensors) <= STACKED_UP_TO:
         return StackedTeachers(function, stack(params), stack(buffers))
-    frozen = [{name: tensor.detach() for name, tensor in one.items()} for one in params]
-    return ListedTeachers([partial(function, p, b) for p, b in zip(frozen, buffers, strict=True)])
+    values = [{name: tensor.detach() for name, tensor in one.items()} for one in params]
+    return ListedTeachers([partial(function, p, b) for p, b in zip(values, buffers, strict=True)])
 
 
 class Ensemble:
@@ -146,7 +133,6 @@ class Ensemble:
         self._mean_weights = (weights.double() @ class_probabilities(class_counts)).to(like)
 
     def __len__(self) -> int:
-        """``K``."""
         return len(self._teachers)
 
     @property
@@ -170,28 +156,22 @@ class Ensemble:
         return logits.to(images.dtype)
 
     @torch.no_grad()
-    def probabilities(
-        self,
-        images: Float[Tensor, "B D H W"],
-        labels: Int[Tensor, " B"] | None,
-        logits: Float[Tensor, "K B C"] | None = None,
-    ) -> Float[Tensor, "B C"]:
+    def probabilities(self, images: Float[Tensor, "B D H W"], labels: Int[Tensor, " B"] | None) -> Float[Tensor, "B C"]:
         """``(B, C)``: the weighted mean of the teachers' probabilities, without a graph.
 
         Args:
             images: for the teachers.
             labels: the class of each image; None where it is unknown: a teacher's weight is then its mean over
                 ``p_t(y)``, which for ``ensemble = "class"`` is its share of all samples, as FedDF weights.
-            logits: those of all teachers on these images, where they are known.
         """
         parts = []
-        for first, last in self.ranges(0, len(self)) if logits is None else [(0, len(self))]:
+        for first, last in self.ranges(0, len(self)):
             if labels is None:
                 weights = self._mean_weights[first:last, None].expand(-1, len(images))
             else:
                 weights = self.weights(labels, first, last)
-            found = self.logits(images, first, last) if logits is None else logits
-            parts.append(losses.ensemble_probabilities(found, weights, self._config.temperature))
+            logits = self.logits(images, first, last)
+            parts.append(losses.ensemble_probabilities(logits, weights, self._config.temperature))
         return torch.stack(parts).sum(dim=0)
 
 
@@ -201,7 +181,7 @@ def autocast(config: DistillConfig, device: torch.device) -> torch.autocast:
 
 
 def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy, also of a module that keeps a result with its graph as an attribute, such as its last features."""
+    """Returns a deep copy, also of a module that keeps a result with its graph as an attribute, such as features."""
     memo = memo or {}
     for layer in module.modules():
         kept = [value for value in vars(layer).values() if isinstance(value, Tensor) and value.grad_fn is not None]
@@ -210,10 +190,9 @@ def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
 
 
 def frozen(classifier: Classifier) -> Classifier:
-    """A view of a module that evaluates and has no weight gradients; a function is returned as it is.
+    """Returns a view of a module that evaluates and has no weight gradients; a function, which must evaluate, as it is.
 
-    The view shares the module's values, so later changes in place are seen; the module keeps its modes and flags. A
-    function must evaluate, not train.
+    The view shares the module's values; the module keeps its modes and flags.
     """
     if not isinstance(classifier, nn.Module):
         return classifier
