@@ -143,7 +143,7 @@ def test_killed_and_resumed(
     assert len(read_records(whole)) == 4
     assert_same_weights(tmp_path / "killed", whole)
     left = {path.name for path in (tmp_path / "killed" / "checkpoint").iterdir()}
-    assert left == {"checkpoint.json", "state-000004.safetensors", "clients-0.bin"}
+    assert left == {"checkpoint.json", "state-000004.safetensors", "clients.bin"}
     assert not list((tmp_path / "killed").rglob("*.part"))
 
 
@@ -272,12 +272,12 @@ def test_a_model_can_be_had_from_a_run_whose_clients_files_are_damaged(
     fedftg: Any, no_refiner: list[str], tmp_path: Path
 ) -> None:
     assert fedftg("run", "default", *no_refiner, "--set", "rounds=1", "--out", "r").returncode == 0
-    (tmp_path / "r" / "checkpoint" / "clients-0.bin").write_bytes(b"torn")
+    (tmp_path / "r" / "checkpoint" / "clients.bin").write_bytes(b"torn")
     assert fedftg("export", "r", "--to", "model.safetensors").returncode == 0
     assert load_file(tmp_path / "model.safetensors")
     done = fedftg("run", "--resume", "--out", "r", "--set", "rounds=2")
     assert done.returncode == 2
-    assert "clients-0.bin is missing or cut off; put the file back, or start a new run with another" in done.stderr
+    assert "clients.bin is missing or cut off; put the file back, or start a new run with another" in done.stderr
 
 
 def test_export_is_the_deployed_model(fedftg: Any, tiny: list[str], tmp_path: Path) -> None:
