@@ -254,7 +254,6 @@ TABLES: dict[str, Rows] = {
         "Ways of computing the same",
         (
             _executed("sequential"),
-            _executed("vectorized", "executor.name=vectorized"),
             _executed("compiled_teachers", "refiner.compile_teachers=true"),
         ),
     ),

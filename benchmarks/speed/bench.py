@@ -65,6 +65,8 @@ class Bench:
         self.device = torch.device(resolve_device(arguments.device))
         self.steps, self.repeats, self.model = arguments.steps, arguments.repeats, arguments.model
         self.executor, self.threads = arguments.executor, arguments.threads
+        if self.executor == "auto" and self.device.type == "cpu" and self.threads > 1:
+            self.executor = "workers"  # as auto takes it in runs of more rounds than are timed here
 
     def _peak(self) -> float:
         return matmul_peak(torch.float32, self.device)

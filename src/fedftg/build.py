@@ -11,10 +11,9 @@ from fedftg.config import RunConfig
 from fedftg.data import federated
 from fedftg.data.dataset import ImageDataset
 from fedftg.data.federated import Federation
-from fedftg.engine import executors
-from fedftg.engine.choice import Work
+from fedftg.engine import choice
 from fedftg.engine.machine import resolve_device
-from fedftg.engine.workers import Origin
+from fedftg.engine.workers import RunRecipe
 from fedftg.errors import InputError
 from fedftg.experiment import Experiment
 from fedftg.models import registry as models
@@ -85,10 +84,16 @@ def build(config: RunConfig, dataset: ImageDataset | None = None, progress: Prog
         sizes,
         config.evaluation.track_all,
     )
-    origin = Origin(config.plugins, config.model, seed_for(config.seed, 0, SERVER, "model"), config.algorithm)
-    share = config.cohort.probability or 1.0
-    work = Work(config.rounds, config.cohort.size or round(share * with_data), config.threads)
-    executor = executors.build(config.executor, made.model, data, config.local, origin, work)
+    recipe = RunRecipe(
+        config.plugins,
+        config.model,
+        seed_for(config.seed, 0, SERVER, "model"),
+        config.algorithm,
+        config.rounds,
+        config.cohort.size or round((config.cohort.probability or 1.0) * with_data),
+        config.threads,
+    )
+    executor = choice.build(config.executor, made.model, data, config.local, recipe)
     record: Record = {"class_names": list(data.dataset.class_names), "class_counts": data.class_counts.tolist()}
     record["digest"] = data.digest
     if data.holds_back:

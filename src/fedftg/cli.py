@@ -44,7 +44,9 @@ def run(recipe: str | None, overrides: Sequence[str], out: Path | None, resume: 
     if recipe is not None:
         recipes.find(recipe)
     from fedftg import loop
+    from fedftg.engine.machine import keep_freed_memory
 
+    keep_freed_memory()
     console = Console()
     done = loop.run(recipe, overrides=overrides, out=out, resume=resume, progress=_progress(console))
     _report(console, [done.folder], done.folder / "report")
@@ -277,8 +279,10 @@ def _to_compare(console: Console, files: dict[str, Path], overrides: Sequence[st
 def _run_if_missing(config: RunConfig, out: Path, progress: Progress) -> Path:
     """Returns the folder of a config's finished run: the newest one, resumed where unfinished, or a new one."""
     from fedftg import loop
+    from fedftg.engine.machine import keep_freed_memory
     from fedftg.report.load import load_run
 
+    keep_freed_memory()
     folder = loop.newest(config, out)
     if folder is None or (load_run(folder).summary or {}).get("rounds") != config.rounds:
         resume = folder is not None

@@ -42,7 +42,7 @@ class CheckpointConfig(BaseModel):
 
 
 def _named(key: str, table: Mapping[str, type[Section]], default: str, given: Any) -> Any:
-    """Turns ``{name = "fedprox", mu = 0.1}`` into the settings class registered under the name, or the default's."""
+    """Parses ``{name = "fedprox", mu = 0.1}`` by the settings class registered under the name, or the default's."""
     if not isinstance(given, Mapping):
         return given
     name = given.get("name", default)
@@ -96,7 +96,7 @@ class RunConfig(BaseModel):
     executor: ExecutorConfig = ExecutorConfig()
 
     def to_toml(self) -> str:
-        """Every setting, also those left at their default, as TOML; what has no value is left out."""
+        """Returns every setting, also those left at their default, as TOML; what has no value is left out."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
 
@@ -109,7 +109,7 @@ def parse(cls: type[Section], given: Mapping[str, Any], prefix: str = "") -> Sec
 
 
 def load(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """A recipe with ``key=value`` overrides applied.
+    """Returns a recipe with ``key=value`` overrides applied.
 
     Choosing another ``algorithm.name`` or ``refiner.name`` drops the recipe's other settings of that section, because
     they belong to the one that it named.
@@ -122,7 +122,7 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def from_mapping(given: Mapping[str, Any]) -> RunConfig:
-    """The config of nested settings, after its plugins were imported."""
+    """Imports the plugins of nested settings and returns their config."""
     plugins = given.get("plugins", ())
     if not isinstance(plugins, list | tuple) or not all(isinstance(module, str) for module in plugins):
         raise InputError(f"plugins must be a list of module names, got {plugins!r}; for example plugins=['my_module']")
@@ -138,7 +138,7 @@ def from_mapping(given: Mapping[str, Any]) -> RunConfig:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The settings of a recipe; ``extends = "other.toml"`` lays them over those of a recipe beside it.
+    """Returns the settings of a recipe; ``extends = "other.toml"`` lays them over those of a recipe beside it.
 
     The run's ``name`` is that of the file, unless the recipe gives one.
     """
@@ -166,7 +166,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The content of a TOML file, or one line that says why there is none."""
+    """Returns the content of a TOML file.
+
+    Raises:
+        InputError: no such file, or no TOML.
+    """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -178,7 +182,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def apply(given: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Nested settings with ``a.b=value`` laid over them; values are TOML where they parse, else plain strings."""
+    """Returns nested settings with ``a.b=value`` applied; values are TOML where they parse, else plain strings."""
     if isinstance(overrides, str):
         raise InputError(f"overrides must be a list of 'key=value', got {overrides!r}; pass [{overrides!r}]")
     return _lay_over(given, [_split(override) for override in overrides])
@@ -231,15 +235,15 @@ RESUME_MAY_CHANGE = (
     "evaluation.targets",
     "threads",
 )
-"""What may differ when a run is resumed: the length, and where things lie or run.
+"""What may differ when a run is resumed: its length, where files are, and where it runs.
 
-Another device or number of threads rounds differently: the run goes on, but not to the last bit as it would have.
-Executors whose numbers are the same (`INTERCHANGEABLE`) may take each other's place.
+Another device or number of threads rounds differently: the resumed run then differs in the last bits. Executors with
+the same numbers (`INTERCHANGEABLE`) may replace each other.
 """
 
 
 def check_resumable(before: RunConfig, now: RunConfig) -> None:
-    """Refuses to go on with settings that would make another experiment of it."""
+    """Raises InputError where resuming with ``now`` would make another experiment of the run."""
     key = first_difference(before, now)
     if key is not None:
         raise InputError(
@@ -249,7 +253,7 @@ def check_resumable(before: RunConfig, now: RunConfig) -> None:
 
 
 def first_difference(before: RunConfig, now: RunConfig) -> str | None:
-    """The first setting that makes two configs different experiments, or None."""
+    """Returns the first setting that makes two configs different experiments, or None."""
     left, right = (flat(config.model_dump(mode="json")) for config in (before, now))
     same_numbers = {before.executor.name, now.executor.name} <= set(INTERCHANGEABLE)
     may_change = (*RESUME_MAY_CHANGE, "executor") if same_numbers else RESUME_MAY_CHANGE
@@ -261,7 +265,7 @@ def first_difference(before: RunConfig, now: RunConfig) -> str | None:
 
 
 def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as ``{"local.lr": 0.1, ...}``."""
+    """Returns nested settings as ``{"local.lr": 0.1, ...}``."""
     found: dict[str, Any] = {}
     for key, value in nested.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}

@@ -29,7 +29,7 @@ Models = dict[str, tuple[Params, Params]]
 
 @dataclass
 class Experiment:
-    """The objects that a config names, and the state after the last round that is done."""
+    """The objects that a config names, and the state after the last completed round."""
 
     config: RunConfig
     data: Federation
@@ -41,10 +41,10 @@ class Experiment:
     clients: ClientStore
     partition_record: Record = field(repr=False)
     min_results: int = 1
-    """With fewer usable updates a round leaves the global model as it was."""
+    """With fewer usable updates a round leaves the global model unchanged."""
 
     def run_round(self, progress: Progress) -> Record:
-        """One round: local training, aggregation, refining, evaluation. The state moves on only when all is done."""
+        """Runs one round and returns its record; the state changes only once everything is done."""
         number = self.state.round + 1
         clock = _Clock()
         cohort = self._cohort(number)
@@ -53,7 +53,7 @@ class Experiment:
         with clock.phase("aggregate"):
             progress.phase(number, "aggregate", 0, 1)
             selected, server_metrics, undone = self._aggregate(results)
-        # A round that was undone is undone for its clients too: their memories belong to the server's.
+        # Where the aggregate is undone, so are the clients' memories: both belong together.
         results = [] if undone else results
         with clock.phase("refine"):
             refined, refine_metrics, rolled_back = self._refine(number, selected, results, progress)
@@ -76,7 +76,7 @@ class Experiment:
         return record | ({"rolled_back": "; ".join(reasons)} if reasons else {})
 
     def _cohort(self, number: int) -> list[int]:
-        """The clients of a round, ascending."""
+        """Returns the clients of a round, ascending."""
         return sampling.cohort(self.config.cohort, self._candidates, self.config.seed, number)
 
     @property
@@ -186,7 +186,7 @@ def _non_finite(state: ServerState) -> str | None:
 
 
 class _Clock:
-    """Adds up seconds per phase."""
+    """Sums seconds per phase."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = dict.fromkeys(records.PHASES, 0.0)

@@ -19,7 +19,7 @@ from fedftg.config import RunConfig
 from fedftg.data import sources
 from fedftg.data.config import DataConfig
 from fedftg.data.dataset import ImageDataset
-from fedftg.engine.machine import cpu_threads, environment, keep_freed_memory, peak_memory_mb
+from fedftg.engine.machine import cpu_threads, environment, peak_memory_mb
 from fedftg.errors import InputError
 from fedftg.experiment import Experiment
 from fedftg.params import to_device
@@ -150,7 +150,6 @@ def execute(
         InputError: wrong input; nothing was written, and an existing run is as it was.
         ClientError: a client's training failed. The run can be resumed.
     """
-    keep_freed_memory()
     run_folder = RunFolder(folder)
     # Before the data, which may take minutes to decode.
     if resume:
@@ -207,7 +206,7 @@ def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress) -
                 saved = done
             progress.round_done(record)
     except KeyboardInterrupt:
-        # Of a round that is done, nothing is lost; one that is not is done again.
+        # A completed round is kept; an unfinished one is run again.
         if record is not None and record["round"] == experiment.state.round > saved:
             if len(records.read(folder.rounds_file)) < experiment.state.round:
                 records.append(folder.rounds_file, record)
@@ -244,7 +243,7 @@ def _restore(experiment: Experiment, folder: RunFolder, session: Record) -> None
 
 
 def _check_model(own: ServerState, kept: ServerState, folder: Path) -> None:
-    """A state that was put there from another run has other tensors."""
+    """Raises InputError where a checkpoint is of another model."""
     shapes, found = (
         {name: tuple(value.shape) for name, value in {**state.params, **state.buffers}.items()} for state in (own, kept)
     )

@@ -16,27 +16,27 @@ Params = dict[str, Tensor]
 
 
 def clone(params: Params) -> Params:
-    """Detached copies that share no memory with the original."""
+    """Returns detached copies that share no memory with the original."""
     return {name: tensor.detach().clone() for name, tensor in params.items()}
 
 
 def zeros_like(params: Params) -> Params:
-    """Zeros of the same names, shapes, types and devices."""
+    """Returns zeros of the same names, shapes, types and devices."""
     return {name: torch.zeros_like(tensor) for name, tensor in params.items()}
 
 
 def add(left: Params, right: Params, *, scale: float = 1.0) -> Params:
-    """``left + scale * right``, tensor by tensor."""
+    """Returns ``left + scale * right``, tensor by tensor."""
     return {name: tensor + scale * right[name] for name, tensor in left.items()}
 
 
 def sub(left: Params, right: Params) -> Params:
-    """``left - right``, tensor by tensor."""
+    """Returns ``left - right``, tensor by tensor."""
     return {name: tensor - right[name] for name, tensor in left.items()}
 
 
 def weighted_mean(trees: Sequence[Params], weights: Sequence[float]) -> Params:
-    """``sum_i weights_i * trees_i / sum_i weights_i``, summed in the order given and in float64.
+    """Returns ``sum_i weights_i * trees_i / sum_i weights_i``, summed in the order given and in float64.
 
     float64 makes the mean of equal trees equal to them, bit for bit, and keeps the sum of many clients exact to the
     last float32 digit. Trees of weight 0 are skipped, so their values may even be non-finite.
@@ -63,11 +63,11 @@ def weighted_mean(trees: Sequence[Params], weights: Sequence[float]) -> Params:
 
 
 def add_changes(total: Params, changes: Sequence[tuple[float, Params, Params]]) -> Params:
-    """``total + sum_i weight_i (after_i - before_i)`` for ``(weight, after, before)``, in the order given, in float64.
+    """Returns ``total + sum_i weight_i (after_i - before_i)``, summed in the order given and in float64.
 
     Args:
         total: float64 tensors.
-        changes: trees of the same names.
+        changes: ``(weight, after, before)``, trees of the same names.
     """
     result: Params = {}
     for name, start in total.items():
@@ -95,23 +95,17 @@ def _pieces(*tensors: Tensor) -> Iterator[Sequence[Tensor]]:
 
 
 def stack(trees: Sequence[Params]) -> Params:
-    """One tree whose tensors have a new first dimension of size ``len(trees)``."""
+    """Returns one tree whose tensors have a new first dimension of size ``len(trees)``."""
     return {name: torch.stack([tree[name] for tree in trees]) for name in trees[0]}
 
 
-def unstack(tree: Params) -> list[Params]:
-    """The inverse of `stack`; the tensors are views."""
-    size = next(iter(tree.values())).shape[0]
-    return [{name: tensor[index] for name, tensor in tree.items()} for index in range(size)]
-
-
 def to_device(params: Params, device: torch.device | str) -> Params:
-    """The same values on ``device``; tensors already there are not copied."""
+    """Returns the same values on ``device``; tensors already there are not copied."""
     return {name: tensor.to(device) for name, tensor in params.items()}
 
 
 def first_non_finite(params: Params) -> str | None:
-    """The name of the first tensor that holds a NaN or an infinity, or None if all are finite.
+    """Returns the name of the first tensor that holds a NaN or an infinity, or None if all are finite.
 
     Tensors may lie on several devices: Adam's count of steps stays on the CPU.
     """
@@ -126,16 +120,16 @@ def first_non_finite(params: Params) -> str | None:
 
 
 def norm(params: Params) -> float:
-    """The Euclidean norm over all floating-point tensors together, in float64."""
+    """Returns the Euclidean norm over all floating-point tensors together, in float64."""
     squares = [tensor.double().square().sum() for tensor in params.values() if tensor.is_floating_point()]
     return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
 
 def prefixed(params: Params, prefix: str) -> Params:
-    """The same tensors under ``prefix + name``."""
+    """Returns the same tensors under ``prefix + name``."""
     return {prefix + name: tensor for name, tensor in params.items()}
 
 
 def unprefixed(params: Params, prefix: str) -> Params:
-    """The tensors whose names start with ``prefix``, without it."""
+    """Returns the tensors whose names start with ``prefix``, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in params.items() if name.startswith(prefix)}

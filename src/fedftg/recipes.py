@@ -47,7 +47,7 @@ _OLD = re.compile(r"(datasets/)?(?:paper/)?(\w+?)(_cnn)?_(iid|dir0\d)(?:_(100?))
 
 
 def _renamed(name: str) -> str | None:
-    """What follows ``fedftg run`` for a recipe of version 0.1; None for other names."""
+    """Returns what follows ``fedftg run`` for a recipe of version 0.1; None for other names."""
     match = _OLD.fullmatch(name)
     if match is None:
         return None

@@ -18,7 +18,7 @@ SERVER = -1
 
 
 def seed_for(run_seed: int, round: int, client: int, purpose: str) -> int:
-    """A seed in ``[0, 2**63)``: the first 63 bits of the SHA-256 of the four values.
+    """Returns a seed in ``[0, 2**63)``: the first 63 bits of the SHA-256 of the four values.
 
     ``round`` is 0 for what happens before the first round; ``client`` is `SERVER` where no client is concerned.
     """
@@ -27,12 +27,12 @@ def seed_for(run_seed: int, round: int, client: int, purpose: str) -> int:
 
 
 def torch_rng(run_seed: int, round: int, client: int, purpose: str) -> torch.Generator:
-    """A CPU generator seeded with `seed_for`; draw on the CPU and move, so that every device sees the same numbers."""
+    """Returns a CPU generator seeded with `seed_for`; draw on the CPU and move: all devices get the same numbers."""
     return torch.Generator().manual_seed(seed_for(run_seed, round, client, purpose))
 
 
 def numpy_rng(run_seed: int, round: int, client: int, purpose: str) -> np.random.Generator:
-    """A NumPy generator (PCG64) seeded with `seed_for`."""
+    """Returns a NumPy generator (PCG64) seeded with `seed_for`."""
     return np.random.default_rng(seed_for(run_seed, round, client, purpose))
 
 

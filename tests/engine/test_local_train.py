@@ -60,16 +60,6 @@ def test_equals_torch_optim(settings: LocalConfig) -> None:
     assert result.loss == pytest.approx(sum(losses) / len(losses))
 
 
-def test_received_values_stay_and_result_needs_no_gradient() -> None:
-    model, task = make(layers())
-    before = {name: tensor.clone() for name, tensor in {**task.params, **task.buffers}.items()}
-    result = train(model, PlainLocal(), task, BATCHES, torch.ones(3), LocalConfig())
-    for name, tensor in {**task.params, **task.buffers}.items():
-        assert torch.equal(tensor, before[name]), name
-    assert not any(tensor.requires_grad for tensor in result.params.values())
-    assert not torch.equal(result.params["0.weight"], task.params["0.weight"])
-
-
 def test_no_batch_gives_the_model_back() -> None:
     model, task = make(layers())
     result = train(model, PlainLocal(), task, [], torch.zeros(3), LocalConfig())
@@ -95,9 +85,7 @@ def test_a_parameter_that_the_loss_does_not_use_only_decays() -> None:
 def test_clip_by_hand() -> None:
     """Norm of (3, 4) is 5: clipped at 1 it becomes (0.6, 0.8); at 10 and at 0 (off) it stays."""
     grads: Params = {"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}
-    clipped = clip(grads, 1.0)
-    assert clipped["a"].item() == pytest.approx(0.6, rel=1e-5)
-    assert clipped["b"].item() == pytest.approx(0.8, rel=1e-5)
+    assert [value.item() for value in clip(grads, 1.0).values()] == pytest.approx([0.6, 0.8], rel=1e-5)
     assert clip(grads, 10.0)["b"].item() == 4.0
     assert clip(grads, 0.0) is grads
 

@@ -1,51 +1,41 @@
-"""What is asked of the C library about memory, and when nothing is."""
-
 import ctypes
 import platform
 from importlib.metadata import PackageNotFoundError
+from typing import Any
 
 import pytest
 
 from fedftg.engine import machine
 
 
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Calls of mallopt, as on glibc and with nothing set."""
+@pytest.mark.parametrize(
+    ("variable", "libc", "expected"),
+    [
+        # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h; 32 MiB is the most that glibc takes.
+        (None, "glibc", [(-3, 32 * 1024 * 1024), (-1, 2**31 - 1)]),
+        ("MALLOC_TRIM_THRESHOLD_", "glibc", []),
+        ("GLIBC_TUNABLES", "glibc", []),
+        ("LD_PRELOAD", "glibc", []),
+        (None, "", []),
+    ],
+)
+def test_freed_memory_is_kept_where_nothing_else_was_chosen(
+    monkeypatch: pytest.MonkeyPatch, variable: str | None, libc: str, expected: list[Any]
+) -> None:
     calls: list[tuple[int, int]] = []
 
     class Library:
-        def __init__(self, name: object) -> None:
-            assert name is None
-
-        def mallopt(self, what: int, value: int) -> int:
+        def mallopt(self, what: int, value: int) -> None:
             calls.append((what, value))
-            return 1
 
     for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
-    monkeypatch.setattr(ctypes, "CDLL", Library)
-    return calls
-
-
-def test_freed_memory_is_kept(asked: list[tuple[int, int]]) -> None:
-    """-3 and -1 are M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h; 32 MiB is the most that glibc takes."""
+    if variable:
+        monkeypatch.setenv(variable, "anything")
+    monkeypatch.setattr(platform, "libc_ver", lambda: (libc, "2.36"))
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: Library())
     machine.keep_freed_memory()
-    assert asked == [(-3, 32 * 1024 * 1024), (-1, 2**31 - 1)]
-
-
-@pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD"])
-def test_the_users_choice_counts(asked: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setenv(name, "anything")
-    machine.keep_freed_memory()
-    assert asked == []
-
-
-def test_other_libraries_are_left_alone(asked: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
-    machine.keep_freed_memory()
-    assert asked == []
+    assert calls == expected
 
 
 def test_versions_of_what_is_installed_and_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None:

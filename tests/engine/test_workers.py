@@ -1,5 +1,6 @@
-"""Processes give the numbers of the sequential executor with one thread, bit for bit, and never outlive it."""
+"""Processes give the numbers of the sequential executor with one thread, bit for bit, and end with their parent."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,14 +11,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import fedftg
 from fedftg import build
 from fedftg import config as configs
+from fedftg.algorithms.fedavg import FedAvgConfig
+from fedftg.algorithms.registry import ALGORITHMS
+from fedftg.data.dataset import ImageDataset
 from fedftg.errors import ClientError, InputError
 from fedftg.progress import Progress
+from fedftg.rundir import records
 
 SETTINGS: dict[str, Any] = {
     "rounds": 3,
@@ -30,6 +36,7 @@ SETTINGS: dict[str, Any] = {
     "refiner": {"name": "none"},
     "executor": {"name": "workers", "workers": 2},
 }
+SEQUENTIAL = {"executor": {"name": "sequential"}}
 
 # Fails, dies or waits where its arguments say so; trains like FedAvg elsewhere.
 PLUGIN = """
@@ -46,6 +53,8 @@ class Local(PlainLocal):
         if (task.round, task.client) == (self.at, self.client):
             if self.do == "raise":
                 raise ZeroDivisionError("by hand")
+            if self.do == "refuse":
+                raise fedftg.InputError("not with this data")
             if self.do == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.do == "wait":
@@ -67,8 +76,6 @@ fedftg.register_algorithm("NAME", Config)
 @pytest.fixture
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The name of a module and of the algorithm that it registers."""
-    from fedftg.algorithms.registry import ALGORITHMS
-
     name = f"workers_plugin_{tmp_path.name}".replace("-", "_")
     (tmp_path / f"{name}.py").write_text(PLUGIN.replace("NAME", name))
     monkeypatch.syspath_prepend(tmp_path)
@@ -77,19 +84,20 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def failing(plugin: str, do: str) -> dict[str, Any]:
-    return {
-        **SETTINGS,
-        "plugins": [plugin],
-        "cohort": {},
-        "algorithm": {"name": plugin, "do": do},
-    }
+    return {**SETTINGS, "plugins": [plugin], "cohort": {}, "algorithm": {"name": plugin, "do": do}}
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    from fedftg.rundir import records
-
     found = records.read(folder / "rounds.jsonl")
     return [{key: value for key, value in row.items() if key != "seconds"} for row in found]
+
+
+def assert_same_runs(ours: fedftg.Run, theirs: fedftg.Run) -> None:
+    assert rows(ours.folder) == rows(theirs.folder)
+    for part in ("params", "buffers", "server"):
+        left, right = getattr(ours.state, part), getattr(theirs.state, part)
+        assert list(left) == list(right)
+        assert all(torch.equal(left[name], right[name]) for name in left), part
 
 
 @pytest.mark.parametrize(
@@ -99,40 +107,33 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 def test_same_bits_as_sequential(algorithm: str, model: str, tmp_path: Path) -> None:
     settings = {**SETTINGS, "rounds": 2, "algorithm": {"name": algorithm}, "model": {"name": model}}
     ours = fedftg.run(settings, out=tmp_path / "workers")
-    reference = fedftg.run({**settings, "executor": {"name": "sequential"}}, out=tmp_path / "sequential")
-    assert rows(tmp_path / "workers") == rows(tmp_path / "sequential")
-    for part in ("params", "buffers", "server"):
-        left, right = getattr(ours.state, part), getattr(reference.state, part)
-        assert list(left) == list(right)
-        assert all(torch.equal(left[name], right[name]) for name in right), part
+    assert_same_runs(ours, fedftg.run({**settings, **SEQUENTIAL}, out=tmp_path / "sequential"))
 
 
-def test_resumed_by_another_executor_gives_the_same(tmp_path: Path) -> None:
-    settings = {**SETTINGS, "algorithm": {"name": "scaffold"}, "executor": {"name": "sequential"}}
-    whole = fedftg.run(settings, out=tmp_path / "whole")
-    fedftg.run({**settings, "rounds": 1}, out=tmp_path / "parts")
-    overrides = ["rounds=3", "executor.name=workers", "executor.workers=2"]
-    parts = fedftg.run(None, overrides=overrides, out=tmp_path / "parts", resume=True)
-    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
-    assert all(torch.equal(parts.state.params[name], whole.state.params[name]) for name in whole.state.params)
+def test_same_bits_from_memory_mapped_images_and_with_noise(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "images.npy", rng.integers(0, 256, (160, 3, 8, 8), dtype=np.uint8))
+    images, labels = np.load(tmp_path / "images.npy", mmap_mode="c"), np.arange(160) % 4
+    dataset = ImageDataset.from_tensors(torch.from_numpy(images), labels, images[:20], labels[:20], augment="flip_crop")
+    settings = {**SETTINGS, "rounds": 1, "partition": {"num_clients": 5, "feature_noise": 0.3}}
+    ours = fedftg.run(settings, out=tmp_path / "workers", dataset=dataset)
+    assert_same_runs(ours, fedftg.run({**settings, **SEQUENTIAL}, out=tmp_path / "sequential", dataset=dataset))
 
 
-def test_a_client_that_raises_is_named_and_the_run_can_go_on(tmp_path: Path, plugin: str) -> None:
+def test_a_client_that_fails_is_named(tmp_path: Path, plugin: str) -> None:
+    """With the cause's class and, in a note, the process's traceback; an InputError passes through."""
     with pytest.raises(ClientError, match="round 2, client 1, local training: ZeroDivisionError: by hand") as caught:
-        fedftg.run(failing(plugin, "raise"), out=tmp_path / "run")
-    assert "in loss" in caught.value.__notes__[0] if hasattr(caught.value, "__notes__") else True
-    assert len(rows(tmp_path / "run")) == 1
+        fedftg.run(failing(plugin, "raise"), out=tmp_path / "raise")
+    assert "in loss" in caught.value.__notes__[0]
+    assert len(rows(tmp_path / "raise")) == 1
+    with pytest.raises(InputError, match="not with this data"):
+        fedftg.run(failing(plugin, "refuse"), out=tmp_path / "refuse")
 
 
-def test_a_process_that_is_killed_is_named(tmp_path: Path, plugin: str) -> None:
-    with pytest.raises(ClientError, match=r"round 2, client 1, local training: .*SIGKILL; out of memory\?"):
-        fedftg.run(failing(plugin, "die"), out=tmp_path / "run")
-
-
-def test_after_a_failure_the_executor_starts_anew(plugin: str) -> None:
+def test_a_process_that_is_killed_is_named_and_replaced(plugin: str) -> None:
     run = build.build(configs.from_mapping(failing(plugin, "die")))
     run.run_round(Progress())
-    with pytest.raises(ClientError):
+    with pytest.raises(ClientError, match=r"round 2, client 1, local training: .*SIGKILL; out of memory\?"):
         run.run_round(Progress())
     assert run.state.round == 1
     tasks = list(run._tasks(1, [0, 2]))
@@ -145,35 +146,70 @@ def test_a_plugin_that_cannot_be_imported_there(tmp_path: Path, plugin: str) -> 
     (tmp_path / f"{plugin}.py").unlink()
     with pytest.raises(ClientError, match=rf"round 1, client [01], start of a worker process: .*{plugin}"):
         run.run_round(Progress())
-    run.executor.close()
 
 
 def test_a_generator_that_is_closed_early_leaves_nothing_behind() -> None:
     run = build.build(fedftg.RunConfig(**{**SETTINGS, "cohort": {}}))
-    whole = list(run.executor.run(run.algorithm.local, run._tasks(2, [0, 1, 2, 3])))
-    started = run.executor.run(run.algorithm.local, run._tasks(1, [0, 1, 2, 3]))
-    next(iter(started))
-    started.close()  # type: ignore[attr-defined]
-    again = list(run.executor.run(run.algorithm.local, run._tasks(2, [0, 1, 2, 3])))
-    for left, right in zip(whole, again, strict=True):
+
+    def results(round: int) -> Any:
+        return run.executor.run(run.algorithm.local, run._tasks(round, [0, 1, 2, 3]))
+
+    whole = list(results(2))
+    started = results(1)
+    next(started)
+    started.close()
+    for left, right in zip(whole, results(2), strict=True):
         assert left.client == right.client
         assert all(torch.equal(left.params[name], right.params[name]) for name in left.params)
     run.executor.close()
     run.executor.close()
 
 
-def test_an_algorithm_of_the_started_script_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedftg.algorithms.fedavg import FedAvgConfig
-
+@pytest.mark.parametrize("obstacle", ["class", "model", "daemon"])
+def test_what_other_processes_cannot_train(obstacle: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Local(FedAvgConfig):
         pass
 
-    with pytest.raises(InputError, match=r"executor\.name=workers: .* put it into a module"):
-        build.build(fedftg.RunConfig(**{**SETTINGS, "algorithm": Local()}))
+    class Model(torch.nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+
+    settings, reason = dict(SETTINGS), "put it into a module, or take"
+    if obstacle == "class":
+        settings["algorithm"] = Local()
+    elif obstacle == "model":
+        monkeypatch.setattr(sys.modules["__main__"], "Own", Model, raising=False)
+        settings["model"] = {"name": "__main__:Own"}
+    else:
+        monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # type: ignore[attr-defined]
+        reason = "may not start others"
+    with pytest.raises(InputError, match=rf"executor\.name=workers.* {reason}"):
+        build.build(fedftg.RunConfig(**settings))
 
 
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def test_workers_train_on_the_cpu() -> None:
+    run = build.build(fedftg.RunConfig(**SETTINGS))
+    run.data.device = torch.device("meta")  # type: ignore[misc]
+    with pytest.raises(InputError, match="trains on the CPU and device is 'meta'; take device=cpu"):
+        type(run.executor)(run.executor._recipe, run.data, run.config.local, 2)  # type: ignore
+
+
+def test_a_script_without_a_guard_runs_once(tmp_path: Path) -> None:
+    script = (
+        f"import fedftg\nprint('started')\nfedftg.run(fedftg.RunConfig(**{SETTINGS!r}), out='run')\nprint('done')\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert (done.stdout, done.stderr) == ("started\ndone\n", "")
+
+
+def children(pid: int) -> dict[int, str]:
+    """Command lines by process."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return {int(child): Path(f"/proc/{child}/cmdline").read_text() for child in found}
 
 
 def alive(pid: int) -> bool:
@@ -183,6 +219,7 @@ def alive(pid: int) -> bool:
         return False
 
 
+SHARED_MEMORY = Path("/dev/shm")
 FIVE_CLIENTS = [
     "threads=1", "rounds=3", "data.name=digits", "data.max_train=150", "partition.num_clients=5", "cohort.size=5",
     "model.name=lenet_bn", "local.epochs=1", "refiner.name=none",
@@ -201,6 +238,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_processes_end_with_the_parent(tmp_path: Path, plugin: str, whole: Path, how: signal.Signals) -> None:
     """Killed or interrupted in the middle of a client that takes minutes; then resumed to the same numbers."""
+    before = set(SHARED_MEMORY.glob("*"))
     settings = [*FIVE_CLIENTS, "executor.name=workers", "executor.workers=2", f'plugins=["{plugin}"]',
                 f"algorithm.name={plugin}", "algorithm.do=wait"]  # fmt: skip
     options = [part for setting in settings for part in ("--set", setting)]
@@ -217,15 +255,16 @@ def test_processes_end_with_the_parent(tmp_path: Path, plugin: str, whole: Path,
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
     time.sleep(1)
-    workers = children(process.pid)
-    assert len(workers) == 2
+    started = children(process.pid)
+    assert sum("spawn_main" in command for command in started.values()) == 2
     process.send_signal(how)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == (-9 if how == signal.SIGKILL else 130), errors
     assert "Traceback" not in errors
-    while any(alive(pid) for pid in workers):
+    while any(alive(pid) for pid in started):
         assert time.monotonic() < deadline, "a process outlived its parent"
         time.sleep(0.05)
+    assert not [path for path in SHARED_MEMORY.glob("*") if path not in before]
     # What makes client 1 wait is part of the settings: taken out by hand, as no override may.
     config = tmp_path / "run" / "config.toml"
     config.write_text(config.read_text().replace('do = "wait"', 'do = "nothing"'))

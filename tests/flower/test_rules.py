@@ -25,8 +25,7 @@ from fedftg.algorithms.moon import ContrastiveLocal
 from fedftg.algorithms.registry import ALGORITHMS, register_algorithm
 from fedftg.config import RunConfig, from_mapping
 from fedftg.engine import sampling
-from fedftg.engine.batches import client_batches
-from fedftg.engine.local_train import LocalConfig
+from fedftg.engine.local_train import LocalConfig, client_batches
 from fedftg.errors import InputError
 from fedftg.flower import FedDyn, FedFTG, Moon, RuleStrategy, Scaffold, class_counts, local_train
 from fedftg.flower.rules import mean_metrics

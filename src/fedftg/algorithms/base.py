@@ -94,7 +94,12 @@ class ServerState:
 
 
 class LocalRule(Protocol):
-    """One client's part of an algorithm. Works under ``torch.func.vmap``: no branch on data, no write in place."""
+    """One client's part of an algorithm.
+
+    An attribute ``reads_round = False`` declares that ``loss`` and ``correct`` do not branch on ``task.round`` and
+    ``task.lr``, which then are tensors where steps are recorded (``cuda_graph``): one recording serves all rounds.
+    Without it both are numbers, and steps are recorded in each round.
+    """
 
     def upload_like(self, params: Params) -> Params:
         """Zeros in the form of what `finish` uploads besides the model, for a model with these parameters."""

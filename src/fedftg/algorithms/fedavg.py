@@ -56,6 +56,8 @@ def update_norm(before: ServerState, params: Params) -> Metrics:
 class PlainLocal:
     """Cross-entropy and plain gradients; the other local rules compose it for the parts that they leave as they are."""
 
+    reads_round = False
+
     def upload_like(self, params: Params) -> Params:  # noqa: ARG002
         """Nothing besides the model."""
         return {}

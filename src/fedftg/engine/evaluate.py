@@ -20,7 +20,7 @@ class EvaluationConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    every: int = Field(default=1, ge=1, description="evaluate each so many rounds, and always after the last one")
+    every: int = Field(default=1, ge=1, description="evaluate every N rounds, and always after the last one")
     batch_size: int = Field(default=500, ge=1, description="changes speed and memory, not results")
     track_all: bool = Field(
         default=True, description="keep every client's last upload for the 'all' accuracy (one model per client)"
@@ -32,7 +32,7 @@ class EvaluationConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Measured:
-    """What an evaluation found, by kind of model; empty in rounds without one."""
+    """The results of an evaluation, by kind of model; empty in rounds without one."""
 
     accuracy: dict[str, float] = field(default_factory=dict)
     loss: dict[str, float] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class Measured:
 def evaluate(
     model: FunctionalModel, params: Params, buffers: Params, data: Federation, batch_size: int
 ) -> tuple[float, float]:
-    """Accuracy in [0, 1] and mean cross-entropy over the whole test set, in evaluation mode."""
+    """Returns accuracy in [0, 1] and mean cross-entropy over the whole test set, in evaluation mode."""
     correct, loss, total = [], [], 0
     for images, labels in data.test_batches(batch_size):
         logits = model(params, buffers, images, train=False)
@@ -59,7 +59,7 @@ def evaluate(
 def evaluate_clients(
     model: FunctionalModel, params: Params, buffers: Params, data: Federation, batch_size: int
 ) -> dict[str, float]:
-    """Accuracy on what each client holds back, over the clients that do: `over_clients`.
+    """Returns the accuracy on held-back samples over the clients that have some: `over_clients`.
 
     Raises:
         ValueError: no client holds anything back.
@@ -72,7 +72,7 @@ def evaluate_clients(
 def correct_held_back(
     model: FunctionalModel, params: Params, buffers: Params, data: Federation, batch_size: int
 ) -> Tensor:
-    """How many of its held-back samples each client's are classified rightly: ``(clients,)`` int64, on the CPU."""
+    """Counts each client's correctly classified held-back samples: ``(clients,)`` int64, on the CPU."""
     correct = torch.zeros(data.num_clients, dtype=torch.int64, device=data.device)
     for images, labels, owners in data.held_back_batches(batch_size):
         right = model(params, buffers, images, train=False).argmax(dim=1) == labels
@@ -81,13 +81,13 @@ def correct_held_back(
 
 
 def over_clients(correct: Tensor, sizes: Tensor) -> dict[str, float]:
-    """Accuracy over the clients that hold samples back: ``mean``, ``worst_10`` and ``std``.
+    """Returns the accuracy over the clients that hold samples back: ``mean``, ``worst_10`` and ``std``.
 
     ``mean`` counts every client once, whatever its size; ``worst_10`` is the mean of the worst tenth of the clients
-    (rounded up to whole clients); ``std`` is the standard deviation over clients, 0 where all fare alike.
+    (rounded up to whole clients); ``std`` is the standard deviation over clients.
 
     Args:
-        correct: samples classified rightly, per client, ``(clients,)``.
+        correct: correctly classified samples, per client, ``(clients,)``.
         sizes: samples held back, likewise; clients with 0 are left out.
 
     Raises:

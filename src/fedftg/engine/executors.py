@@ -1,24 +1,24 @@
-"""Who runs the clients of a round."""
+"""How the clients of a round are run: settings, interface, and the reference, one client after the other."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from fedftg.algorithms.base import ClientResult, LocalRule, LocalTask
 from fedftg.data.federated import FederatedData
-from fedftg.engine.batches import client_batches
-from fedftg.engine.choice import Work, choose, cores
-from fedftg.engine.cuda_graph import CudaGraphExecutor
-from fedftg.engine.local_train import LocalConfig, train
-from fedftg.engine.vectorized import VectorizedExecutor
-from fedftg.engine.workers import Origin, WorkersExecutor
+from fedftg.engine.local_train import LocalConfig, client_batches, train
 from fedftg.errors import ClientError, InputError
 from fedftg.models.functional import FunctionalModel
 from fedftg.seeds import forked, seed_for
+
+ExecutorName = Literal["auto", "sequential", "workers", "cuda_graph"]
+EXECUTORS: tuple[str, ...] = get_args(ExecutorName)
+INTERCHANGEABLE = ("auto", "sequential", "workers")
+"""Executors that give the same numbers on the CPU, bit for bit, given one thread."""
 
 
 class ExecutorConfig(BaseModel):
@@ -26,44 +26,38 @@ class ExecutorConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    name: Literal["auto", "sequential", "workers", "vectorized", "cuda_graph"] = Field(
+    name: ExecutorName = Field(
         default="auto",
         description="sequential: one client after the other; workers: in processes of one CPU thread, the numbers of "
-        "sequential with threads = 1; vectorized: several in one call, equal up to rounding; cuda_graph: recorded "
-        "steps on an NVIDIA GPU; auto takes one by device and size, and `environment.json` says which",
+        "sequential with threads = 1; cuda_graph: recorded steps on an NVIDIA GPU; auto takes one by device and "
+        "number of local steps, and `environment.json` says which",
     )
     workers: int = Field(default=0, ge=0, description="processes of workers; 0 is one a core")
-    group: int = Field(
-        default=0, ge=0, description="clients a call (vectorized, 0: 10) or a recorded step (cuda_graph, 0: 1)"
-    )
-
-
-INTERCHANGEABLE = ("auto", "sequential", "workers")
-"""Executors that give the same numbers on the CPU, bit for bit, given one thread."""
+    group: int = Field(default=0, ge=0, description="clients whose steps cuda_graph records together; 0 is 1")
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A client that gave no update, where the round goes on without it."""
+    """A client without a usable update, in a round that continues without it."""
 
     client: int
     reason: str
 
 
 class Executor(Protocol):
-    """Runs clients and yields their results in the order of the tasks."""
+    """Trains clients and yields their results in the order of the tasks."""
 
     @property
     def description(self) -> str:
-        """What runs the clients, and why where that was chosen."""
+        """What runs the clients, and why where `auto` chose it."""
         ...
 
     def run(self, rule: LocalRule, tasks: Iterable[LocalTask]) -> Iterator[ClientResult | Rejected]:
-        """One result per task, as soon as it is there."""
+        """Yields one result per task, as soon as it is available."""
         ...
 
     def close(self) -> None:
-        """Gives up what is held between rounds; nothing is lost by it."""
+        """Frees what is held between rounds; a later `run` makes it again."""
         ...
 
 
@@ -77,7 +71,11 @@ class SequentialExecutor:
     description: str = "sequential"
 
     def run(self, rule: LocalRule, tasks: Iterable[LocalTask]) -> Iterator[ClientResult]:
-        """Trains each client on its own data; an exception is raised again naming round, client and stage."""
+        """Trains each client on its own data.
+
+        Raises:
+            ClientError: names the client whose training raised, round and stage; an `InputError` passes through.
+        """
         for task in tasks:
             try:
                 yield self.run_one(rule, task)
@@ -92,48 +90,6 @@ class SequentialExecutor:
     def run_one(self, rule: LocalRule, task: LocalTask) -> ClientResult:
         """Trains one client."""
         batches = client_batches(self.model, self.data, self.settings, task)
-        # Dropout and the like draw from the global generator: give each client its own, and leave ours as it was.
+        # Dropout draws from the global generator: each client gets its own seed, and the state is restored after it.
         with forked(seed_for(task.seed, task.round, task.client, "model"), self.data.device):
             return train(self.model, rule, task, batches, self.data.class_counts[task.client], self.settings)
-
-
-EXECUTORS = ("auto", "sequential", "workers", "vectorized", "cuda_graph")
-
-
-def build(
-    config: ExecutorConfig,
-    model: FunctionalModel,
-    data: FederatedData,
-    settings: LocalConfig,
-    origin: Origin | None = None,
-    work: Work | None = None,
-) -> Executor:
-    """The executor that a config names.
-
-    Args:
-        origin: how another process makes model and algorithm; without it there is no ``workers``.
-        work: how much there is to do; without it ``auto`` is ``sequential``.
-
-    Raises:
-        InputError: an executor that cannot run this.
-    """
-    name: str = config.name
-    why, count = "", config.workers or cores()
-    if name == "auto":
-        chosen = choose(model, data, settings, origin, work, count)
-        name, why, count = chosen.name, f" (auto: {chosen.reason})", chosen.workers
-    if name == "workers":
-        if origin is None:
-            raise InputError("executor.name=workers needs a model and an algorithm that a config names")
-        workers = WorkersExecutor(origin, data, settings, count)
-        workers.description += why
-        return workers
-    if name == "vectorized":
-        return VectorizedExecutor(model, data, settings, config.group or 10)
-    if name == "cuda_graph":
-        # What auto took falls back where a model cannot be recorded; what the user named says so.
-        reference = SequentialExecutor(model, data, settings)
-        graph = CudaGraphExecutor(model, data, settings, config.group or 1, fallback=reference if why else None)
-        graph.description += why
-        return graph
-    return SequentialExecutor(model, data, settings, f"sequential{why}")

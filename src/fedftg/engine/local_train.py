@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,6 +11,7 @@ from torch.optim.sgd import sgd as torch_sgd
 
 from fedftg import params as tree
 from fedftg.algorithms.base import Batch, ClientResult, LocalRule, LocalTask
+from fedftg.data.federated import FederatedData
 from fedftg.models.functional import FunctionalModel
 from fedftg.params import Params
 
@@ -36,11 +37,26 @@ class LocalConfig(BaseModel):
         return self.lr * self.lr_decay ** (round - 1)
 
 
-def clip(grads: Params, max_norm: float, into: Params | None = None) -> Params:
-    """Gradients scaled so that their joint norm is at most ``max_norm``; 0 returns them as they are.
+def client_batches(
+    model: FunctionalModel, data: FederatedData, settings: LocalConfig, task: LocalTask
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields images and labels of each step; order and augmentation depend on the task's seed alone."""
+    return data.batches(
+        task.client,
+        num_epochs=settings.epochs,
+        num_steps=settings.steps,
+        batch_size=settings.batch_size,
+        rng=torch.Generator().manual_seed(task.seed),
+        min_batch=2 if model.has_batchnorm else 1,
+    )
 
-    ``into`` is for a CPU, where looking at a value costs nothing: gradients within the norm are returned as they are,
-    and others are scaled into the memory of the last step's. The numbers are the same.
+
+def clip(grads: Params, max_norm: float, into: Params | None = None) -> Params:
+    """Scales gradients so that their joint norm is at most ``max_norm``; 0 returns them unchanged.
+
+    Args:
+        into: on a CPU, tensors of the last step to write to. Gradients within the norm are then returned unchanged,
+            which a GPU would have to wait for. The numbers are the same.
     """
     if max_norm == 0:
         return grads
@@ -62,12 +78,12 @@ def clip(grads: Params, max_norm: float, into: Params | None = None) -> Params:
 class Sgd:
     """SGD with weight decay and momentum on leaf tensors, in place; the arithmetic of ``torch.optim.SGD``.
 
-    On a CPU torch's fused kernel makes the step in one pass over parameters and gradients: 5 ms for ResNet-18, where
-    one pass after the other takes 12 (one thread, AVX2). Its bits are the same without momentum.
+    On a CPU torch's fused kernel makes one pass over parameters and gradients: 5 ms for ResNet-18 instead of 12 (one
+    thread, AVX2). Without momentum the bits are the same.
 
     Args:
-        lr: the rate; as a tensor of the parameters' type it is read in each step, so that a recorded step follows it.
-        velocity: where momentum starts, one tensor a parameter and written in place; None takes the first step's.
+        lr: the rate; a tensor of the parameters' type is read in each step, also in a recorded one.
+        velocity: initial momentum, one tensor a parameter, updated in place; None starts from the first gradients.
     """
 
     def __init__(
@@ -78,10 +94,10 @@ class Sgd:
         self._weight_decay = settings.weight_decay
         self._momentum = settings.momentum
         self._velocity = None if velocity is None else list(velocity)
-        # Elsewhere memory comes from a cache, and one call for all tensors counts for more.
+        # A GPU's allocator caches memory, and there one call for all tensors is faster.
         on_cpu = all(param.device.type == "cpu" for param in self._params)
         self.scratch: Params | None = {} if on_cpu else None
-        """What `clip` may write over in each step."""
+        """Tensors that `clip` overwrites in each step."""
         self._fused = on_cpu and all(
             param.dtype in (torch.float32, torch.float64) and torch.empty_like(param).stride() == param.stride()
             for param in self._params
@@ -89,7 +105,7 @@ class Sgd:
 
     @torch.no_grad()
     def step(self, grads: Params) -> None:
-        """One step along the gradients, which stay as they are."""
+        """Makes one step along the gradients, which stay unchanged."""
         steps = list(grads.values())
         if self._fused:
             self._fused_step(steps)
@@ -109,7 +125,7 @@ class Sgd:
             torch._foreach_add_(self._params, steps, alpha=-self._lr)
 
     def _fused_step(self, steps: list[Tensor]) -> None:
-        # The kernel walks through memory, so a gradient must lie in it as its parameter does; a convolution's may not.
+        # The kernel needs gradients with the strides of their parameters, which a convolution's may not have.
         steps = [
             step
             if step.stride() == param.stride() and step.dtype == param.dtype
@@ -136,7 +152,7 @@ def client_step(
     sgd: Sgd,
     max_grad_norm: float,
 ) -> Tensor:
-    """One step of one client on leaf tensors ``params``, in place; gives the detached loss.
+    """Makes one step of one client on leaf tensors ``params``, in place, and returns the detached loss.
 
     Order: the rule's gradient correction, clipping, weight decay, momentum, step. Nothing waits for a value, so a GPU
     can record the step.
@@ -158,10 +174,10 @@ def train(
     class_counts: Tensor,
     settings: LocalConfig,
 ) -> ClientResult:
-    """One client's round: `client_step` over ``batches``, starting from ``task.params``, which stay as they are.
+    """Trains one client: `client_step` over ``batches``, starting from ``task.params``, which stay unchanged.
 
     Args:
-        batches: images ``(B, D, H, W)`` and labels ``(B,)``; none at all gives the received model back.
+        batches: images ``(B, D, H, W)`` and labels ``(B,)``; without any the received model is returned.
         class_counts: ``(C,)``, passed on in the result.
     """
     params = {name: tensor.detach().clone().requires_grad_() for name, tensor in task.params.items()}

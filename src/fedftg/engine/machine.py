@@ -24,20 +24,24 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def resolve_device(name: str) -> str:
-    """``auto`` is a GPU where there is one; asking for one that is not there is an error."""
+    """Returns the device of a name; ``auto`` is a GPU if there is one.
+
+    Raises:
+        InputError: the GPU does not exist.
+    """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device {name!r} needs an NVIDIA GPU and a CUDA build of torch; none is here, use device=cpu")
     if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise InputError(f"device {name!r} is not there: GPUs are cuda:0 to cuda:{count - 1}; use one of them")
+        raise InputError(f"device {name!r} does not exist: GPUs are cuda:0 to cuda:{count - 1}; use one of them")
     return name
 
 
 @contextmanager
 def cpu_threads(wanted: int) -> Iterator[int]:
-    """Sets torch's threads for a while; 0 leaves them as they are (torch's choice, or OMP_NUM_THREADS)."""
+    """Sets torch's number of threads and restores it; 0 leaves it unchanged (torch's choice, or OMP_NUM_THREADS)."""
     before = torch.get_num_threads()
     torch.set_num_threads(wanted or before)
     try:
@@ -47,12 +51,12 @@ def cpu_threads(wanted: int) -> Iterator[int]:
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep freed memory up to 32 MB a piece for the next step, instead of giving it back to the system.
+    """Makes glibc keep freed blocks of up to 32 MB for the next step instead of returning them to the system.
 
-    A training step frees and asks for the same memory again and again; pages that the system must find and clear each
-    time took about a seventh of a ResNet-18 step (one thread, AVX2). Numbers are the same. It holds for the whole
-    process; where ``MALLOC_MMAP_THRESHOLD_``, ``MALLOC_TRIM_THRESHOLD_``, ``GLIBC_TUNABLES`` or another allocator is
-    set, and where there is no glibc, nothing is changed.
+    A training step allocates and frees the same memory again and again; to map and clear its pages each time took about
+    a seventh of a ResNet-18 step (one thread, AVX2). It holds for the whole process. Nothing is changed where
+    ``MALLOC_MMAP_THRESHOLD_``, ``MALLOC_TRIM_THRESHOLD_``, ``GLIBC_TUNABLES`` or another allocator is set, or without
+    glibc.
     """
     chosen = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
     if platform.libc_ver()[0] != "glibc" or any(os.environ.get(name) for name in chosen):
@@ -64,7 +68,7 @@ def keep_freed_memory() -> None:
 
 
 def environment(threads: int, device: str) -> dict[str, Any]:
-    """What the numbers of a run may depend on besides its config."""
+    """Returns what the numbers of a run may depend on besides its config."""
     packages = ("fedftg", "torch", "numpy", "safetensors", "pydantic")
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -80,8 +84,8 @@ def environment(threads: int, device: str) -> dict[str, Any]:
 
 
 def peak_memory_mb() -> float:
-    """The most memory that this process held so far, in MB (10^6 bytes)."""
-    # On Linux ru_maxrss of a new process starts from what its parent held; the kernel has a mark of this one alone.
+    """Returns the peak memory of this process so far, in MB (10^6 bytes)."""
+    # On Linux ru_maxrss of a new process starts from its parent's; VmHWM is of this process alone.
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return round(int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024 / 1e6, 1)
@@ -90,7 +94,7 @@ def peak_memory_mb() -> float:
 
 
 def _version(package: str) -> str:
-    """What is installed; a package may also be imported from its sources."""
+    """Returns the installed version; a package may also be imported from its sources."""
     try:
         return version(package)
     except PackageNotFoundError:

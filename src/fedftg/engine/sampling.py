@@ -12,7 +12,7 @@ class CohortConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    size: int | None = Field(default=None, ge=1, description="so many clients a round, drawn without replacement")
+    size: int | None = Field(default=None, ge=1, description="clients a round, drawn without replacement")
     probability: float | None = Field(
         default=None, gt=0, le=1, description="each client joins a round with this probability; 1 means all of them"
     )
@@ -25,14 +25,14 @@ class CohortConfig(BaseModel):
 
 
 def cohort(config: CohortConfig, candidates: list[int], seed: int, round: int) -> list[int]:
-    """The ids of the clients of a round, ascending; at least one.
+    """Draws the ids of the clients of a round, ascending; at least one.
 
-    ``probability`` is the FedFTG paper's Bernoulli sampling: each candidate joins on its own, and an empty draw is
-    repeated, so that 100 clients at 0.1 give 5 to 15 most of the time.
+    ``probability`` is the FedFTG paper's Bernoulli sampling: each candidate joins independently, and an empty draw is
+    repeated; 100 clients at 0.1 give 5 to 15 most of the time.
 
     Args:
         candidates: clients that may take part (those with data), ascending.
-        round: counted from 1; every round has a seed of its own.
+        round: counted from 1; every round has its own seed.
 
     Raises:
         ValueError: ``size`` is larger than the number of candidates.

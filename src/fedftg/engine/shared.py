@@ -1,4 +1,4 @@
-"""Named tensors in anonymous memory that processes share: no file is left behind, whoever dies."""
+"""Tensors passed between processes in anonymous memory: no file is left behind, however a process ends."""
 
 from __future__ import annotations
 
@@ -6,149 +6,164 @@ import mmap
 import os
 import tempfile
 from collections.abc import Mapping
-from typing import Any
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle, send_handle
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedftg.params import Params
 
-Layout = dict[str, Any]
-"""Where tensors lie in a `Segment`; plain values that JSON can carry."""
-
 _ALIGNMENT = 64
 """As torch's allocator aligns, so that kernels take the same path on shared tensors as on others."""
 
 
-def anonymous(size: int = 0) -> int:
-    """A file descriptor of memory without a name; it is gone when the last process that holds it is."""
-    if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("fedftg")
-    else:
-        with tempfile.TemporaryFile(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as file:
-            descriptor = os.dup(file.fileno())
-    os.ftruncate(descriptor, size)
-    return descriptor
+class _Place(NamedTuple):
+    """Where a tensor lies in shared memory, or in a file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    start: int
+    """In bytes."""
+    file: str | None = None
 
 
-class Segment:
-    """Shared memory that grows with what is written to it.
+class Outbox:
+    """Copies of CPU tensors in memory that other processes map, reused: new pages cost more than copying into old ones.
 
-    One process writes and tells the other the layout; the other reads. Who may touch it when is up to them.
+    Write only when no receiver reads the previous tensors any more.
     """
 
-    def __init__(self, descriptor: int | None = None) -> None:
-        self.descriptor = anonymous() if descriptor is None else descriptor
-        self._bytes = torch.empty(0, dtype=torch.uint8)
+    def __init__(self) -> None:
+        self._descriptor = -1
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._layout: dict[str, dict[str, _Place]] = {}
+        self._mapped_by: set[Connection] = set()
 
-    def write(self, groups: Mapping[str, Params]) -> Layout:
-        """Copies tensors in; one tensor under two names is written once."""
-        places: dict[int, int] = {}
-        unique: list[Tensor] = []
-        specs: list[list[Any]] = []
-        end = 0
-        names: dict[str, dict[str, int]] = {group: {} for group in groups}
-        for group, tensors in groups.items():
-            for name, tensor in tensors.items():
-                if id(tensor) not in places:
-                    places[id(tensor)] = len(specs)
-                    unique.append(tensor)
-                    kind = str(tensor.dtype).removeprefix("torch.")
-                    specs.append([kind, list(tensor.shape), list(dense_strides(tensor)), end])
-                    end += -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
-                names[group][name] = places[id(tensor)]
-        layout: Layout = {"size": end, "tensors": specs, "groups": names}
-        if os.fstat(self.descriptor).st_size < end:
-            os.ftruncate(self.descriptor, end)
-        self._map(end)
-        for spec, tensor in zip(specs, unique, strict=True):
-            self._view(spec).copy_(tensor.detach())
-        return layout
+    def write(self, groups: Mapping[str, Params], *, files: bool = False) -> None:
+        """Copies groups of tensors in; a tensor under two names is copied once.
 
-    def read(self, layout: Layout, *, copy: bool) -> dict[str, Params]:
-        """The groups of a layout: views of the shared memory, or copies of one's own."""
-        self._map(layout["size"])
-        tensors = [self._view(spec) for spec in layout["tensors"]]
-        if copy:
-            # Not clone: it is free to choose other strides for sides of length 1.
-            fresh = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for t in tensors]
-            tensors = [own.copy_(tensor) for own, tensor in zip(fresh, tensors, strict=True)]
-        return {
-            group: {name: tensors[index] for name, index in names.items()} for group, names in layout["groups"].items()
+        Args:
+            files: tensors that are memory maps of files are not copied; receivers map the file.
+        """
+        unique: dict[int, tuple[Tensor, _Place]] = {}
+        size = 0
+        for tensor in (tensor for group in groups.values() for tensor in group.values()):
+            if id(tensor) in unique:
+                continue
+            file, start = (file_behind(tensor) if files else None) or (None, size)
+            unique[id(tensor)] = tensor, _Place(tensor.dtype, tuple(tensor.shape), dense_strides(tensor), start, file)
+            if file is None:
+                size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        self._layout = {
+            group: {name: unique[id(tensor)][1] for name, tensor in tensors.items()}
+            for group, tensors in groups.items()
         }
+        if self._descriptor < 0 or size > len(self._memory):
+            self.close()
+            self._descriptor = _anonymous(size)
+            self._memory = _mapped(self._descriptor)
+        for tensor, place in unique.values():
+            if place.file is None:
+                _view(self._memory, place).copy_(tensor.detach())
+
+    def send(self, connection: Connection) -> None:
+        """Sends what was written last to an `Inbox` of another process."""
+        is_new = connection not in self._mapped_by
+        connection.send((self._layout, is_new))
+        if is_new:
+            send_handle(connection, self._descriptor, 0)
+            self._mapped_by.add(connection)
 
     def close(self) -> None:
-        """Gives the memory up; views that are still held keep their part of it."""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-        self.descriptor = -1
-        self._bytes = torch.empty(0, dtype=torch.uint8)
+        """Closes this process's access; receivers keep theirs."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor = -1
+        self._mapped_by.clear()
 
-    def _map(self, size: int) -> None:
-        if len(self._bytes) < size:
-            self._bytes = mapped(self.descriptor, os.fstat(self.descriptor).st_size)
 
-    def _view(self, spec: list[Any]) -> Tensor:
-        dtype, shape, stride, start = spec
-        kind: torch.dtype = getattr(torch, dtype)
-        count = 1
-        for side in shape:
-            count *= side
-        flat = self._bytes[start : start + count * kind.itemsize].view(kind)
-        return flat.as_strided(shape, stride)
+class Inbox:
+    """Receives what one `Outbox` of another process sends."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def receive(self, connection: Connection, *, copy: bool = False) -> dict[str, Params]:
+        """Returns the groups of tensors: views of the shared memory, which the next ones overwrite, or copies."""
+        layout: dict[str, dict[str, _Place]]
+        layout, is_new = connection.recv()
+        if is_new:
+            descriptor = recv_handle(connection)
+            self._memory = _mapped(descriptor)
+            os.close(descriptor)
+        tensors: dict[_Place, Tensor] = {}
+        for place in (place for group in layout.values() for place in group.values()):
+            if place not in tensors:
+                tensors[place] = _view(self._memory, place)
+                if copy:  # not by clone, which may choose other strides for sides of length 1
+                    own = torch.empty_strided(place.shape, place.stride, dtype=place.dtype)
+                    tensors[place] = own.copy_(tensors[place])
+        return {group: {name: tensors[place] for name, place in places.items()} for group, places in layout.items()}
 
 
 def dense_strides(tensor: Tensor) -> tuple[int, ...]:
     """The tensor's strides where they leave no gap, else those of its clone.
 
-    Kept to the last one: that of a side of length 1 points nowhere, but decides which kernel a convolution takes, and
-    so the last bits of its gradients (measured with grey 8x8 images).
+    All strides are kept: that of a side of length 1 has no effect on values, but decides which kernel a convolution
+    takes, and so the last bits of its gradients (measured with grey 8x8 images).
     """
     extent = 1 + sum((side - 1) * step for side, step in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.stride() if extent == tensor.numel() else torch.empty_like(tensor, device="meta").stride()
 
 
-def mapped(descriptor: int, size: int, *, private: bool = False) -> Tensor:
-    """The first bytes of a file as a tensor; ``private`` keeps what is written to it from the file and from others."""
-    if size == 0:
-        return torch.empty(0, dtype=torch.uint8)
-    access = mmap.ACCESS_COPY if private else mmap.ACCESS_WRITE
-    return torch.frombuffer(mmap.mmap(descriptor, size, access=access), dtype=torch.uint8)
+def file_behind(tensor: Tensor) -> tuple[str, int] | None:
+    """Path and offset of the file that a CPU tensor is a memory map of; None where there is none.
 
-
-def file_behind(tensor: Tensor) -> tuple[int, int] | None:
-    """An open descriptor of the file that a CPU tensor is a memory map of, and where in it; None where it is none.
-
-    A map that lets this process write without changing the file counts only as long as nothing was written.
+    A private map counts while nothing was written to it, and a file while it was neither deleted nor replaced.
     """
-    if not tensor.is_contiguous() or tensor.numel() == 0:
-        return None
     start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-    found: tuple[str, str, int] | None = None
+    found: tuple[str, int] | None = None
     try:
-        with open("/proc/self/smaps", encoding="utf-8", errors="surrogateescape") as lines:
-            for line in lines:
-                parts = line.rstrip("\n").split(maxsplit=5)
-                if found is None and parts[0].count("-") == 1 and parts[0].replace("-", "").isalnum():
-                    low, high = (int(part, 16) for part in parts[0].split("-"))
-                    if low <= start and stop <= high:
-                        if len(parts) < 6 or not parts[5].startswith("/"):
-                            return None
-                        found = parts[5], parts[4], int(parts[2], 16) + start - low
-                elif found is not None and parts[0] == "Anonymous:":
-                    return _opened(*found) if parts[1] == "0" else None
+        lines = Path("/proc/self/smaps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
-        pass
+        return None
+    for line in lines:
+        fields = line.split(maxsplit=5)
+        if "-" in fields[0]:  # the first line of a map: 7f00-7fff rw-p OFFSET DEVICE INODE PATH
+            low, high = (int(end, 16) for end in fields[0].split("-"))
+            inside = low <= start and stop <= high and len(fields) == 6
+            found = (fields[5], int(fields[2], 16) + start - low) if inside else None
+        elif found is not None and fields[0] == "Anonymous:":  # pages that are no longer the file's
+            # The kernel appends " (deleted)" to the path of a file that was deleted or replaced.
+            return found if fields[1] == "0" and os.path.isfile(found[0]) and tensor.is_contiguous() else None
     return None
 
 
-def _opened(path: str, inode: str, offset: int) -> tuple[int, int] | None:
-    """None where the file was deleted or replaced since."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return None
-    if str(os.fstat(descriptor).st_ino) != inode:
-        os.close(descriptor)
-        return None
-    return descriptor, offset
+def _anonymous(size: int) -> int:
+    """A file descriptor of memory without a name, freed with the last process that holds it."""
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("fedftg")
+    else:
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    os.ftruncate(descriptor, size)
+    return descriptor
+
+
+def _mapped(descriptor: int) -> Tensor:
+    size = os.fstat(descriptor).st_size
+    return torch.frombuffer(mmap.mmap(descriptor, size) if size else bytearray(1), dtype=torch.uint8)
+
+
+def _view(memory: Tensor, place: _Place) -> Tensor:
+    size = torch.Size(place.shape).numel() * place.dtype.itemsize
+    if place.file is None:
+        flat = memory[place.start : place.start + size]
+    else:
+        flat = torch.from_numpy(np.memmap(place.file, np.uint8, "c", place.start, (size,)))
+    return flat.view(place.dtype).as_strided(place.shape, place.stride)

@@ -23,9 +23,8 @@ from fedftg.data.config import DataConfig, PartitionConfig
 from fedftg.data.dataset import ImageDataset
 from fedftg.data.federated import FederatedData, partition_dataset
 from fedftg.data.partition import Indices, hold_back, needed_columns, noise_levels
-from fedftg.engine.batches import client_batches
 from fedftg.engine.evaluate import correct_held_back
-from fedftg.engine.local_train import LocalConfig, train
+from fedftg.engine.local_train import LocalConfig, client_batches, train
 from fedftg.engine.machine import cpu_threads, keep_freed_memory, resolve_device
 from fedftg.errors import InputError
 from fedftg.flower import wire
