@@ -7,7 +7,6 @@ process dies it names a whole state. There is no random state: seeds are derived
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,13 @@ from fedftg.rundir.clients import ClientStore
 from fedftg.rundir.records import PUT_BACK, write_atomically
 from fedftg.rundir.tensors import read_tensors, write_tensors
 
-__all__ = ["Checkpoint", "Index", "commit", "load", "load_state", "save", "sweep", "write", "write_tensors"]
+__all__ = ["Index", "commit", "load", "load_state", "save", "sweep", "write", "write_tensors"]
 
 FORMAT = 3
 _SERVER_PARTS = ("params", "buffers", "server", "refiner")
 
 Index = dict[str, Any]
 """The content of ``checkpoint.json``."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A state read back; ``clients`` and ``change_sum`` are the arguments of `ClientStore.restore`."""
-
-    state: ServerState
-    clients: Index
-    change_sum: Params
 
 
 def save(state: ServerState, clients: ClientStore) -> None:
@@ -69,26 +59,27 @@ def sweep(folder: Path) -> None:
             file.unlink()
 
 
-def load(folder: Path) -> Checkpoint | None:
-    """Returns the last whole state, on the CPU, or None where none was written yet.
+def load(clients: ClientStore) -> ServerState | None:
+    """Returns the last whole state, on the CPU, and restores ``clients`` from their folder; None: nothing was written.
 
     Raises:
         InputError: a file is missing, torn or of another format.
     """
-    index = _read_index(folder)
+    index = _read_index(clients.folder)
     if index is None:
         return None
     if index["format"] != FORMAT:
         raise InputError(
-            f"{folder / 'checkpoint.json'} has format {index['format']}, this version resumes format {FORMAT}; "
+            f"{clients.folder / 'checkpoint.json'} has format {index['format']}, this version resumes format {FORMAT}; "
             "resume with the version that wrote it"
         )
-    tensors = read_tensors(folder / index["state"])
-    return Checkpoint(_state(index, tensors), index, tree.unprefixed(tensors, "change_sum/"))
+    tensors = read_tensors(clients.folder / index["state"])
+    clients.restore(index, tree.unprefixed(tensors, "change_sum/"))
+    return _state(index, tensors)
 
 
 def load_state(folder: Path) -> ServerState | None:
-    """Returns the server's state as `load` does, of older formats too; files of clients are not read."""
+    """Returns the server's state as `load` does, of older formats too; what clients keep is not read."""
     index = _read_index(folder)
     return None if index is None else _state(index, read_tensors(folder / index["state"]))
 

@@ -11,13 +11,7 @@ from fedftg.errors import InputError
 from fedftg.rundir import records
 from fedftg.rundir.records import PUT_BACK, Record
 
-_FIRST_FILES = {
-    "environment.json",
-    "environment.json.part",
-    "partition.json",
-    "partition.json.part",
-    "config.toml.part",
-}
+_FIRST_FILES = {"environment.json", "partition.json"}
 """What a run that died before it was set up may leave; config.toml, written last, makes a folder a run."""
 
 
@@ -41,10 +35,10 @@ class RunFolder:
     def check_free(self) -> None:
         """Raises InputError where the folder holds something already."""
         try:
-            taken = self.path.exists() and {item.name for item in self.path.iterdir()} - _FIRST_FILES
+            names = {item.name for item in self.path.iterdir()} if self.path.exists() else set()
         except OSError as error:
             raise self._not_writable(error) from None
-        if taken:
+        if {name for name in names if not name.endswith(".part")} - _FIRST_FILES:
             raise InputError(f"{self.path} exists already; go on with it by --resume, or give another --out")
 
     def create(self, config_toml: str, environment: Record, partition: Record) -> None:
