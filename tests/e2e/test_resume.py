@@ -191,10 +191,10 @@ def test_same_seed_same_bytes_in_two_processes(
 ) -> None:
     """One of them forked, as in the other tests, and one as a user starts it."""
     for name, command in (("one", fedftg), ("two", python_m_fedftg)):
-        assert command("run", "default", *tiny, "--out", name).returncode == 0
+        assert command("run", "default", *tiny, "--set", "rounds=2", "--out", name).returncode == 0
     assert read_records(tmp_path / "one") == read_records(tmp_path / "two")
     assert_same_weights(tmp_path / "one", tmp_path / "two")
-    other = fedftg("run", "default", *tiny, "--set", "seed=1", "--out", "other")
+    other = fedftg("run", "default", *tiny, "--set", "rounds=2", "--set", "seed=1", "--out", "other")
     assert other.returncode == 0
     assert read_records(tmp_path / "other") != read_records(tmp_path / "one")
 
