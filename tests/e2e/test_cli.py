@@ -229,7 +229,7 @@ def test_compare_never_turns_a_base_into_a_copy(fedftg: Any, tiny: list[str], tm
     assert "are the same run with these settings; compare different ones" in copies.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["run", "defualt"], ["partition", "defualt"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "defualt"], ["partition", "defualt"]])
 def test_no_torch_where_nothing_is_computed(tmp_path: Path, arguments: list[str]) -> None:
     """Importing torch takes a second and more: these answer before it."""
     code = f"import sys\nfrom fedftg import cli\nsys.argv = ['fedftg', *{arguments}]\n"
