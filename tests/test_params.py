@@ -1,3 +1,5 @@
+from itertools import product
+
 import pytest
 import torch
 
@@ -111,18 +113,12 @@ def test_first_non_finite_names_the_tensor() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("place", [0, 17, 999])
-def test_first_non_finite_finds_one_in_many(bad: float, place: int) -> None:
-    value = torch.randn(1000)
-    value[place] = bad
-    for kind in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        params = {
-            "n": torch.tensor(1),
-            "none": torch.ones(0),
-            "a": torch.full((9,), 6e4, dtype=kind),
-            "b": value.to(kind),
-        }
-        assert tree.first_non_finite(params) == "b"
+def test_first_non_finite_finds_one_in_many(bad: float) -> None:
+    for place, kind in product((0, 17, 999), (torch.float32, torch.float64, torch.bfloat16, torch.float16)):
+        value = torch.randn(1000)
+        value[place] = bad
+        params = {"n": torch.tensor(1), "none": torch.ones(0), "a": torch.full((9,), 6e4, dtype=kind)}
+        assert tree.first_non_finite({**params, "b": value.to(kind)}) == "b"
         assert tree.first_non_finite({**params, "b": torch.ones(1)}) is None
 
 

@@ -224,17 +224,16 @@ def _restore(experiment: Experiment, folder: RunFolder, session: Record) -> None
             f"{folder.path} was started on other data or another partition of it (see its partition.json); "
             "give the same data, or start a new run"
         )
-    kept = checkpoint.load(folder.checkpoint)
+    kept = checkpoint.load(experiment.clients)
     done = 0
     if kept is not None:
-        done = kept.state.round
+        done = kept.round
         if done > config.rounds:
             raise InputError(
                 f"{folder.path} is at round {done} already; rounds must be at least that, got {config.rounds}"
             )
-        _check_model(experiment.state, kept.state, folder.checkpoint)
-        experiment.state = _on(kept.state, experiment.data.device)
-        experiment.clients.restore(kept.clients, kept.change_sum)
+        _check_model(experiment.state, kept, folder.checkpoint)
+        experiment.state = _on(kept, experiment.data.device)
     folder.check_records(done)
     if folder.finished and done == config.rounds:
         return

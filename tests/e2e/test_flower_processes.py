@@ -164,6 +164,7 @@ def loopback(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Loopbac
         machines.stop()
 
 
+@takes_minutes
 @pytest.mark.parametrize("loopback", [True], ids=["tls"], indirect=True)
 def test_three_nodes_train_as_in_the_simulator(loopback: Loopback, tmp_path: Path) -> None:
     certify(tmp_path)

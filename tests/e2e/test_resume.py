@@ -80,12 +80,12 @@ def assert_same_weights(left: Path, right: Path) -> None:
     """Compares state and clients; a client's row may lie in another place where checkpoints differ."""
     kept, states, stores = [], [], []
     for folder in (left / "checkpoint", right / "checkpoint"):
-        found = checkpoint.load(folder)
-        assert found is not None
-        kept.append(found.clients["clients"].keys())
-        states.append(read_tensors(folder / found.clients["state"]))
-        stores.append(ClientStore(dict, {}, [1], True, folder))
-        stores[-1].restore(found.clients, found.change_sum)
+        index = json.loads((folder / "checkpoint.json").read_text())
+        kept.append(index["clients"].keys())
+        states.append(read_tensors(folder / index["state"]))
+        stores.append(ClientStore(dict, {}, [1], True))
+        stores[-1].keep_in(folder)
+        assert checkpoint.load(stores[-1]) is not None
     assert_same(*states)
     assert kept[0] == kept[1]
     for client in map(int, kept[0]):
@@ -108,12 +108,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("algorithm", "point", "every"),
     [
         *(("scaffold", point, 1) for point in ("local", "refine", "clients", "checkpoint-file", "checkpoint-index")),
-        *(("moon", point, 1) for point in ("local", "clients", "checkpoint-index")),
-        *(("fedavg", point, 1) for point in ("refine", "checkpoint-file")),
-        ("feddyn", "local", 2),
-        ("feddyn", "refine", 4),
-        ("scaffold", "clients", 2),
+        ("moon", "checkpoint-index", 1),
         ("moon", "clients", 4),
+        ("feddyn", "refine", 2),
     ],
 )
 def test_killed_and_resumed(
@@ -143,7 +140,7 @@ def test_killed_and_resumed(
     assert len(read_records(whole)) == 4
     assert_same_weights(tmp_path / "killed", whole)
     left = {path.name for path in (tmp_path / "killed" / "checkpoint").iterdir()}
-    assert left == {"checkpoint.json", "state-000004.safetensors", "clients-0.bin"}
+    assert left == {"checkpoint.json", "state-000004.safetensors", "clients.bin"}
     assert not list((tmp_path / "killed").rglob("*.part"))
 
 
@@ -167,9 +164,9 @@ def test_interrupted_while_the_state_is_written(
         patch.setattr(checkpoint, step, interrupted)
         with pytest.raises(KeyboardInterrupt):
             package.run("default", overrides=settings, out=tmp_path / "stopped")
-    kept = checkpoint.load(tmp_path / "stopped" / "checkpoint")
+    kept = checkpoint.load_state(tmp_path / "stopped" / "checkpoint")
     assert kept is not None
-    assert kept.state.round == len(read_records(tmp_path / "stopped")) == 2
+    assert kept.round == len(read_records(tmp_path / "stopped")) == 2
     again = package.run("default", overrides=settings, out=tmp_path / "stopped", resume=True)
     assert read_records(tmp_path / "stopped") == read_records(tmp_path / "whole")
     assert_same(again.state.params, whole.state.params)
@@ -194,10 +191,10 @@ def test_same_seed_same_bytes_in_two_processes(
 ) -> None:
     """One of them forked, as in the other tests, and one as a user starts it."""
     for name, command in (("one", fedftg), ("two", python_m_fedftg)):
-        assert command("run", "default", *tiny, "--out", name).returncode == 0
+        assert command("run", "default", *tiny, "--set", "rounds=2", "--out", name).returncode == 0
     assert read_records(tmp_path / "one") == read_records(tmp_path / "two")
     assert_same_weights(tmp_path / "one", tmp_path / "two")
-    other = fedftg("run", "default", *tiny, "--set", "seed=1", "--out", "other")
+    other = fedftg("run", "default", *tiny, "--set", "rounds=2", "--set", "seed=1", "--out", "other")
     assert other.returncode == 0
     assert read_records(tmp_path / "other") != read_records(tmp_path / "one")
 
@@ -252,8 +249,7 @@ def test_what_was_taken_out_of_a_run_is_told_and_nothing_written_over(
         (lines[0] + b"{]\n" + lines[2] + lines[3], "rounds.jsonl cannot be read"),
     ):
         back = change("rounds.jsonl", content)
-        refused(told)
-        refused(told, *more)
+        refused(told, *(more if content is None else ()))
         back()
     back = change(state, (tmp_path / "o" / state).read_bytes())
     refused("is of another model: its features", *more)
@@ -268,23 +264,15 @@ def test_what_was_taken_out_of_a_run_is_told_and_nothing_written_over(
     assert len((run / "rounds.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_model_can_be_had_from_a_run_whose_clients_files_are_damaged(
-    fedftg: Any, no_refiner: list[str], tmp_path: Path
-) -> None:
-    assert fedftg("run", "default", *no_refiner, "--set", "rounds=1", "--out", "r").returncode == 0
-    (tmp_path / "r" / "checkpoint" / "clients-0.bin").write_bytes(b"torn")
-    assert fedftg("export", "r", "--to", "model.safetensors").returncode == 0
-    assert load_file(tmp_path / "model.safetensors")
-    done = fedftg("run", "--resume", "--out", "r", "--set", "rounds=2")
-    assert done.returncode == 2
-    assert "clients-0.bin is missing or cut off; put the file back, or start a new run with another" in done.stderr
-
-
-def test_export_is_the_deployed_model(fedftg: Any, tiny: list[str], tmp_path: Path) -> None:
+def test_export_is_the_deployed_model_whatever_became_of_clients(fedftg: Any, tiny: list[str], tmp_path: Path) -> None:
     assert fedftg("run", "default", *tiny, "--set", "rounds=1", "--out", "r").returncode == 0
+    (tmp_path / "r" / "checkpoint" / "clients.bin").write_bytes(b"torn")
     assert fedftg("export", "r", "--to", "model.safetensors").returncode == 0
     exported = load_file(tmp_path / "model.safetensors")
     state = read_tensors(tmp_path / "r" / "checkpoint" / "state-000001.safetensors")
     parts = {name.partition("/")[2]: value for name, value in state.items() if name.startswith(("params/", "buffers/"))}
     assert set(exported) == set(parts)
     assert all(exported[name].equal(parts[name]) for name in parts)
+    done = fedftg("run", "--resume", "--out", "r", "--set", "rounds=2")
+    assert done.returncode == 2
+    assert "clients.bin is missing or cut off; put the file back, or start a new run with another" in done.stderr

@@ -2,7 +2,6 @@ import sys
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from fedftg.errors import InputError
@@ -44,15 +43,13 @@ def test_cnn_by_hand():
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 11, 17), (1, 28, 28), (3, 64, 64)])
-def test_any_image_size(name, shape):
-    if name.startswith("resnet") and shape in [(1, 28, 28), (3, 64, 64)]:
-        shape = (shape[0], 20, 20)
-    model = make(name, 7, shape)
-    logits = model(torch.randn(2, *shape))
-    assert logits.shape == (2, 7)
-    logits.sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
+def test_any_image_size(name):
+    for shape in [(1, 8, 8), (3, 11, 17), *(() if name.startswith("resnet") else ((1, 28, 28), (3, 64, 64)))]:
+        model = make(name, 7, shape)
+        logits = model(torch.randn(2, *shape))
+        assert logits.shape == (2, 7)
+        logits.sum().backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
@@ -83,23 +80,30 @@ def test_kaiming_fan_out():
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("lenet_gn", nn.GroupNorm), ("lenet_bn", nn.BatchNorm2d), ("resnet18_gn", nn.GroupNorm)]
+    ("name", "args", "kind"),
+    [
+        ("lenet_gn", {}, nn.GroupNorm),
+        ("lenet_bn", {}, nn.BatchNorm2d),
+        ("resnet18_gn", {}, nn.GroupNorm),
+        ("convnet", {"normalisation": "batch"}, nn.BatchNorm2d),
+        ("cnn", {"normalisation": "none"}, nn.Identity),
+    ],
 )
-def test_normalisation(name, kind):
-    layers = [layer for layer in make(name).modules() if isinstance(layer, nn.GroupNorm | nn.BatchNorm2d)]
+def test_normalisation(name, args, kind):
+    norms = (nn.GroupNorm, nn.BatchNorm2d, nn.Identity)
+    layers = [layer for layer in make(name, image_shape=(1, 8, 8), **args).modules() if isinstance(layer, norms)]
     assert layers
-    assert all(isinstance(layer, kind) for layer in layers)
+    assert {type(layer) for layer in layers} - {nn.Identity} == {kind} - {nn.Identity}
     assert all(layer.num_groups == 2 for layer in layers if isinstance(layer, nn.GroupNorm))
 
 
-@pytest.mark.parametrize("name", sorted(MODELS))
-def test_works_under_vmap(name):
+@pytest.mark.parametrize("name", ["lenet_gn", "convnet", "resnet18"])
+def test_teachers_can_be_stacked(name):
     model = FunctionalModel(make(name, image_shape=(1, 8, 8)))
     params, buffers = model.init()
     both = {key: torch.stack([value, value + 0.01]) for key, value in params.items()}
     images = torch.randn(2, 3, 1, 8, 8)
-    call = torch.func.vmap(lambda values, batch: model(values, buffers, batch, train=False))
-    logits = call(both, images)
+    logits = torch.func.vmap(lambda values, batch: model(values, buffers, batch, train=False))(both, images)
     alone = model({key: value[1] for key, value in both.items()}, buffers, images[1], train=False)
     torch.testing.assert_close(logits[1], alone, rtol=1e-3, atol=1e-4)
 
@@ -114,18 +118,15 @@ def test_arguments():
     ("name", "args", "expected"),
     [
         ("restnet18", {}, "unknown model 'restnet18'; did you mean 'resnet18'"),
+        (".Net", {}, "unknown model '.Net'"),
         ("lenet", {"width": 3}, "model 'lenet' takes no argument 'width'; allowed in model.args: channels, hidden"),
-        ("lenet_gn", {"groups": 5}, "model 'lenet_gn' cannot be built with {'groups': 5}: ValueError"),
+        ("lenet_gn", {"groups": 5}, "model 'lenet_gn' with args {'groups': 5} fails on images of shape (3, 32, 32): V"),
         ("cnn", {"normalisation": "layer"}, "must be 'none', 'group' or 'batch', got 'layer'"),
-        ("nowhere.Net", {}, "cannot import 'nowhere'"),
-        (".Net", {}, "is no dotted path; write package.module.Class"),
-        ("torch.nn:", {}, "is no dotted path"),
-        ("torch.nn.Linaer", {}, "module 'torch.nn' has no class or function 'Linaer'"),
-        ("torch.pi", {}, "no class or function 'pi'"),
-        ("torch.nn.Linear", {"in_features": 4}, "cannot be built with {'in_features': 4}: TypeError"),
-        ("torch.nn.Flatten", {}, r"turns 2 images of shape (3, 32, 32) into (2, 3072); it must give logits"),
-        ("torch.nn.Linear", {"in_features": 5, "out_features": 10}, "fails on images of shape (3, 32, 32)"),
-        ("builtins.dict", {}, "gave a dict"),
+        ("nowhere.Net", {}, "model 'nowhere.Net' cannot be imported (ModuleNotFoundError: No module named 'nowhere')"),
+        ("torch.nn.Linaer", {}, "has no attribute 'Linaer'); check the spelling"),
+        ("torch.nn", {}, "is not a callable object); check the spelling"),
+        ("torch.nn.Linear", {"in_features": 4}, "fails on images of shape (3, 32, 32): TypeError"),
+        ("torch.nn.Flatten", {}, "turns 2 images of shape (3, 32, 32) into (2, 3072); it must give logits"),
     ],
 )
 def test_errors_are_one_line(name, args, expected):
@@ -177,10 +178,5 @@ def test_factory_that_takes_anything(own_module):
 
 
 def test_module_that_fails(own_module):
-    with pytest.raises(InputError, match=r"cannot import 'broken_model_for_test' \(ZeroDivisionError"):
+    with pytest.raises(InputError, match=r"'broken_model_for_test.Net' cannot be imported \(ZeroDivisionError"):
         make("broken_model_for_test.Net")
-
-
-def test_config_is_strict():
-    with pytest.raises(ValidationError):
-        ModelConfig(nam="cnn")

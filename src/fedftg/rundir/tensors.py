@@ -38,11 +38,7 @@ def read_tensors(path: Path) -> Params:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Returns the metadata of `write_tensors`.
-
-    Raises:
-        InputError: the file is missing, torn or no safetensors file.
-    """
+    """Returns the metadata of `write_tensors`; raises InputError as `read_tensors` does."""
     with _opened(path) as file:
         return dict(file.metadata() or {})
 
