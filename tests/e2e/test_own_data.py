@@ -39,7 +39,7 @@ def test_resuming_without_the_tensors_or_with_others_is_refused(tmp_path: Path) 
     before = (tmp_path / "run" / "rounds.jsonl").read_bytes()
     brighter = replace(made(), train_images=made().train_images // 2 + 100)  # with the same labels
     for other in (made(seed=1), brighter, replace(made(), mean=(0.1,))):
-        with pytest.raises(fedftg.InputError, match="was started on other data or another division of it"):
+        with pytest.raises(fedftg.InputError, match="was started on other data or another partition of it"):
             fedftg.run("default", overrides=SMALL, out=tmp_path / "run", dataset=other, resume=True)
     assert (tmp_path / "run" / "rounds.jsonl").read_bytes() == before
 
