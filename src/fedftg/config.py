@@ -21,7 +21,8 @@ from pydantic import (
 
 from fedftg.algorithms.base import AlgorithmConfig, RefinerConfig
 from fedftg.algorithms.registry import ALGORITHMS, REFINERS
-from fedftg.data.config import MANY_CLASSES, DataConfig, PartitionConfig
+from fedftg.data.config import DataConfig, PartitionConfig
+from fedftg.data.sources import SOURCES
 from fedftg.engine.evaluate import EvaluationConfig
 from fedftg.engine.executors import INTERCHANGEABLE, ExecutorConfig
 from fedftg.engine.local_train import LocalConfig
@@ -61,7 +62,8 @@ def _refiner(given: Any, info: ValidationInfo) -> Any:
     data = info.data.get("data")  # validated before; missing where it is wrong
     name = given.get("name", "fedftg") if isinstance(given, Mapping) else None
     if data is not None and isinstance(name, str) and name in REFINERS:
-        given = {**REFINERS[name].defaults(given, MANY_CLASSES.get(data.name)), **given}
+        source = SOURCES.get(data.name)
+        given = {**REFINERS[name].defaults(given, source.num_classes if source else None), **given}
     return _named("refiner", REFINERS, "fedftg", given)
 
 

@@ -7,9 +7,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-MANY_CLASSES = {"cifar100": 100, "food101": 101, "tiny_imagenet": 200, "compcars": 281}
-"""The named data sets of 100 classes or more, for settings that depend on their number."""
-
 
 class DataConfig(BaseModel):
     """Which images are used. The defaults need no download and no folder."""
