@@ -271,7 +271,7 @@ def assert_same_as_simulated(fed: Any, run: Any) -> None:
 
 def test_other_recipes_and_wrong_numbers_are_refused(federation: Callable[..., Any]) -> None:
     fed = federation("refiner.name=none", *ALL, "rounds=1")
-    with pytest.raises(fedftg.InputError, match="its recipe's settings differ from the server's"):
+    with pytest.raises(fedftg.InputError, match="its recipe or version of fedftg differs"):
         fed.serve(fed.grid((0, 1, 2), set="local.lr=0.3"))
     for config, message in (({}, "this node has no partition-id"), (fed.node(4), "partition-id must be below 4")):
         grid = fed.grid(())

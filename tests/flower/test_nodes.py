@@ -11,8 +11,7 @@ from fedftg.flower.nodes import ClientFacts, NodeFederation, facts_of, joint_nor
 
 ANSWER: dict[str, Any] = {
     "partition_id": 1, "num_clients": 3, "class_counts": [2, 3], "held_back": 0, "class_names": ["a", "b"],
-    "image_shape": [1, 8, 8], "mean": [0.5], "std": [0.25], "data_digest": "d", "settings_digest": "s",
-    "version": fedftg.__version__,
+    "image_shape": [1, 8, 8], "mean": [0.5], "std": [0.25], "data_digest": "d",
 }  # fmt: skip
 METADATA = Metadata(1, "m", 1, 0, "", "", 0.0, 60.0, "query")
 
@@ -22,10 +21,10 @@ def facts(**changes: Any) -> ClientFacts:
     return ClientFacts.of(Message(metadata=METADATA, content=content))  # type: ignore[call-overload]
 
 
-def test_answers_of_other_versions_and_kinds_and_failures_are_refused() -> None:
+def test_answers_of_other_kinds_and_failures_are_refused() -> None:
     assert facts().class_counts == (2, 3)
     for changes, message in (
-        ({"version": "0.0.1"}, "runs fedftg 0.0.1"),
+        ({"version": "0.0.1"}, "version"),
         ({"num_clients": "many"}, "must be a whole number"),
         ({"image_shape": [1, 8]}, "image_shape"),
         ({"mean": [float("nan")]}, "finite"),
@@ -57,9 +56,9 @@ def test_partition_json_holds_what_nodes_said() -> None:
     assert record["class_counts"] == [[15, 0], [2, 3], [0, 0]]
     assert record["digests"] == ["d", "d", None]
     assert record["held_back"] == [4, 0, 0]
-    assert facts_of(record, "s") == seen.known
+    assert facts_of(record) == seen.known
     with pytest.raises(fedftg.InputError, match="not made by a Flower server"):
-        facts_of({"class_counts": [[1]]}, "s")
+        facts_of({"class_counts": [[1]]})
 
 
 def test_normalisation_of_all_together() -> None:

@@ -16,7 +16,6 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
-from fedftg import __version__
 from fedftg.algorithms.base import LocalTask, Memory, ServerState
 from fedftg.data import sources
 from fedftg.data.config import DataConfig, PartitionConfig
@@ -30,7 +29,7 @@ from fedftg.engine.machine import cpu_threads, keep_freed_memory, resolve_device
 from fedftg.errors import InputError
 from fedftg.flower import wire
 from fedftg.flower.nodes import ClientFacts
-from fedftg.flower.settings import agreement, app_settings, node_settings, on_node, state_folder
+from fedftg.flower.settings import agreement, app_settings, node_settings, on_node
 from fedftg.flower.wire import CONFIG, METRICS, NUM_EXAMPLES, PARTITION_ID, Layout, Order
 from fedftg.models import registry
 from fedftg.models.functional import FunctionalModel
@@ -39,77 +38,6 @@ from fedftg.rundir.tensors import read_tensors, write_tensors
 from fedftg.seeds import SERVER, forked, numpy_rng, seed_for
 
 Batches = Iterable[tuple[Tensor, Tensor]]
-
-
-def train_client(
-    message: Message,
-    context: Context,
-    *,
-    model: nn.Module,
-    batches: Callable[[LocalTask, LocalConfig], Batches],
-    class_counts: Tensor,
-    state_dir: Path,
-    reset: bool,
-    initial: tuple[Params, Params] | None = None,
-) -> Message:
-    """Trains one client for one round by the local loop of the simulator, keeps its memory, and returns the reply.
-
-    Arguments and errors are those of `local_train`; ``initial`` is the initial global model, None: the message's.
-    """
-    order = Order.of(message.content)
-    algorithm = order.build()
-    named = PARTITION_ID in context.node_config
-    client = int(context.node_config[PARTITION_ID]) if named else wire.client_of(context.node_id)
-    records = dict(message.content.array_records)
-    sent, first = records.pop(wire.MESSAGE, ArrayRecord()), records.pop(wire.INITIAL, None)
-    if len(records) != 1:
-        raise InputError(f"the message must hold one ArrayRecord with the model, got {len(records)}")
-    ((arrays_key, arrays),) = records.items()
-    layout = Layout(model, arrays)
-    received = layout.split(wire.decode(arrays, layout.template, finite=True))
-    if initial is None:
-        initial = received if first is None else layout.split(wire.decode(first, layout.template, finite=True))
-
-    functional = FunctionalModel(copy.deepcopy(model).float())
-    device = next(model.parameters()).device
-    params, buffers = (to_device(part, device) for part in received)
-    template = algorithm.server.message(ServerState(0, params, buffers, algorithm.server.init(params), {}))
-    kept, last = ClientMemory(state_dir, order.run, client), order.counted.get(client, 0)
-    start = to_device(algorithm.local.init_memory(*initial), "cpu")
-    memory = kept.take(last, last if order.floor is None else order.floor, start, reset=reset)
-    num_samples = int(class_counts.sum())
-    task = LocalTask(
-        round=order.round,
-        client=client,
-        params=params,
-        buffers=buffers,
-        memory=to_device(memory, device),
-        message=to_device(wire.decode(sent, template, finite=True), device),
-        num_samples=num_samples,
-        relative_size=num_samples / order.mean_examples if order.mean_examples else 1.0,
-        lr=order.local.lr_at(order.round),
-        seed=seed_for(order.seed, order.round, client, "local"),
-    )
-
-    def usable() -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in batches(task, order.local):
-            if len(labels) > 1 or not functional.has_batchnorm:
-                yield images.to(device), labels.to(device)
-
-    # Dropout draws from the global generator.
-    with forked(seed_for(task.seed, task.round, client, "model"), device):
-        result = train(functional, algorithm.local, task, usable(), class_counts, order.local)
-    bad = first_non_finite(result.memory)
-    if bad is None and result.memory:
-        kept.write(order.round, result.memory)
-    elif bad is not None and first_non_finite({**result.params, **result.buffers, **result.extra}) is None:
-        raise InputError(f"non-finite memory {bad}")
-    reply = RecordDict({arrays_key: wire.encode(layout.join(result.params, result.buffers))})
-    if result.extra:
-        reply[wire.EXTRA] = wire.encode(result.extra)
-    metrics: Any = {NUM_EXAMPLES: num_samples, wire.CLASS_COUNTS: class_counts.tolist(), wire.LOSS: result.loss}
-    reply[METRICS] = MetricRecord(metrics | ({PARTITION_ID: client} if named else {}))
-    return Message(reply, reply_to=message)
 
 
 def client_app(recipe: str | Path) -> ClientApp:
@@ -164,21 +92,20 @@ class _Node:
             mean=data.dataset.mean,
             std=data.dataset.std,
             data_digest=data.digest,
-            settings_digest=agreement(self.config),
-            version=__version__,
+            agreement=agreement(self.config),
         )
         return RecordDict({CONFIG: ConfigRecord(facts.model_dump(mode="json"))})
 
     def train(self, message: Message) -> Message:
         data, module, model = self._prepared(message.content)
-        return train_client(
+        return local_train(
             message,
             self._context,
             model=module,
             batches=lambda task, local: client_batches(model, data, local, task),
-            class_counts=data.class_counts[self.client],
-            state_dir=state_folder(self.settings.state_dir),
-            reset=self.app.lost_memory == "reset",
+            class_counts=data.class_counts[self.client].tolist(),
+            state_dir=self.settings.state_dir,
+            lost_memory=self.app.lost_memory,
             initial=model.init(),
         )
 
@@ -276,6 +203,7 @@ def local_train(
     class_counts: Sequence[int],
     state_dir: str | Path | None = None,
     lost_memory: Literal["refuse", "reset"] = "refuse",
+    initial: tuple[Params, Params] | None = None,
 ) -> Message:
     """Trains one client as a `FedDyn`, `Scaffold` or `Moon` strategy asks for, and returns the reply.
 
@@ -295,20 +223,68 @@ def local_train(
         state_dir: a folder of this node for what the method keeps on the client, which changes only with rounds that
             counted on the server; None: ``fedftg-state`` in the home folder.
         lost_memory: ``reset`` lets a client whose memory is gone start as one that never took part.
+        initial: parameters and buffers of the run's initial model, where the message does not hold them.
 
     Raises:
-        InputError: the message is not of such a strategy, the arrays are not the model's, the client's memory is gone
-            or damaged, or an iterator for more than one epoch.
+        InputError: the message is not of such a strategy, the arrays are not the model's, the client's memory is gone,
+            damaged or became non-finite, or an iterator for more than one epoch.
     """
-    return train_client(
-        message,
-        context,
-        model=model,
-        batches=batches if callable(batches) else lambda _, settings: _epochs(batches, settings),
-        class_counts=torch.tensor(list(class_counts)),
-        state_dir=state_folder(state_dir),
-        reset=lost_memory == "reset",
+    order = Order.of(message.content)
+    algorithm = order.build()
+    named = PARTITION_ID in context.node_config
+    client = int(context.node_config[PARTITION_ID]) if named else wire.client_of(context.node_id)
+    records = dict(message.content.array_records)
+    sent, first = records.pop(wire.MESSAGE, ArrayRecord()), records.pop(wire.INITIAL, None)
+    if len(records) != 1:
+        raise InputError(f"the message must hold one ArrayRecord with the model, got {len(records)}")
+    ((arrays_key, arrays),) = records.items()
+    layout = Layout(model, arrays)
+    received = layout.split(wire.decode(arrays, layout.template, finite=True))
+    if initial is None:
+        initial = received if first is None else layout.split(wire.decode(first, layout.template, finite=True))
+
+    functional = FunctionalModel(copy.deepcopy(model).float())
+    device = next(model.parameters()).device
+    params, buffers = (to_device(part, device) for part in received)
+    template = algorithm.server.message(ServerState(0, params, buffers, algorithm.server.init(params), {}))
+    folder = Path(state_dir) if state_dir else Path.home() / "fedftg-state"
+    kept, last = ClientMemory(folder, order.run, client), order.counted.get(client, 0)
+    start = to_device(algorithm.local.init_memory(*initial), "cpu")
+    memory = kept.take(last, last if order.floor is None else order.floor, start, reset=lost_memory == "reset")
+    counts = torch.tensor(list(class_counts))
+    num_samples = int(counts.sum())
+    task = LocalTask(
+        round=order.round,
+        client=client,
+        params=params,
+        buffers=buffers,
+        memory=to_device(memory, device),
+        message=to_device(wire.decode(sent, template, finite=True), device),
+        num_samples=num_samples,
+        relative_size=num_samples / order.mean_examples if order.mean_examples else 1.0,
+        lr=order.local.lr_at(order.round),
+        seed=seed_for(order.seed, order.round, client, "local"),
     )
+
+    def usable() -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in batches(task, order.local) if callable(batches) else _epochs(batches, order.local):
+            if len(labels) > 1 or not functional.has_batchnorm:
+                yield images.to(device), labels.to(device)
+
+    # Dropout draws from the global generator.
+    with forked(seed_for(task.seed, task.round, client, "model"), device):
+        result = train(functional, algorithm.local, task, usable(), counts, order.local)
+    bad = first_non_finite(result.memory)
+    if bad is None and result.memory:
+        kept.write(order.round, result.memory)
+    elif bad is not None and first_non_finite({**result.params, **result.buffers, **result.extra}) is None:
+        raise InputError(f"non-finite memory {bad}")
+    reply = RecordDict({arrays_key: wire.encode(layout.join(result.params, result.buffers))})
+    if result.extra:
+        reply[wire.EXTRA] = wire.encode(result.extra)
+    metrics: Any = {NUM_EXAMPLES: num_samples, wire.CLASS_COUNTS: counts.tolist(), wire.LOSS: result.loss}
+    reply[METRICS] = MetricRecord(metrics | ({PARTITION_ID: client} if named else {}))
+    return Message(reply, reply_to=message)
 
 
 def _epochs(batches: Batches, settings: LocalConfig) -> Iterator[tuple[Tensor, Tensor]]:

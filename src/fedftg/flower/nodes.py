@@ -13,7 +13,6 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from pydantic import BaseModel, ConfigDict
 
-from fedftg import __version__
 from fedftg.config import RunConfig, parse
 from fedftg.data.dataset import Channels, ImageDataset
 from fedftg.data.federated import FederatedData
@@ -59,8 +58,8 @@ class ClientFacts(BaseModel):
     std: Channels
     data_digest: str
     """SHA-256 of the client's data (`FederatedData.digest`)."""
-    settings_digest: str
-    version: str
+    agreement: str = ""
+    """The node's `agreement`, where it says the facts itself."""
 
     @property
     def num_samples(self) -> int:
@@ -77,12 +76,7 @@ class ClientFacts(BaseModel):
         problem = error_of(reply)
         if problem is not None:
             raise InputError(problem)
-        given: dict[str, Any] = dict(reply.content.config_records.get(CONFIG, {}))
-        if given.get("version") != __version__:
-            raise InputError(
-                f"it runs fedftg {given.get('version')}, the server {__version__}; install the same version"
-            )
-        return parse(cls, given, "its answer")
+        return parse(cls, dict(reply.content.config_records.get(CONFIG, {})), "its answer")
 
 
 class NodeFederation(FederatedData):
@@ -148,7 +142,7 @@ class NodeFederation(FederatedData):
         return record
 
 
-def facts_of(record: Mapping[str, Any], settings: str) -> dict[int, ClientFacts]:
+def facts_of(record: Mapping[str, Any]) -> dict[int, ClientFacts]:
     """Returns the facts of the clients that a ``partition.json`` knows.
 
     Raises:
@@ -165,8 +159,6 @@ def facts_of(record: Mapping[str, Any], settings: str) -> dict[int, ClientFacts]
             class_counts=record["class_counts"][client],
             held_back=record.get("held_back", [0] * count)[client],
             data_digest=digest,
-            settings_digest=settings,
-            version=__version__,
             **common,
         )
         for client, digest in enumerate(record["digests"])
@@ -208,7 +200,7 @@ class Nodes:
         self.by_client: dict[int, int] = {}
         """The node of each connected client."""
         self._grid, self._config, self._log = grid, config, log
-        self._settings = agreement(config)
+        self._agreement = agreement(config)
         self._expected: dict[str, Any] = {}
         """What the facts of all clients must be."""
         if config.partition.law not in ("natural", "file"):
@@ -312,8 +304,8 @@ class Nodes:
             InputError: it cannot take part.
         """
         client = facts.partition_id
-        if facts.settings_digest != self._settings:
-            raise InputError("its recipe's settings differ from the server's; install the same app on both")
+        if facts.agreement != self._agreement:
+            raise InputError("its recipe or version of fedftg differs from the server's; install the same on both")
         for name, wanted in self._expected.items():
             got = getattr(facts, name)
             if got != wanted:

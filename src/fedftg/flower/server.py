@@ -24,7 +24,7 @@ from fedftg.errors import InputError
 from fedftg.experiment import Experiment, Models
 from fedftg.flower import wire
 from fedftg.flower.nodes import Log, NodeFederation, Nodes, facts_of, joint_normalisation
-from fedftg.flower.settings import AppSettings, agreement, app_settings, on_server
+from fedftg.flower.settings import AppSettings, app_settings, on_server
 from fedftg.flower.wire import ARRAYS, CLASS_COUNTS, CONFIG, LOSS, MESSAGE, NUM_EXAMPLES, PARTITION_ID, Order
 from fedftg.loop import Run
 from fedftg.params import to_device
@@ -269,7 +269,7 @@ def prepare(grid: Grid, config: RunConfig, settings: AppSettings, folder: RunFol
     """
     before = folder.read_partition() if settings.resume else None
     test = None if settings.server_data == "none" else sources.load(config.data)
-    nodes = Nodes(grid, config, test, {} if before is None else facts_of(before, agreement(config)), log)
+    nodes = Nodes(grid, config, test, {} if before is None else facts_of(before), log)
     remembered = frozenset(nodes.known)
     _gather(nodes, settings, log)
     if before is None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedftg import __version__
 from fedftg import config as configs
 from fedftg.config import RunConfig
 
@@ -81,11 +82,6 @@ class NodeSettings(BaseModel):
     threads: int = Field(default=-1, ge=-1, description="CPU threads; -1: the recipe's, 0: torch's choice")
 
 
-def state_folder(given: str | Path | None) -> Path:
-    """Returns the folder for clients' memories on this node."""
-    return Path(given) if given else Path.home() / "fedftg-state"
-
-
 def app_settings(given: Mapping[str, Any]) -> AppSettings:
     """Returns the settings of a run; raises `InputError` with the first problem."""
     return configs.parse(AppSettings, dict(given), "app config")
@@ -121,6 +117,6 @@ def _config(recipe: Path, settings: AppSettings, own: Mapping[str, Any]) -> RunC
 
 
 def agreement(config: RunConfig) -> str:
-    """Returns the SHA-256 of the settings that server and nodes must have in common."""
-    common = config.model_dump(mode="json", exclude=LOCAL_KEYS)
+    """Returns the SHA-256 of what server and nodes must have in common: settings and version of fedftg."""
+    common = [__version__, config.model_dump(mode="json", exclude=LOCAL_KEYS)]
     return hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()
