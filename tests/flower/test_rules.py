@@ -43,24 +43,14 @@ ALGORITHM_SETTINGS: dict[str, dict[str, Any]] = {
 NAMES = {"feddyn": FedDyn, "scaffold": Scaffold, "moon": Moon}
 
 
-def config(algorithm: str, refined: bool) -> RunConfig:
+def config(algorithm: str, refined: bool = False) -> RunConfig:
     refiner = {"name": "fedftg", **small.CONFIG.model_dump(), "absent_weight": 1.0} if refined else {"name": "none"}
-    return from_mapping(
-        {
-            "rounds": ROUNDS,
-            "seed": 5,
-            "threads": 1,
-            "data": {"name": "digits"},
-            "partition": {"law": "dirichlet", "num_clients": CLIENTS, "alpha": 0.5},
-            "cohort": {"size": 3},
-            "model": {"name": "lenet_bn"},
-            "algorithm": {"name": algorithm, **ALGORITHM_SETTINGS[algorithm]},
-            "local": {"lr": 0.05, "lr_decay": 0.9, "steps": 2, "batch_size": 16, "momentum": 0.5},
-            "refiner": refiner,
-            "evaluation": {"every": 100, "track_all": False},
-            "executor": {"name": "sequential"},
-        }
-    )
+    given: dict[str, Any] = {"rounds": ROUNDS, "seed": 5, "threads": 1, "data": {"name": "digits"}, "refiner": refiner}
+    given["partition"] = {"law": "dirichlet", "num_clients": CLIENTS, "alpha": 0.5}
+    given |= {"cohort": {"size": 3}, "model": {"name": "lenet_bn"}, "executor": {"name": "sequential"}}
+    given["algorithm"] = {"name": algorithm, **ALGORITHM_SETTINGS[algorithm]}
+    given["local"] = {"lr": 0.05, "lr_decay": 0.9, "steps": 2, "batch_size": 16, "momentum": 0.5}
+    return from_mapping({**given, "evaluation": {"every": 100, "track_all": False}})
 
 
 class Simulated:
@@ -188,7 +178,7 @@ def test_a_client_whose_upload_is_not_usable_forgets_the_round(
     tmp_path: Path, same_cohorts: Callable[..., None]
 ) -> None:
     """Client 1's change of its control variate arrives as NaN in round 1: in round 2 it starts with zero again."""
-    settings = config("scaffold", refined=False).model_copy(update={"cohort": sampling.CohortConfig()})
+    settings = config("scaffold").model_copy(update={"cohort": sampling.CohortConfig()})
     here = Simulated(settings)
     same_cohorts(settings)
     grid = small.grid_of(here.client_app(state_dir=tmp_path), CLIENTS, {2: broken})
@@ -224,7 +214,7 @@ def set_metric(key: str, value: Any) -> Callable[[RecordDict], None]:
 def test_a_reply_that_does_not_fit_is_left_out(
     change: Callable[[RecordDict], None], reason: str, counted: list[int], log: pytest.LogCaptureFixture
 ) -> None:
-    here = Simulated(config("scaffold", refined=False))
+    here = Simulated(config("scaffold"))
     strategy = here.strategy()
     strategy.start(small.grid_of(here.client_app(), CLIENTS, {3: change}), here.initial, 1)
     assert sorted(strategy._order.counted) == counted
@@ -232,7 +222,7 @@ def test_a_reply_that_does_not_fit_is_left_out(
 
 
 def test_a_result_that_is_not_finite_leaves_the_model(log: pytest.LogCaptureFixture) -> None:
-    here = Simulated(config("scaffold", refined=False))
+    here = Simulated(config("scaffold"))
     strategy = here.strategy(server_lr=1e60)
     result = strategy.start(LocalGrid.of(here.client_app(), CLIENTS), here.initial, 1)
     assert not result.arrays
@@ -253,7 +243,7 @@ class RegisteredConfig(AlgorithmConfig):
 def test_a_registered_algorithm_works_without_being_named(request: pytest.FixtureRequest) -> None:
     request.addfinalizer(lambda: ALGORITHMS.pop("registered"))
     register_algorithm("registered", RegisteredConfig)
-    here = Simulated(config("moon", refined=False))
+    here = Simulated(config("moon"))
     options: dict[str, Any] = {"local": here.settings.local, "num_clients": CLIENTS, "fraction_evaluate": 0.0}
     strategy = RuleStrategy(model=here.module, algorithm="registered", mu=1.0, **options)
     moon = Moon(model=here.module, mu=1.0, temperature=0.5, **options)
@@ -264,7 +254,7 @@ def test_a_registered_algorithm_works_without_being_named(request: pytest.Fixtur
 
 
 def test_a_run_with_other_rules_or_local_training_is_not_resumed(tmp_path: Path) -> None:
-    here = Simulated(config("scaffold", refined=False))
+    here = Simulated(config("scaffold"))
 
     def wrapped(**more: Any) -> Refined:
         shape = here.experiment.data.image_shape
@@ -284,6 +274,25 @@ def test_a_run_with_other_rules_or_local_training_is_not_resumed(tmp_path: Path)
     assert found[0] == 1
 
 
+def training_app(batches: Callable[[int], Any], **more: Any) -> ClientApp:
+    """A client trains on ``batches(client)`` by `local_train`."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        given = batches(int(context.node_config["partition-id"]))
+        return local_train(message, context, model=small.net(), batches=given, class_counts=[1] * 10, **more)
+
+    return app
+
+
+def replies_of(app: ClientApp, strategy: Any, number: int = 1, arrays: ArrayRecord | None = None) -> list[Message]:
+    grid = LocalGrid.of(app, 2)
+    return grid.send_and_receive(
+        list(strategy.configure_train(number, arrays or small.initial(), ConfigRecord(), grid))
+    )
+
+
 @pytest.mark.parametrize(
     ("batches", "local", "works"),
     [
@@ -296,50 +305,32 @@ def test_a_run_with_other_rules_or_local_training_is_not_resumed(tmp_path: Path)
     ],
 )
 def test_several_passes_need_a_list(batches: Callable[[Any], Any], local: LocalConfig, works: bool) -> None:
-    app = ClientApp()
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        given = batches([small.samples(small.data(2), 0)] * 2)
-        return local_train(message, context, model=small.net(), batches=given, class_counts=[1] * 10)
-
-    grid = LocalGrid.of(app, 2)
-    strategy = Scaffold(model=small.net(), num_clients=2, local=local)
-    reply, _ = grid.send_and_receive(strategy.configure_train(1, small.initial(), ConfigRecord(), grid))
+    app = training_app(lambda client: batches([small.samples(small.data(2), client)] * 2))
+    reply, _ = replies_of(app, Scaffold(model=small.net(), num_clients=2, local=local))
     assert reply.has_content() == works
     assert works or "batches is an iterator" in str(reply.error.reason)
 
 
 def test_a_shuffling_data_loader_is_seeded_and_lost_memory_is_noticed(tmp_path: Path) -> None:
-    shards, nodes = small.data(2), [1, 2]
+    shards, local = small.data(2), LocalConfig(epochs=2, lr=0.05)
 
-    def app_of(**more: Any) -> ClientApp:
-        app = ClientApp()
+    def app(**more: Any) -> ClientApp:
+        def loader(client: int) -> Any:
+            return DataLoader(TensorDataset(*small.samples(shards, client)), batch_size=13, shuffle=True)
 
-        @app.train()
-        def train(message: Message, context: Context) -> Message:
-            images, labels = small.samples(shards, int(context.node_config["partition-id"]))
-            loader = DataLoader(TensorDataset(images, labels), batch_size=13, shuffle=True)
-            counts = class_counts(labels, small.NUM_CLASSES)
-            return local_train(message, context, model=small.net(), batches=loader, class_counts=counts, **more)
+        return training_app(loader, state_dir=tmp_path, **more)
 
-        return app
-
-    def scaffold() -> Scaffold:
-        local = LocalConfig(epochs=2, lr=0.05)
-        return Scaffold(model=small.net(), num_clients=2, local=local, seed=1, fraction_evaluate=0.0)
-
-    first, again = scaffold(), scaffold()
-    grid = LocalGrid.of(app_of(state_dir=tmp_path), 2)
-    one, two = (strategy.start(grid, small.initial(), 2).arrays for strategy in (first, again))
+    strategies = [
+        Scaffold(model=small.net(), num_clients=2, local=local, seed=1, fraction_evaluate=0.0) for _ in range(2)
+    ]
+    one, two = (strategy.start(LocalGrid.of(app(), 2), small.initial(), 2).arrays for strategy in strategies)
     assert_equal(one, small.state(two))
     for path in tmp_path.rglob("client-000000/*"):
         path.unlink()
-    for more, usable in (({}, nodes[1:]), ({"lost_memory": "reset"}, nodes)):
-        grid = LocalGrid.of(app_of(state_dir=tmp_path, **more), 2)
-        replies = grid.send_and_receive(first.configure_train(3, one, ConfigRecord(), grid))
-        assert [reply.metadata.src_node_id for reply in replies if reply.has_content()] == usable
-        assert all("has no memory of round 2" in str(r.error.reason) for r in replies if r.has_error())
+    lost, kept = replies_of(app(), strategies[0], 3, one)
+    assert "has no memory of round 2" in str(lost.error.reason)
+    assert kept.has_content()
+    assert all(reply.has_content() for reply in replies_of(app(lost_memory="reset"), strategies[0], 3, one))
 
 
 def test_wrong_settings_are_refused() -> None:
@@ -359,16 +350,8 @@ def test_wrong_settings_are_refused() -> None:
 
 
 def test_local_train_under_another_strategy_names_those_that_it_is_for() -> None:
-    app = ClientApp()
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        return local_train(message, context, model=small.net(), batches=[], class_counts=[1] * 10)
-
-    grid = LocalGrid.of(app, 2)
-    messages = list(flower.FedAvg().configure_train(1, small.initial(), ConfigRecord(), grid))
-    (first, _) = grid.send_and_receive(messages)
-    assert "FedDyn, Scaffold and Moon" in str(first.error.reason)
+    reply, _ = replies_of(training_app(lambda client: []), flower.FedAvg())
+    assert "FedDyn, Scaffold and Moon" in str(reply.error.reason)
 
 
 def test_mean_metrics_by_hand() -> None:

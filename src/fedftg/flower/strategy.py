@@ -57,7 +57,6 @@ class RefineReport:
     left_out: dict[int, str] = field(default_factory=dict)
     """Per client that was no teacher, the reason."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """The refiner's, such as FedFTG's ``fidelity`` and ``teacher_agreement``."""
     seconds: float = 0.0
     rolled_back: str | None = None
     """Why the result is the base strategy's aggregate, or the model before; None: it was refined."""
@@ -232,7 +231,6 @@ class Refined(Strategy):
         return result
 
     def _start_base(self, *arguments: Any) -> Result:
-        """Runs the base's own loop with this object's hooks in the place of the base's."""
         vars(self.base).update({name: getattr(self, name) for name in _HOOKS})
         try:
             return self.base.start(*arguments)
@@ -241,11 +239,9 @@ class Refined(Strategy):
                 del vars(self.base)[name]
 
     def _teachers(self, read: list[Reply], report: RefineReport) -> list[ClientResult]:
-        """Returns the teachers, and logs and reports why the other clients are none."""
         assert self._layout is not None
-        usable = [reply for reply in read if reply.problem is None]
-        expected = not any(earlier.teachers for earlier in self.reports)
-        if usable and expected and all(reply.class_counts is None for reply in usable):
+        sent = [reply.class_counts is not None for reply in read if reply.problem is None]
+        if sent and not any(sent) and not any(earlier.teachers for earlier in self.reports):
             raise InputError(
                 f"no reply of round {report.round} has the metric {CLASS_COUNTS!r}; in the ClientApp, add "
                 f"{CLASS_COUNTS!r}: fedftg.flower.class_counts(labels, {self._num_classes}) to the MetricRecord"
@@ -315,7 +311,7 @@ class Refined(Strategy):
         return refined
 
     def _logged(self, report: RefineReport, metrics: MetricRecord | None) -> MetricRecord:
-        """Logs a report, and returns the base's metrics with its; none of them depends on the machine's speed."""
+        """Logs a report, and returns the base's metrics with its, without seconds: the same in each run."""
         count = len(report.teachers)
         if report.rolled_back:
             _log.error("round %d: not refined: %s", report.round, report.rolled_back)
@@ -383,7 +379,6 @@ class _Trainable(FunctionalModel):
 
 
 def _num_classes(model: FunctionalModel, image_shape: Sequence[int], device: torch.device) -> int:
-    """Returns the number of classes, by two black images."""
     try:
         channels, height, width = image_shape
         with torch.no_grad():
@@ -416,10 +411,7 @@ def _floating(record: ArrayRecord) -> ArrayRecord:
 
 
 def _state_of(strategy: Any) -> Params:
-    """Returns what a strategy keeps between rounds: its ``state_tensors()``, or else its dicts and lists of arrays.
-
-    Those are Adam's moments and momentum; the current model is what is sent out.
-    """
+    """Returns a strategy's ``state_tensors()``, or else its dicts and lists of arrays (Adam's moments, momentum)."""
     if hasattr(strategy, "state_tensors"):
         return dict(strategy.state_tensors())
     found: Params = {}
@@ -432,7 +424,6 @@ def _state_of(strategy: Any) -> Params:
 
 
 def _load_state(strategy: Any, tensors: Params) -> None:
-    """Restores what `_state_of` returned."""
     if hasattr(strategy, "load_state_tensors"):
         strategy.load_state_tensors(tensors)
         return
