@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -270,10 +270,6 @@ class Nodes:
 
         until(complete, seconds)
         return replies
-
-    def connected(self, clients: Collection[int]) -> int:
-        """Returns how many of some clients are connected."""
-        return sum(client in clients for client in self.by_client)
 
     def first_refusal(self) -> str:
         """Returns the end of a line about missing nodes: the first node that cannot take part, if any."""

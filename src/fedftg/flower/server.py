@@ -111,10 +111,14 @@ class NodesExperiment(Experiment):
         number = self.state.round + 1
         self.nodes.refresh()
         cohort = self._cohort(number)
+
+        def connected() -> int:
+            return len(self.nodes.by_client.keys() & set(cohort))
+
         enough = min(self.min_results, len(cohort))
-        if not self.nodes.wait(lambda: self.nodes.connected(cohort) >= enough, self.settings.wait_seconds):
-            connected = f"{self.nodes.connected(cohort)} of the {len(cohort)} clients drawn are connected"
-            line = f"round {number}: {connected} after {self.settings.wait_seconds:g} s"
+        if not self.nodes.wait(lambda: connected() >= enough, self.settings.wait_seconds):
+            drawn = f"{connected()} of the {len(cohort)} clients drawn are connected"
+            line = f"round {number}: {drawn} after {self.settings.wait_seconds:g} s"
             if not self.nodes.by_client:
                 raise InputError(f"{line}, and no other; start SuperNodes, and run again with resume=true")
             self.log(f"{line}, min-clients is {self.min_results}: nothing is trained in this round")
