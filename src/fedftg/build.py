@@ -10,9 +10,9 @@ from fedftg.algorithms.base import Algorithm, Batch, LocalTask, Refiner, Refiner
 from fedftg.config import RunConfig
 from fedftg.data import federated
 from fedftg.data.dataset import ImageDataset
+from fedftg.data.federated import FederatedData
 from fedftg.engine import executors
 from fedftg.engine.executors import RunRecipe
-from fedftg.data.federated import FederatedData
 from fedftg.engine.machine import resolve_device
 from fedftg.errors import InputError
 from fedftg.experiment import Experiment

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import ipaddress
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,10 +17,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from sklearn.datasets import load_digits
 
 from fedftg import config as configs
@@ -165,6 +160,7 @@ def loopback(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Loopbac
 
 
 @takes_minutes
+@pytest.mark.skipif(not (shutil.which("openssl") and shutil.which("ssh-keygen")), reason="makes keys by them")
 @pytest.mark.parametrize("loopback", [True], ids=["tls"], indirect=True)
 def test_three_nodes_train_as_in_the_simulator(loopback: Loopback, tmp_path: Path) -> None:
     certify(tmp_path)
@@ -244,60 +240,17 @@ def simulated(recipe: Path, out: Path) -> list[dict[str, Any]]:
 
 
 def key_pair(folder: Path, name: str) -> Path:
-    """An ECDSA key as ``ssh-keygen -t ecdsa -b 384`` makes it; the public half lies beside it."""
-    key = ec.generate_private_key(ec.SECP384R1())
-    openssh = serialization.PrivateFormat.OpenSSH
-    private = key.private_bytes(serialization.Encoding.PEM, openssh, serialization.NoEncryption())
-    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    path = folder / name
-    path.write_bytes(private)
-    path.chmod(0o600)
-    path.with_name(f"{name}.pub").write_bytes(public)
-    return path
+    subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", folder / name], check=True)
+    return folder / name
 
 
 def certify(folder: Path) -> None:
-    """A certificate authority, and a certificate for 127.0.0.1 that it signed."""
-    authority, server = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
-    issuer, subject = (x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]) for name in ("test CA", "localhost"))
-    start = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
-    end = start + datetime.timedelta(days=30)
-
-    def builder(name: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
-        return (
-            x509.CertificateBuilder()
-            .subject_name(name)
-            .issuer_name(issuer)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(start)
-            .not_valid_after(end)
-        )
-
-    basic = x509.BasicConstraints(ca=True, path_length=None)
-    usage = x509.KeyUsage(
-        digital_signature=True, content_commitment=False, key_encipherment=False, data_encipherment=False,
-        key_agreement=False, key_cert_sign=True, crl_sign=True, encipher_only=False, decipher_only=False,
-    )  # fmt: skip
-    identifier = x509.SubjectKeyIdentifier.from_public_key(authority.public_key())
-    root = (
-        builder(issuer, authority)
-        .add_extension(basic, critical=True)
-        .add_extension(usage, critical=True)
-        .add_extension(identifier, critical=False)
-        .sign(authority, hashes.SHA256())
-    )
-    names = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    leaf = (
-        builder(subject, server)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(names, critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()), critical=False)
-        .sign(authority, hashes.SHA256())
-    )
-    pem = serialization.Encoding.PEM
-    (folder / "ca.crt").write_bytes(root.public_bytes(pem))
-    (folder / "server.pem").write_bytes(leaf.public_bytes(pem))
-    plain = serialization.PrivateFormat.PKCS8
-    (folder / "server.key").write_bytes(server.private_bytes(pem, plain, serialization.NoEncryption()))
-    (folder / "server.key").chmod(0o600)
+    """A certificate authority, and a certificate for 127.0.0.1 that it signed, by the commands of docs/flower.md."""
+    curve = "-newkey ec -pkeyopt ec_paramgen_curve:secp384r1 -nodes"
+    (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
+    for command in (
+        f"req -x509 {curve} -days 365 -subj /CN=CA -keyout ca.key -out ca.crt",
+        f"req {curve} -subj /CN=localhost -keyout server.key -out server.csr",
+        "x509 -req -in server.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 365 -extfile names -out server.pem",
+    ):
+        subprocess.run(["openssl", *command.split()], cwd=folder, check=True, capture_output=True)

@@ -9,8 +9,6 @@ import torch
 from fedftg.flower import wire
 from fedftg.flower.testing import LocalGrid
 
-SCAFFOLD = "algorithm.name=scaffold"
-
 
 def assert_same(federation: Any, one: Any, other: Any, names: tuple[str, str] = ("served", "simulated")) -> None:
     assert federation.rows(names[0]) == federation.rows(names[1])
@@ -58,13 +56,6 @@ def test_what_clients_hold_back_is_measured_on_their_nodes(federation: Callable[
         assert "not_measured" not in mine
     assert run.summary["client_accuracy"] == simulated.summary["client_accuracy"]
     assert 0 < run.summary["client_accuracy"]["refined"]["mean"] < 1
-
-
-def test_clients_may_keep_their_memory_in_flowers_context(federation: Callable[..., Any]) -> None:
-    fed = federation(SCAFFOLD, "refiner.name=none")
-    run = fed.serve(fed.grid(**{"client-state": "context"}))
-    assert_same(fed, run, fed.simulate())
-    assert not (fed.folder / "node-0").exists()
 
 
 def test_nodes_with_data_of_their_own(federation: Callable[..., Any], tmp_path: Any) -> None:

@@ -31,19 +31,15 @@ def new(folder: Path, recipe: str | None, overrides: Sequence[str]) -> list[Path
     """
     config = configs.load(recipes.find(recipe or recipes.DEFAULT), overrides)
     if config.data.name == TENSORS:
-        raise InputError("data set 'tensors' is given in Python and cannot be sent to nodes; take data.name = 'arrays'")
+        raise InputError("data set 'tensors' cannot be sent to nodes; take data.name = 'arrays'")
     counted = config.partition.law not in ("natural", "file")
     if counted and config.cohort.size is not None and config.cohort.size > config.partition.num_clients:
-        raise InputError(
-            f"cohort.size must be at most partition.num_clients, {config.partition.num_clients}, got "
-            f"{config.cohort.size}; set both"
-        )
+        most = config.partition.num_clients
+        raise InputError(f"cohort.size must be <= partition.num_clients, {most}, got {config.cohort.size}; set both")
     name = re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-")
-    if not name:
-        raise InputError(f"the name of folder {folder} needs a letter or a digit; it becomes the app's name")
-    files = _files(name, config)
+    files = _files(name or "app", config)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"{folder} exists already; give a folder that does not exist yet or is empty")
+        raise InputError(f"{folder} exists already; give a new or an empty folder")
     try:
         (folder / PACKAGE).mkdir(parents=True, exist_ok=True)
         for path, text in files.items():
@@ -63,9 +59,7 @@ def _files(name: str, config: RunConfig) -> dict[str, str]:
         try:
             saved[f"{PACKAGE}/{PARTITION_FILE}"] = partition.file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"cannot read partition.file {partition.file} ({type(error).__name__}); give a saved partition"
-            ) from None
+            raise InputError(f"cannot read partition.file {partition.file} ({type(error).__name__})") from None
         partition = partition.model_copy(update={"file": Path(PARTITION_FILE)})
     config = config.model_copy(update={"data": data, "partition": partition})
     return saved | {
@@ -135,11 +129,6 @@ A Flower app for {count} clients: {config.algorithm.name} with refiner {config.r
 {config.data.name}. Every setting is in `{PACKAGE}/recipe.toml`.{plugins}
 
 Install `fedftg[flower]` {__version__} on the server and on every node, and `fedftg[simulation]` where you simulate.
-Where there is no internet, set first:
-
-    export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
-    export RAY_USAGE_STATS_ENABLED=0
-
 In Flower's simulation, in this folder, all {count} clients on one machine (`pkill -f flower-superlink` ends the
 SuperLink that it starts):
 
@@ -152,14 +141,12 @@ On machines: a SuperLink, and one SuperNode for each client with its number from
     flower-supernode --insecure --superlink SERVER:8000 --port 8001 --node-config 'partition-id=0'
     flwr run . NAME --stream -c 'out="/folder/on/the/server"'
 
-Several SuperNodes on one machine need a `--port` each. `NAME` is the SuperLink in Flower's own `config.toml`:
+`NAME` is the SuperLink in Flower's own `config.toml`:
 
     [superlink.NAME]
     address = "SERVER:8000"
     insecure = true
 
-`flwr list NAME` shows the runs, `flwr stop RUN NAME` stops one, and the same command with `resume=true` resumes it:
-`-c 'out="/folder/on/the/server" resume=true'`. Another number of clients needs a new app. `fedftg report`,
-`fedftg compare` and `fedftg export` read the run folder. `docs/flower.md` of fedftg describes TLS, authentication of
-nodes, GPUs and every message.
+The same command with `resume=true` resumes a run that was stopped. Another number of clients needs a new app.
+`docs/flower.md` of fedftg describes TLS, authentication of nodes, machines without a network, and every setting.
 """

@@ -1,8 +1,4 @@
-"""A Flower grid in this process: the same ServerApp and ClientApp without Ray, SuperLink or network.
-
-Messages are handled when they are pushed, in the order of node ids, so runs are deterministic. It serves tests and the
-first steps of an app; for many clients ``fedftg run`` is faster, since nothing is serialised.
-"""
+"""A Flower grid in this process: the same ServerApp and ClientApp without Ray, SuperLink or network, for tests."""
 
 from __future__ import annotations
 
@@ -23,7 +19,8 @@ Fault = Callable[[Message], Message | None]
 class LocalGrid(Grid):
     """Nodes with a ClientApp each, in this process.
 
-    A client that raises gives the error reply that a SuperNode sends; a missing node gives that of a SuperLink.
+    Messages are handled when they are pushed, in the order of node ids, so runs are deterministic. A client that raises
+    gives the error reply that a SuperNode sends; a missing node gives that of a SuperLink.
 
     Args:
         app: what every node runs.
@@ -74,8 +71,8 @@ class LocalGrid(Grid):
 
     @property
     def run(self) -> Run:
-        """Raises: only a SuperLink knows the run."""
-        raise NotImplementedError("an in-process grid has no SuperLink's run; use context.run_id")
+        """Raises `NotImplementedError`: only a SuperLink knows the run."""
+        raise NotImplementedError
 
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
@@ -116,7 +113,7 @@ class LocalGrid(Grid):
     def _answer(self, message: Message) -> Message:
         context = self._contexts.get(message.metadata.dst_node_id)
         if context is None:
-            return Message(Error(ErrorCode.NODE_UNAVAILABLE, "the node is not there"), reply_to=message)
+            return Message(Error(ErrorCode.NODE_UNAVAILABLE, "the node is not connected"), reply_to=message)
         try:
             return self._app(message, context)
         except Exception as error:
