@@ -1,24 +1,18 @@
 """One call of the distillation on images of a generator."""
 
-from __future__ import annotations
-
 import copy
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fedftg.distill import images, teachers
-from fedftg.distill.config import DistillConfig
+from fedftg.distill import teachers
 from fedftg.distill.distiller import distil
-from fedftg.distill.generator import Generator
-from fedftg.distill.images import Call, GeneratorImages, NoiseAndLabels
+from fedftg.distill.images import GeneratorImages, NoiseAndLabels
 from fedftg.distill.teachers import ListedTeachers
-from fedftg.errors import InputError
-from fedftg.params import Params, clone
+from fedftg.params import clone, prefixed
 
 
 class Given(GeneratorImages):
@@ -26,7 +20,7 @@ class Given(GeneratorImages):
 
     draws: Sequence[NoiseAndLabels] = ()
 
-    def start(self, call: Call) -> Sequence[NoiseAndLabels]:
+    def start(self, call):
         drawn = super().start(call)
         return self.draws or drawn
 
@@ -34,74 +28,57 @@ class Given(GeneratorImages):
 class Bench:
     """Images, a student and three teachers, the same in every test."""
 
-    def __init__(
-        self, classifier: Callable[..., nn.Module], generator: Callable[..., Generator], config: DistillConfig
-    ) -> None:
+    def __init__(self, classifier, generator, config):
         self.teachers = [classifier(seed) for seed in (1, 2, 3)]
         self.student = classifier(4)
         self.generator = generator(noise_dim=config.noise_dim)
         self.config, self.images = config, Given(config, self.generator)
 
-    def distil(self, counts: Tensor, seed: int = 0, **arguments: Any) -> dict[str, Tensor]:
+    def distil(self, counts, seed=0, **arguments):
         rng = torch.Generator().manual_seed(seed)
         teachers = ListedTeachers(self.teachers)
         return distil(self.config, self.images, self.student, teachers, counts, rng=rng, **arguments)
 
-    def state(self) -> Params:
-        return {
-            **clone(self.student.state_dict()),
-            **{f"g.{n}": t for n, t in clone(self.generator.state_dict()).items()},
-        }
+    def state(self):
+        return clone({**self.student.state_dict(), **prefixed(self.generator.state_dict(), "g.")})
 
 
-def mean(metrics: dict[str, Tensor]) -> dict[str, float]:
+def mean(metrics):
     return {name: float(values.mean()) for name, values in metrics.items()}
 
 
+def same(left, right):
+    return set(left) == set(right) and all(torch.equal(left[name], right[name]) for name in left)
+
+
 @pytest.fixture
-def bench(
-    classifier: Callable[..., nn.Module], generator: Callable[..., Generator], config: Callable[..., DistillConfig]
-) -> Callable[..., Bench]:
-    def make(name: str = "fedftg", **overrides: Any) -> Bench:
+def bench(classifier, generator, config):
+    def make(name="fedftg", **overrides):
         return Bench(classifier, generator, config(name, **overrides))
 
     return make
 
 
-def same(left: Params, right: Params) -> bool:
-    return set(left) == set(right) and all(torch.equal(left[name], right[name]) for name in left)
-
-
 @pytest.mark.parametrize("name", ["paper", "official", "fedftg"])
-def test_same_seed_same_bits(bench: Callable[..., Bench], counts: Tensor, name: str) -> None:
-    states, global_state, calls = [], torch.get_rng_state(), []
+def test_same_seed_same_bits(bench, classifier, counts, name):
+    """Dropout included, whatever torch's global state, which stays as it is."""
+    states, calls = [], []
     for seed in (0, 0, 1):
-        one = bench(name)
+        torch.manual_seed(len(states))
+        one, global_state = bench(name), torch.get_rng_state()
+        one.student = classifier(4, dropout=0.5)
         before = one.state()
         metrics = one.distil(counts, seed, progress=lambda done, total: calls.append((done, total)))
         states.append(one.state())
         assert not same(before, states[-1])
         assert all(values.shape == (2,) and bool(values.isfinite().all()) for values in metrics.values())
+        assert torch.equal(global_state, torch.get_rng_state())
     assert calls == [(1, 2), (2, 2)] * 3
     assert same(states[0], states[1])
     assert not same(states[0], states[2])
-    assert torch.equal(global_state, torch.get_rng_state())
 
 
-def test_dropout_comes_from_the_rng_too(
-    bench: Callable[..., Bench], classifier: Callable[..., nn.Module], counts: Tensor
-) -> None:
-    states = []
-    for global_seed in (0, 1):
-        torch.manual_seed(global_seed)
-        one = bench("paper")
-        one.student = classifier(4, dropout=0.5)
-        one.distil(counts)
-        states.append(one.state())
-    assert same(*states)
-
-
-def certain_teacher(images: Tensor) -> Tensor:
+def certain_teacher(images):
     """Logits (20, 0, 0) whatever the image: class 0."""
     return images.mean((1, 2, 3))[:, None] * 0 + torch.tensor([20.0, 0.0, 0.0])
 
@@ -110,7 +87,7 @@ DRAWS = [(torch.randn(6, 6, generator=torch.Generator().manual_seed(3)), torch.t
 LOG_3 = float(torch.tensor(3.0).log())
 
 
-def test_metrics_by_hand(bench: Callable[..., Bench]) -> None:
+def test_metrics_by_hand(bench):
     """A teacher that is certain and right on three of six samples, a student that knows nothing.
 
     KL(teacher || uniform) = log 3, and the student's loss is the same; the cross-entropy is 0 or 20.
@@ -121,16 +98,13 @@ def test_metrics_by_hand(bench: Callable[..., Bench]) -> None:
     nn.init.zeros_(one.student[-1].bias)
     one.images.draws = DRAWS
     means = mean(one.distil(torch.ones(1, 3)))
-    assert list(means) == ["discrepancy", "fidelity", "diversity", "student", "teacher_agreement"]
-    assert means["discrepancy"] == pytest.approx(LOG_3, rel=1e-4)
-    assert means["student"] == pytest.approx(LOG_3, rel=1e-4)
-    assert means["teacher_agreement"] == pytest.approx(0.5)
-    assert means["fidelity"] == pytest.approx(10.0, rel=1e-4)
-    assert 0 < means["diversity"] < 1
+    assert 0 < means.pop("diversity") < 1
+    expected = {"discrepancy": LOG_3, "fidelity": 10.0, "student": LOG_3, "teacher_agreement": 0.5}
+    assert means == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("chunk", [0, 1])
-def test_the_mask_counts_only_transferable_samples(bench: Callable[..., Bench], chunk: int) -> None:
+def test_the_mask_counts_only_transferable_samples(bench, chunk):
     """As above: the ensemble is right on three of six samples; the student, whose ties go to class 0, on the same."""
     found = []
     for bias in (torch.zeros(3), torch.tensor([0.0, 1e-4, 0.0])):
@@ -153,9 +127,7 @@ def test_the_mask_counts_only_transferable_samples(bench: Callable[..., Bench], 
     ],
     ids=["paper", "masked", "per_client", "kept"],
 )
-def test_teacher_chunks_give_the_same_numbers(
-    bench: Callable[..., Bench], counts: Tensor, overrides: dict[str, object]
-) -> None:
+def test_teacher_chunks_give_the_same_numbers(bench, counts, overrides):
     """Two calls in float64, where what rounding leaves of zero gradients is far below Adam's epsilon."""
     states = []
     for chunk in (0, 1, 2, 5):
@@ -165,25 +137,20 @@ def test_teacher_chunks_give_the_same_numbers(
         one.config = one.config.model_copy(update={"teacher_chunk": chunk})
         one.images = Given(one.config, one.generator)
         metrics = [mean(one.distil(counts, seed)) for seed in (0, 1)]
-        states.append(
-            {**one.state(), **{f"{k}{i}": torch.tensor(v) for i, m in enumerate(metrics) for k, v in m.items()}}
-        )
+        numbers = {f"{name}{call}": torch.tensor(m[name]) for call, m in enumerate(metrics) for name in m}
+        states.append({**one.state(), **numbers})
     assert states[0]["0.weight"].dtype == torch.float64
     for other, (name, tensor) in itertools.product(states[1:], states[0].items()):
         tolerance = 1e-7 if tensor.dtype == torch.float64 else 1e-5
-        torch.testing.assert_close(
-            other[name], tensor, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(other[name], tensor, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(("chunk", "at_once", "most"), [(0, 32, 3), (0, 2, 2), (1, 32, 1), (2, 32, 2)])
-def test_at_most_a_chunk_of_teachers_is_called_at_a_time(
-    bench: Callable[..., Bench], counts: Tensor, monkeypatch: pytest.MonkeyPatch, chunk: int, at_once: int, most: int
-) -> None:
+def test_at_most_a_chunk_of_teachers_is_called_at_a_time(bench, counts, monkeypatch, chunk, at_once, most):
     sizes: list[int] = []
     call = ListedTeachers.__call__
 
-    def counted(self: ListedTeachers, images: Tensor, start: int, stop: int) -> Tensor:
+    def counted(self, images, start, stop):
         sizes.append(stop - start)
         return call(self, images, start, stop)
 
@@ -194,9 +161,7 @@ def test_at_most_a_chunk_of_teachers_is_called_at_a_time(
 
 
 @pytest.mark.parametrize("chunk", [0, 1])
-def test_without_student_steps_only_the_generator_moves(
-    bench: Callable[..., Bench], counts: Tensor, chunk: int
-) -> None:
+def test_without_student_steps_only_the_generator_moves(bench, counts, chunk):
     """Nobody is left with a gradient; a hook on a weight, which runs when its gradient is made, never runs."""
     one = bench("fedftg", student_steps=0, teacher_chunk=chunk)
     reached: list[str] = []
@@ -212,7 +177,7 @@ def test_without_student_steps_only_the_generator_moves(
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_modes(bench: Callable[..., Bench], counts: Tensor, mode: str) -> None:
+def test_modes(bench, counts, mode):
     """One iteration of two generator and two student steps.
 
     The generator trains in its two steps and evaluates once for the student, whose images are made once; the student
@@ -235,9 +200,7 @@ OFF = {"lambda_md": 0.0, "lambda_cls": 0.0, "lambda_dis": 0.0, "student_steps": 
     ("term", "metric", "sign"),
     [("lambda_md", "discrepancy", 1), ("lambda_cls", "fidelity", -1), ("lambda_dis", "diversity", -1)],
 )
-def test_each_term_moves_the_generator_its_way(
-    bench: Callable[..., Bench], counts: Tensor, term: str, metric: str, sign: int
-) -> None:
+def test_each_term_moves_the_generator_its_way(bench, counts, term, metric, sign):
     """It raises the discrepancy, and lowers the cross-entropy and the diversity term; with all off it stays."""
     draw = torch.randn(32, 6, generator=torch.Generator().manual_seed(3)), torch.arange(32) % 3
     for chunk, weights in itertools.product((0, 2), ({term: 1.0}, {})):
@@ -247,35 +210,24 @@ def test_each_term_moves_the_generator_its_way(
         assert sign * (after - before) > 0 if weights else after == pytest.approx(before, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"teacher_gradient": "detached"},
-        {"student_momentum": 0.9},
-        {"temperature": 3.0},
-        {"label_sampling": "uniform"},
-    ],
-    ids=str,
-)
-def test_a_field_that_no_other_test_needs_matters(
-    bench: Callable[..., Bench], counts: Tensor, change: dict[str, object]
-) -> None:
+def test_fields_that_no_other_test_needs_matter(bench, counts):
+    changes = {"teacher_gradient": "detached", "student_momentum": 0.9, "temperature": 3.0, "label_sampling": "uniform"}
     states = []
-    for overrides in ({}, change):
+    for overrides in ({}, *({name: value} for name, value in changes.items())):
         one = bench("paper", **overrides)
         one.distil(counts)
         states.append(one.state())
-    assert not same(*states)
+    assert not any(same(states[0], changed) for changed in states[1:])
 
 
-def test_modes_and_flags_are_put_back_also_after_an_error(bench: Callable[..., Bench], counts: Tensor) -> None:
+def test_modes_and_flags_are_put_back_also_after_an_error(bench, counts):
     one = bench("paper")
     one.student.train()
     one.student[1].eval()
     one.student[0].bias.requires_grad_(False)
     fixed = one.student[0].bias.clone()
 
-    def stop(done: int, total: int) -> None:
+    def stop(done, total):
         raise KeyboardInterrupt
 
     for progress in (None, stop):
@@ -289,7 +241,7 @@ def test_modes_and_flags_are_put_back_also_after_an_error(bench: Callable[..., B
 
 
 @pytest.mark.parametrize("state", ["kept", "reset"])
-def test_memory_continues_bit_for_bit(bench: Callable[..., Bench], counts: Tensor, state: str) -> None:
+def test_memory_continues_bit_for_bit(bench, counts, state):
     overrides = {"generator_optimizer_state": state, "generator_warmup": 1}
     through = bench("paper", **overrides)
     through.distil(counts, 0)
@@ -309,7 +261,7 @@ def test_memory_continues_bit_for_bit(bench: Callable[..., Bench], counts: Tenso
     assert any(name.endswith("exp_avg") for name in memory) == (state == "kept")
 
 
-def test_warmup_is_in_the_first_call_only(bench: Callable[..., Bench], counts: Tensor) -> None:
+def test_warmup_is_in_the_first_call_only(bench, counts):
     one = bench("paper", generator_warmup=3)
     steps = [0]
     for _ in range(2):
@@ -318,7 +270,7 @@ def test_warmup_is_in_the_first_call_only(bench: Callable[..., Bench], counts: T
     assert [after - before for before, after in itertools.pairwise(steps)] == [3 + 2, 2]
 
 
-def test_rates_scale(bench: Callable[..., Bench], counts: Tensor) -> None:
+def test_rates_scale(bench, counts):
     states = []
     for overrides, scale in (({}, 0.5), ({"student_lr": 0.05, "generator_lr": 0.005}, 1.0)):
         one = bench("paper", **overrides)
@@ -327,16 +279,7 @@ def test_rates_scale(bench: Callable[..., Bench], counts: Tensor) -> None:
     assert same(*states)
 
 
-@pytest.mark.parametrize("name", ["paper", "official", "fedftg"])
-def test_one_teacher_and_an_absent_class(bench: Callable[..., Bench], name: str) -> None:
-    one = bench(name)
-    one.teachers = one.teachers[:1]
-    means = mean(one.distil(torch.tensor([[5, 0, 7]])))
-    assert all(abs(value) < 1e6 for value in means.values())
-    assert all(bool(torch.isfinite(tensor).all()) for tensor in one.state().values())
-
-
-def test_a_label_that_no_teacher_holds_does_no_harm(bench: Callable[..., Bench]) -> None:
+def test_a_label_that_no_teacher_holds_does_no_harm(bench):
     """Weights 0: such a sample adds nothing to any loss but diversity, and no NaN."""
     one = bench("paper", lambda_dis=0.0)
     before = clone(dict(one.student.named_parameters()))
@@ -345,44 +288,3 @@ def test_a_label_that_no_teacher_holds_does_no_harm(bench: Callable[..., Bench])
     assert means["discrepancy"] == means["fidelity"] == means["student"] == 0
     for name, parameter in one.student.named_parameters():
         torch.testing.assert_close(parameter.detach(), before[name] * (1 - 0.1 * 1e-3) ** 4)
-
-
-@pytest.mark.parametrize("name", ["paper", "official"])
-def test_bfloat16_moves_the_same_way_and_keeps_types(
-    bench: Callable[..., Bench], counts: Tensor, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    """A bfloat16 has 8 bits of precision: after one iteration the student has moved within some percent of the same."""
-    monkeypatch.setattr(images, "_has_bfloat16", lambda device: True)
-    full, half = (
-        bench(name, iterations=1, student_steps=1, student_lr=1.0, precision=precision)
-        for precision in ("float32", "bfloat16")
-    )
-    start = clone(full.student.state_dict())
-    full.distil(counts)
-    half.distil(counts)
-    assert all(tensor.dtype in (torch.float32, torch.int64) for tensor in half.state().values())
-    moved, differs = 0.0, 0.0
-    for key, parameter in full.student.named_parameters():
-        moved += float((parameter.detach() - start[key]).square().sum())
-        differs += float((parameter - half.student.get_parameter(key)).detach().square().sum())
-    assert 0 < differs < 0.05 * moved
-
-
-def test_bfloat16_without_the_hardware_is_refused(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "_has_bfloat16", lambda device: False)
-    with pytest.raises(InputError, match="'bfloat16' needs hardware that has it, got cpu"):
-        bench("paper", precision="bfloat16")
-
-
-def test_wrong_inputs(bench: Callable[..., Bench], counts: Tensor) -> None:
-    for wrong, message in (
-        (torch.zeros(3, 3), "all 0"),
-        (counts[:2], r"\(3, C\), got \(2, 3\)"),
-        (counts[:, :2], "generator's 3 classes, got 2"),
-    ):
-        with pytest.raises(InputError, match=message):
-            bench().distil(wrong)
-    one = bench()
-    one.student.requires_grad_(False)
-    with pytest.raises(InputError, match="requires a gradient"):
-        one.distil(counts)

@@ -7,13 +7,8 @@ Learning", CVPR 2022, https://arxiv.org/abs/2203.09249.
     with x = G(z, y; theta)
 
 The clients' models of this round are the teachers, the aggregate is the student, and the generator's weights persist
-over rounds. The work is done by `fedftg.distill.distiller.distil`; the differences from paper and public code are
-the fields of `fedftg.distill.config.DistillConfig`, and ours of a federation, ``absent_weight``:
-
-Clients that sit a round out take what they know with them: the aggregate forgets the classes of the absent. The model
-that the round before ended with still knows them, so it is one more teacher, with class counts ``absent_weight`` times
-the sum of those that clients gave when they last took part. ``a_k(y)``, ``p_t(y)`` and the set of held classes then
-follow as always.
+over rounds. With ``absent_weight`` the model that the round before ended with is one more teacher, for the classes of
+absent clients. Differences from paper and public code: docs/algorithms/fedftg.md.
 """
 
 from __future__ import annotations
@@ -50,10 +45,9 @@ class FedFTG:
     config: DistillConfig
     context: RefinerContext
     absent_weight: float = 0.0
-    """See `FedFTGConfig`."""
 
     def init(self, params: Params, rng: torch.Generator) -> Memory:  # noqa: ARG002
-        """The generator's initial weights, drawn from ``rng``."""
+        """Returns the generator's initial weights, drawn from ``rng``."""
         return self._images(int(torch.randint(2**62, (), generator=rng))).memory()
 
     def refine(
@@ -103,8 +97,7 @@ def known_counts(memory: Memory) -> dict[int, Tensor]:
 
 def absent_counts(known: Mapping[int, Tensor], present: Sequence[ClientResult]) -> Tensor | None:
     """Returns the ``(C,)`` float64 class counts of all known clients that are absent; None where these hold nothing."""
-    here = {result.client for result in present}
-    absent = [counts for client, counts in known.items() if client not in here]
+    absent = [known[client] for client in known.keys() - {result.client for result in present}]
     total = torch.stack(absent).sum(dim=0, dtype=torch.float64) if absent else torch.zeros(1)
     return total if bool(total.any()) else None
 
@@ -123,11 +116,7 @@ class FedFTGConfig(RefinerConfig, DistillConfig):
 
     @classmethod
     def defaults(cls, given: Mapping[str, Any], num_classes: int | None = None) -> dict[str, Any]:
-        """The preset; from 100 classes on with the public code's noise of 256 for CIFAR-100.
-
-        Raises:
-            InputError: no such preset.
-        """
+        """Returns the preset; from 100 classes on with the public code's noise of 256 for CIFAR-100."""
         name = str(given.get("preset", "fedftg"))
         values = {**preset(name).model_dump(), "absent_weight": ABSENT_WEIGHTS.get(name, 0.0)}
         return {**values, "noise_dim": 256} if num_classes is not None and num_classes >= 100 else values
@@ -138,6 +127,6 @@ class FedFTGConfig(RefinerConfig, DistillConfig):
         return {**cls.defaults(given), **given} if isinstance(given, dict) else given
 
     def build(self, context: RefinerContext) -> Refiner:
-        """The refiner for one experiment."""
+        """Returns the refiner for one experiment."""
         config = DistillConfig(**self.model_dump(include=set(DistillConfig.model_fields)))
         return FedFTG(config, context, self.absent_weight)

@@ -23,21 +23,21 @@ from fedftg.seeds import SERVER, forked, seed_for, torch_rng
 
 @dataclass(frozen=True)
 class DistillMetrics:
-    """What happened in each iteration: ``(I,)`` float32 tensors on the CPU."""
+    """What happened in each iteration, mean over its steps: ``(I,)`` float32 tensors on the CPU."""
 
     discrepancy: Tensor
-    """``sum_k a_k L_md`` in the generator's steps, their mean; with a mask, what the mask leaves of it."""
+    """``sum_k a_k L_md``; with a mask, what the mask leaves of it."""
     fidelity: Tensor
-    """``sum_k a_k L_cls`` in the generator's steps, their mean."""
+    """``sum_k a_k L_cls``."""
     diversity: Tensor
-    """``L_dis`` in the generator's steps, their mean; 1 is a generator that makes one image."""
+    """``L_dis``; 1 is a generator that makes one image."""
     student: Tensor
-    """The student's loss, mean over its steps; 0 where it takes none."""
+    """The student's loss; 0 where it takes no step."""
     teacher_agreement: Tensor
     """The share of the student's images for which the weighted ensemble predicts the label they were drawn for."""
 
     def means(self) -> dict[str, float]:
-        """The mean of each metric over the iterations."""
+        """Returns the mean of each metric over the iterations."""
         return {item.name: float(getattr(self, item.name).mean()) for item in fields(self)}
 
 
@@ -49,7 +49,6 @@ class RefineResult:
     """The refined copy of the student, in the student's mode."""
     generator: Generator
     metrics: DistillMetrics
-    """Per iteration."""
     rolled_back: str | None
     """Why ``model`` and ``generator`` are as they were given, or None where all went well."""
     class_probabilities: Float[Tensor, " C"]
@@ -60,14 +59,9 @@ class RefineResult:
     def sample(
         self, n: int, labels: int | Sequence[int] | Int[Tensor, " N"] | None = None
     ) -> tuple[Float[Tensor, "N D H W"], Int[Tensor, " N"]]:
-        """``n`` synthetic images ``(N, D, H, W)`` and their labels ``(N,)``, on the generator's device.
+        """Returns ``n`` new synthetic images and their labels, on the generator's device.
 
-        Args:
-            n: at least 1. Every call gives new images.
-            labels: one for all, one for each, or None: drawn from ``p_t(y)``.
-
-        Raises:
-            InputError: ``n`` < 1, or labels that are not ``n`` numbers below the number of classes.
+        ``labels`` is one for all, one for each, or None: drawn from ``p_t(y)``.
         """
         if n < 1:
             raise InputError(f"n must be >= 1, got {n}; it is the number of images")
@@ -97,10 +91,10 @@ def refine(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> RefineResult:
-    """A better copy of ``student``, distilled from ``teachers`` with no data.
+    """Returns a better copy of ``student``, distilled from ``teachers`` with no data.
 
-    Nothing that is given is changed: not the student, the teachers, the generator, their modes and flags, nor torch's
-    global random state. The same seed gives the same result on the same machine.
+    Nothing that is given is changed, nor torch's global random state. The same seed gives the same result on the same
+    machine. An `InputError` says which inputs do not fit together.
 
     Args:
         student: a classifier from images ``(B, D, H, W)`` to logits ``(B, C)``, such as the average of the teachers.
@@ -112,11 +106,7 @@ def refine(
         generator: where to start from, such as ``result.generator`` of an earlier call; None: a new one. Its noise
             length and image shape go before ``config.noise_dim`` and ``image_shape``.
         image_shape: ``(D, H, W)`` of the classifiers' images: 1 or 3 channels, 8 to 224 pixels a side.
-        seed: of everything that is drawn.
         progress: called as ``progress(iterations done, iterations in all)``.
-
-    Raises:
-        InputError: inputs that do not fit together; the message says what to do.
     """
     settings = preset(config) if isinstance(config, str) else config
     if isinstance(teachers, nn.Module) and not isinstance(teachers, nn.ModuleList):
@@ -161,7 +151,6 @@ def _counts(class_counts: Tensor | Sequence[Sequence[float] | Tensor], num_teach
 
 @torch.no_grad()
 def _check(models: Mapping[str, Classifier], images: Tensor, num_classes: int) -> None:
-    """Calls every model once: what is wrong is one line before any work is done."""
     for name, model in models.items():
         broken = first_non_finite(model.state_dict()) if isinstance(model, nn.Module) else None
         if broken:

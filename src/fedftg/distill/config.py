@@ -1,7 +1,4 @@
-"""`DistillConfig` and its presets: ``paper``, ``official`` (the public code) and ``fedftg`` (ours, the default).
-
-Imports no torch, so that commands can show the presets without it.
-"""
+"""`DistillConfig` and its presets: ``paper``, ``official`` (the public code), ``fedftg`` (ours). Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,10 +16,7 @@ EnsembleWeighting = Literal["class", "samples", "uniform"]
 
 
 class DistillConfig(BaseModel):
-    """Every choice of the fine-tuning. ``DistillConfig()`` is the paper; presets differ in fields and in nothing else.
-
-    Defaults of the class: the paper, and its public code where the paper is silent (rates, optimisers, widths).
-    """
+    """Every choice of the fine-tuning. Defaults: the paper; where it is silent (rates, widths) its public code."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -109,10 +103,6 @@ class DistillConfig(BaseModel):
         ge=0,
         description="teachers whose graphs are in memory at a time, same numbers up to rounding; 0 means all up to 32",
     )
-    precision: Literal["float32", "bfloat16"] = Field(
-        default="float32",
-        description="arithmetic of the frozen teachers and the generator; bfloat16 needs hardware that has it",
-    )
 
 
 _OFFICIAL: dict[str, Any] = {
@@ -143,11 +133,7 @@ PRESETS: dict[str, DistillConfig] = {
 
 
 def preset(name: str, **overrides: Any) -> DistillConfig:
-    """The preset called ``name``, with some fields changed.
-
-    Raises:
-        InputError: no such preset or field, or a value out of range.
-    """
+    """Returns the preset called ``name``, with some fields changed; an `InputError` names a wrong one."""
     if name not in PRESETS:
         raise unknown("preset", name, PRESETS)
     try:

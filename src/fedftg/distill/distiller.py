@@ -43,17 +43,9 @@ def distil(
     the result is finite is left to the caller.
 
     Args:
-        config: ``iterations``, the ``student_*`` fields, ``temperature``, and what `Ensemble` takes.
-        images: the source of the images.
-        student: from images ``(B, D, H, W)`` to logits ``(B, C)``.
-        teachers: ``K`` of them, with the same classes.
         class_counts: ``(K, C)``, how many samples of each class each teacher has seen.
         rng: a CPU generator; all draws and the student's dropout come from it and from nothing else.
         lr_scale: factor on all rates; in round ``t``, counted from 0, ``config.lr_decay ** t``.
-        progress: called after every iteration.
-
-    Raises:
-        InputError: shapes, counts or devices that do not fit together.
     """
     parameters = trainable(student)
     counts = check_class_counts(class_counts, num_teachers=len(teachers))
@@ -106,11 +98,7 @@ def student_steps(
 
 
 def trainable(student: nn.Module) -> list[nn.Parameter]:
-    """Returns the parameters that require a gradient.
-
-    Raises:
-        InputError: none does.
-    """
+    """Returns the parameters that require a gradient, of which there must be one."""
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     if not parameters:
         raise InputError("no parameter of the student requires a gradient; call student.requires_grad_(True)")
@@ -119,10 +107,7 @@ def trainable(student: nn.Module) -> list[nn.Parameter]:
 
 @contextmanager
 def _frozen(student: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients of weights; modes and flags are put back afterwards.
-
-    Without gradients of weights the backward pass to the images costs about a third less.
-    """
+    # Without gradients of weights the backward pass to the images costs about a third less.
     modes = [(module, module.training) for module in student.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in student.parameters()]
     student.eval().requires_grad_(False)

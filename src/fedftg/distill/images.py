@@ -1,9 +1,4 @@
-"""Where the images come from on which a student learns from its teachers.
-
-`GeneratorImages` makes them, and improves them against teachers and student (FedFTG); `ProxyImages` are real images
-without labels (FedDF). Another source is a class with the three methods of `Images`; the student's steps
-(`fedftg.distill.distiller.distil`) are the same for all.
-"""
+"""Where the images come from on which a student learns from its teachers."""
 
 from __future__ import annotations
 
@@ -20,7 +15,7 @@ from fedftg.distill import losses
 from fedftg.distill.config import DistillConfig
 from fedftg.distill.generator import Generator
 from fedftg.distill.labels import sample_labels
-from fedftg.distill.teachers import Ensemble, autocast
+from fedftg.distill.teachers import Ensemble
 from fedftg.errors import InputError
 from fedftg.params import Params, clone, prefixed, unprefixed
 
@@ -39,9 +34,7 @@ class Call:
     ensemble: Ensemble
     iterations: int
     rng: torch.Generator
-    """The source of all draws, on the CPU."""
     lr_scale: float
-    """Factor on every rate."""
 
 
 class Images(Protocol[Draw]):
@@ -49,71 +42,53 @@ class Images(Protocol[Draw]):
 
     def start(self, call: Call) -> Sequence[Draw]:
         """Prepares a call and returns the draw of each iteration."""
-        ...
 
     def improve(self, call: Call, draw: Draw) -> dict[str, Tensor]:
         """Adapts the source to teachers and student on one draw; returns scalars by name for the metrics."""
-        ...
 
     def make(self, draw: Draw) -> tuple[Float[Tensor, "B D H W"], Int[Tensor, " B"] | None]:
-        """Images ``(B, D, H, W)`` without a graph, and their labels ``(B,)``, None where they are unknown."""
-        ...
+        """Returns images without a graph, and their labels, None where they are unknown."""
 
 
 class ProxyImages:
-    """Real images without labels, each shown once per pass, in random order.
+    """Real images without labels (FedDF), each shown once per pass, in random order.
 
-    Args:
-        images: ``(N, D, H, W)``, normalised as the teachers' were, on the student's device.
-        batch_size: ``B``; may be larger than ``N``.
+    They are on the student's device and normalised as the teachers' were; ``B`` may be larger than ``N``.
     """
 
     def __init__(self, images: Float[Tensor, "N D H W"], batch_size: int) -> None:
         self._images, self._batch_size = images, batch_size
 
     def start(self, call: Call) -> Sequence[Tensor]:
-        """The rows ``(B,)`` of each batch."""
+        """Returns the rows ``(B,)`` of each batch."""
         number, size = call.iterations * self._batch_size, len(self._images)
         passes = [torch.randperm(size, generator=call.rng) for _ in range(math.ceil(number / size))]
         return torch.split(torch.cat(passes)[:number].to(self._images.device), self._batch_size)
 
     def improve(self, call: Call, draw: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
-        """Real images stay as they are."""
+        """Returns no metrics: real images stay as they are."""
         return {}
 
     def make(self, draw: Int[Tensor, " B"]) -> tuple[Float[Tensor, "B D H W"], None]:
-        """The images of these rows."""
+        """Returns the images of these rows."""
         return self._images[draw], None
 
 
 class GeneratorImages:
-    """Images of a generator that is trained against teachers and student, as FedFTG does.
+    """Images of a generator that is trained, in place, against teachers and student (FedFTG).
 
-    In its own steps the generator trains (BatchNorm by batch); in `make` it evaluates.
-
-    Args:
-        config: see `DistillConfig`; ``noise_dim`` and ``generator_width`` are the generator's own.
-        generator: trained in place; its device and type are those of the images.
-
-    Raises:
-        InputError: the generator's device has no bfloat16 that is asked for.
+    The images have its device, type and noise length. In its own steps it is in training mode, in `make` it evaluates.
     """
 
     def __init__(self, config: DistillConfig, generator: Generator) -> None:
         parameter = next(generator.parameters())
         self._device, self._dtype = parameter.device, parameter.dtype
-        if config.precision == "bfloat16" and not _has_bfloat16(self._device):
-            raise InputError(f"precision 'bfloat16' needs hardware that has it, got {self._device}; set 'float32'")
         self._config, self._generator = config, generator
         self._optimizer = self._new_optimizer()
         self._calls = 0
 
     def start(self, call: Call) -> Sequence[NoiseAndLabels]:
-        """Noise ``(B, Z)`` and labels ``(B,)`` of each iteration; the first call warms the generator up before.
-
-        Raises:
-            InputError: class counts of other classes than the generator's.
-        """
+        """Returns noise and labels of each iteration; the first call warms the generator up before."""
         config, classes, expected = self._config, call.ensemble.num_classes, self._generator.num_classes
         if classes != expected:
             raise InputError(
@@ -131,7 +106,7 @@ class GeneratorImages:
         return self._draw(call, call.iterations)
 
     def improve(self, call: Call, draw: NoiseAndLabels) -> dict[str, Float[Tensor, ""]]:
-        """``generator_steps`` on one batch; the mean over them of discrepancy, fidelity and diversity."""
+        """Takes ``generator_steps`` on one batch; returns their mean discrepancy, fidelity and diversity."""
         config, number = self._config, len(call.ensemble)
         parts = [(0, number)] if config.generator_update == "joint" else [(k, k + 1) for k in range(number)]
         total = torch.zeros(3, device=self._device)
@@ -143,12 +118,11 @@ class GeneratorImages:
 
     @torch.no_grad()
     def make(self, draw: NoiseAndLabels) -> tuple[Float[Tensor, "B D H W"], Int[Tensor, " B"]]:
-        """Images ``(B, D, H, W)`` of the generator in evaluation mode, and the labels that they were drawn for."""
-        self._generator.eval()
-        return self._generate(draw), draw[1]
+        """Returns images of the generator in evaluation mode, and the labels that they were drawn for."""
+        return self._generator.eval()(*draw), draw[1]
 
     def memory(self) -> Params:
-        """Copies of all that the next call needs: the generator, and Adam's moments where they are kept."""
+        """Returns copies of all that the next call needs: the generator, and Adam's moments where they are kept."""
         memory = {_CALLS: torch.tensor(self._calls)}
         memory |= prefixed(clone(self._generator.state_dict()), _GENERATOR)
         if self._config.generator_optimizer_state == "kept":
@@ -180,17 +154,9 @@ class GeneratorImages:
         noise = torch.randn(*shape, self._generator.noise_dim, generator=call.rng)
         return list(zip(noise.to(self._device, self._dtype), labels.to(self._device), strict=True))
 
-    def _generate(self, draw: NoiseAndLabels) -> Float[Tensor, "B D H W"]:
-        with autocast(self._config, self._device):
-            images: Tensor = self._generator(*draw)
-        return images.to(self._dtype)
-
     def _step(self, call: Call, draw: NoiseAndLabels, start: int, stop: int) -> Float[Tensor, " 3"]:
-        """One Adam step on the teachers ``start <= k < stop``; returns their share of the three losses.
-
-        The gradient is collected at the images, with the graphs of one chunk of teachers in memory at a time.
-        """
-        images = self._generate(draw)
+        # The gradient is collected at the images, with the graphs of one chunk of teachers in memory at a time.
+        images = self._generator(*draw)
         leaf = images.detach().requires_grad_()
         mask = self._mask(call, leaf.detach(), draw[1])
         total = torch.zeros(3, dtype=self._dtype, device=self._device)
@@ -200,14 +166,13 @@ class GeneratorImages:
                 loss.backward()  # type: ignore[no-untyped-call]
             total += terms
         if leaf.grad is not None:
-            images.backward(leaf.grad)  # type: ignore[no-untyped-call]
+            images.backward(leaf.grad)
         self._optimizer.step()
         self._optimizer.zero_grad()
         return total
 
     @torch.no_grad()
     def _mask(self, call: Call, images: Tensor, labels: Tensor) -> Tensor | None:
-        """``(B,)``: the samples that count in L_md; None where all do."""
         if self._config.discrepancy_mask == "none":
             return None
         return losses.transferable(call.ensemble.probabilities(images, labels), call.student(images), labels)
@@ -215,12 +180,8 @@ class GeneratorImages:
     def _loss(
         self, call: Call, draw: NoiseAndLabels, images: Tensor, mask: Tensor | None, start: int, stop: int
     ) -> tuple[Tensor, Tensor]:
-        """The generator's loss with the teachers ``start <= k < stop``, and its three terms ``(3,)`` without a graph.
-
-        The order of operations is the public code's. It matters to the ``official`` preset: the biases before a
-        BatchNorm have no gradient but rounding errors, which Adam scales up to whole steps, so another order ends in
-        visibly different weights.
-        """
+        # The order of operations is the public code's: the biases before a BatchNorm have no gradient but rounding
+        # errors, which Adam scales up to whole steps, so another order ends in visibly different weights.
         config, (noise, labels) = self._config, draw
         weights = call.ensemble.weights(labels, start, stop)
         teacher_logits = call.ensemble.logits(images, start, stop)
@@ -240,10 +201,3 @@ class GeneratorImages:
         number, size, diversity = len(call.ensemble), stop - start, losses.diversity(noise, images)
         loss = loss + config.lambda_dis * diversity / (number / size) if config.lambda_dis else loss
         return loss, torch.stack([discrepancy, fidelity, size / number * diversity]).detach()
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # Without AVX512_BF16 or AMX a product of 2048x2048 measured 0.3 GFLOP/s beside 84 in float32 (AVX2).
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

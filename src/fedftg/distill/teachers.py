@@ -21,11 +21,8 @@ Classifier = Callable[[Tensor], Tensor]
 ClassifierFunction = Callable[[Params, Params, Tensor], Tensor]
 """``(params, buffers, images) -> logits (B, C)``, in evaluation mode."""
 
-STACKED_UP_TO = 2**30
-"""Bytes of all teachers together: beyond, a second copy of them costs more memory than it saves launches."""
-
-MOST_AT_ONCE = 32
-"""Teachers whose graphs are in memory at a time where ``teacher_chunk`` is 0."""
+STACKED_UP_TO = 2**30  # bytes of all teachers together
+MOST_AT_ONCE = 32  # teachers whose graphs are in memory at a time where ``teacher_chunk`` is 0
 
 
 @runtime_checkable
@@ -33,23 +30,14 @@ class Teachers(Protocol):
     """Teachers in evaluation mode: gradients reach the images and never the teachers' weights."""
 
     def __len__(self) -> int:
-        """``K``."""
-        ...
+        """Returns ``K``."""
 
     def __call__(self, images: Float[Tensor, "B D H W"], start: int, stop: int) -> Float[Tensor, "K B C"]:
-        """Logits ``(stop - start, B, C)`` of the teachers ``start <= k < stop``, differentiable in the images."""
-        ...
+        """Returns logits of the teachers ``start <= k < stop``, differentiable in the images."""
 
 
 class ListedTeachers:
-    """Teachers of any architectures, called one after the other.
-
-    Args:
-        classifiers: modules or functions from images ``(B, D, H, W)`` to logits ``(B, C)``; see `frozen`.
-
-    Raises:
-        InputError: no teacher.
-    """
+    """Teachers of any architectures, modules or functions (see `frozen`), called one after the other."""
 
     def __init__(self, classifiers: Sequence[Classifier]) -> None:
         if not classifiers:
@@ -60,7 +48,7 @@ class ListedTeachers:
         return len(self._classifiers)
 
     def __call__(self, images: Float[Tensor, "B D H W"], start: int, stop: int) -> Float[Tensor, "K B C"]:
-        """Logits ``(stop - start, B, C)``."""
+        """Returns logits of the teachers ``start <= k < stop``."""
         return torch.stack([classifier(images) for classifier in self._classifiers[start:stop]])
 
 
@@ -68,8 +56,7 @@ class StackedTeachers:
     """Teachers of one architecture, called together by ``torch.func.vmap``.
 
     Args:
-        function: logits ``(B, C)`` from one teacher's parameters, buffers and the images, in evaluation mode and
-            without a write to the buffers.
+        function: must not write to the buffers.
         params: every tensor with a new first dimension of size ``K`` (`fedftg.params.stack`).
         buffers: likewise; may be empty.
     """
@@ -83,7 +70,7 @@ class StackedTeachers:
         return next(iter(self._params.values())).shape[0]
 
     def __call__(self, images: Float[Tensor, "B D H W"], start: int, stop: int) -> Float[Tensor, "K B C"]:
-        """Logits ``(stop - start, B, C)``."""
+        """Returns logits of the teachers ``start <= k < stop``."""
         params = {name: tensor[start:stop] for name, tensor in self._params.items()}
         buffers = {name: tensor[start:stop] for name, tensor in self._buffers.items()}
         logits: Tensor = torch.func.vmap(self._function, in_dims=(0, 0, None))(params, buffers, images)
@@ -96,14 +83,6 @@ def stack_or_list(function: ClassifierFunction, params: Sequence[Params], buffer
     Stacked (which copies all values) on an accelerator, where many small kernels wait for their launch, while the
     copies are at most 1 GiB; listed beyond that, and on the CPU, where a ``vmap`` over convolutions measured twice the
     time of a loop.
-
-    Args:
-        function: see `StackedTeachers`.
-        params: one per teacher.
-        buffers: one per teacher.
-
-    Raises:
-        InputError: no teacher.
     """
     tensors = [tensor for one in params for tensor in one.values()]
     on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
@@ -117,9 +96,7 @@ class Ensemble:
     """Teachers with the weight of each on the samples of each class.
 
     Args:
-        teachers: ``K`` of them.
-        class_counts: ``(K, C)`` float64 on the CPU (`fedftg.distill.labels.check_class_counts`).
-        config: weights, temperature, ``teacher_chunk`` and ``precision``.
+        class_counts: ``(K, C)`` as `fedftg.distill.labels.check_class_counts` returns them.
         like: a tensor on the device and in the type of the images.
     """
 
@@ -137,32 +114,28 @@ class Ensemble:
 
     @property
     def num_classes(self) -> int:
-        """``C``."""
+        """Returns ``C``."""
         return self._class_weights.shape[1]
 
     def ranges(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """The teachers ``start <= k < stop`` as ranges whose graphs are in memory at a time."""
+        """Returns the teachers ``start <= k < stop`` as ranges whose graphs are in memory at a time."""
         size = self._config.teacher_chunk or MOST_AT_ONCE
         return [(first, min(first + size, stop)) for first in range(start, stop, size)]
 
     def weights(self, labels: Int[Tensor, " B"], start: int, stop: int) -> Float[Tensor, "K B"]:
-        """``a_k(y_i)`` of the teachers ``start <= k < stop``: ``(stop - start, B)``."""
+        """Returns ``a_k(y_i)`` of the teachers ``start <= k < stop``."""
         return self._class_weights[start:stop][:, labels]
 
     def logits(self, images: Float[Tensor, "B D H W"], start: int, stop: int) -> Float[Tensor, "K B C"]:
-        """Logits ``(stop - start, B, C)`` of the teachers ``start <= k < stop``."""
-        with autocast(self._config, images.device):
-            logits = self._teachers(images, start, stop)
-        return logits.to(images.dtype)
+        """Returns logits of the teachers ``start <= k < stop``, in the type of the images."""
+        return self._teachers(images, start, stop).to(images.dtype)
 
     @torch.no_grad()
     def probabilities(self, images: Float[Tensor, "B D H W"], labels: Int[Tensor, " B"] | None) -> Float[Tensor, "B C"]:
-        """``(B, C)``: the weighted mean of the teachers' probabilities, without a graph.
+        """Returns the weighted mean of the teachers' probabilities, ``(B, C)``, without a graph.
 
-        Args:
-            images: for the teachers.
-            labels: the class of each image; None where it is unknown: a teacher's weight is then its mean over
-                ``p_t(y)``, which for ``ensemble = "class"`` is its share of all samples, as FedDF weights.
+        Where ``labels`` is None (unknown), a teacher's weight is its mean over ``p_t(y)``: with ``ensemble = "class"``
+        its share of all samples, as FedDF weights.
         """
         parts = []
         for first, last in self.ranges(0, len(self)):
@@ -175,13 +148,8 @@ class Ensemble:
         return torch.stack(parts).sum(dim=0)
 
 
-def autocast(config: DistillConfig, device: torch.device) -> torch.autocast:
-    """The precision of the frozen teachers and the generator; the student and all losses stay in full precision."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
-
-
 def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """Returns a deep copy, also of a module that keeps a result with its graph as an attribute, such as features."""
+    """Returns a deep copy; a result that a module keeps with its graph, such as features, is detached in it."""
     memo = memo or {}
     for layer in module.modules():
         kept = [value for value in vars(layer).values() if isinstance(value, Tensor) and value.grad_fn is not None]
@@ -190,10 +158,7 @@ def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
 
 
 def frozen(classifier: Classifier) -> Classifier:
-    """Returns a view of a module that evaluates and has no weight gradients; a function, which must evaluate, as it is.
-
-    The view shares the module's values; the module keeps its modes and flags.
-    """
+    """Returns a view of a module that shares its values, evaluates and has no weight gradients; a function as it is."""
     if not isinstance(classifier, nn.Module):
         return classifier
     # deepcopy takes what the memo already holds for an object instead of copying it.
