@@ -54,7 +54,9 @@ def parts(config: RunConfig, data: FederatedData, with_data: int) -> Parts:
     params, buffers = model.init()
     algorithm = config.algorithm.build(data.num_clients)
     _check_fit(config, algorithm, model, data)
-    refiner = config.refiner.build(RefinerContext(model, data.num_classes, data.image_shape, data.device))
+    refiner = config.refiner.build(
+        RefinerContext(model, data.num_classes, data.image_shape, data.device, data.dataset.mean, data.dataset.std)
+    )
     state = ServerState(
         round=0,
         params=params,

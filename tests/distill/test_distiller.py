@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from fedftg.distill import teachers
+from fedftg.distill import images, teachers
 from fedftg.distill.distiller import distil
 from fedftg.distill.images import GeneratorImages, NoiseAndLabels
 from fedftg.distill.teachers import ListedTeachers
+from fedftg.errors import InputError
 from fedftg.params import clone, prefixed
 
 
@@ -288,3 +289,28 @@ def test_a_label_that_no_teacher_holds_does_no_harm(bench):
     assert means["discrepancy"] == means["fidelity"] == means["student"] == 0
     for name, parameter in one.student.named_parameters():
         torch.testing.assert_close(parameter.detach(), before[name] * (1 - 0.1 * 1e-3) ** 4)
+
+
+@pytest.mark.parametrize("name", ["paper", "official"])
+def test_bfloat16_moves_the_same_way_and_keeps_types(bench, counts, monkeypatch, name):
+    """A bfloat16 has 8 bits of precision: after one iteration the student has moved within some percent of the same."""
+    monkeypatch.setattr(images, "_has_bfloat16", lambda device: True)
+    full, half = (
+        bench(name, iterations=1, student_steps=1, student_lr=1.0, precision=precision)
+        for precision in ("float32", "bfloat16")
+    )
+    start = clone(full.student.state_dict())
+    full.distil(counts)
+    half.distil(counts)
+    assert all(tensor.dtype in (torch.float32, torch.int64) for tensor in half.state().values())
+    moved, differs = 0.0, 0.0
+    for key, parameter in full.student.named_parameters():
+        moved += float((parameter.detach() - start[key]).square().sum())
+        differs += float((parameter - half.student.get_parameter(key)).detach().square().sum())
+    assert 0 < differs < 0.05 * moved
+
+
+def test_bfloat16_without_the_hardware_is_refused(bench, monkeypatch):
+    monkeypatch.setattr(images, "_has_bfloat16", lambda device: False)
+    with pytest.raises(InputError, match="'bfloat16' needs hardware that has it, got cpu"):
+        bench("paper", precision="bfloat16")

@@ -163,6 +163,9 @@ class RefinerContext:
     num_classes: int
     image_shape: tuple[int, int, int]
     device: torch.device
+    mean: tuple[float, ...] = ()
+    """Per channel, as images were normalised for the clients; empty where it is not known (a strategy's server)."""
+    std: tuple[float, ...] = ()
 
 
 class RefinerConfig(BaseModel):

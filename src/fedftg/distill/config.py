@@ -103,6 +103,10 @@ class DistillConfig(BaseModel):
         ge=0,
         description="teachers whose graphs are in memory at a time, same numbers up to rounding; 0 means all up to 32",
     )
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="arithmetic of the frozen teachers and the generator; bfloat16 needs hardware that has it",
+    )
 
 
 _OFFICIAL: dict[str, Any] = {

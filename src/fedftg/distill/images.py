@@ -15,7 +15,7 @@ from fedftg.distill import losses
 from fedftg.distill.config import DistillConfig
 from fedftg.distill.generator import Generator
 from fedftg.distill.labels import sample_labels
-from fedftg.distill.teachers import Ensemble
+from fedftg.distill.teachers import Ensemble, autocast
 from fedftg.errors import InputError
 from fedftg.params import Params, clone, prefixed, unprefixed
 
@@ -83,6 +83,8 @@ class GeneratorImages:
     def __init__(self, config: DistillConfig, generator: Generator) -> None:
         parameter = next(generator.parameters())
         self._device, self._dtype = parameter.device, parameter.dtype
+        if config.precision == "bfloat16" and not _has_bfloat16(self._device):
+            raise InputError(f"precision 'bfloat16' needs hardware that has it, got {self._device}; set 'float32'")
         self._config, self._generator = config, generator
         self._optimizer = self._new_optimizer()
         self._calls = 0
@@ -119,7 +121,8 @@ class GeneratorImages:
     @torch.no_grad()
     def make(self, draw: NoiseAndLabels) -> tuple[Float[Tensor, "B D H W"], Int[Tensor, " B"]]:
         """Returns images of the generator in evaluation mode, and the labels that they were drawn for."""
-        return self._generator.eval()(*draw), draw[1]
+        self._generator.eval()
+        return self._generate(draw), draw[1]
 
     def memory(self) -> Params:
         """Returns copies of all that the next call needs: the generator, and Adam's moments where they are kept."""
@@ -154,9 +157,14 @@ class GeneratorImages:
         noise = torch.randn(*shape, self._generator.noise_dim, generator=call.rng)
         return list(zip(noise.to(self._device, self._dtype), labels.to(self._device), strict=True))
 
+    def _generate(self, draw: NoiseAndLabels) -> Float[Tensor, "B D H W"]:
+        with autocast(self._config, self._device):
+            images: Tensor = self._generator(*draw)
+        return images.to(self._dtype)
+
     def _step(self, call: Call, draw: NoiseAndLabels, start: int, stop: int) -> Float[Tensor, " 3"]:
         # The gradient is collected at the images, with the graphs of one chunk of teachers in memory at a time.
-        images = self._generator(*draw)
+        images = self._generate(draw)
         leaf = images.detach().requires_grad_()
         mask = self._mask(call, leaf.detach(), draw[1])
         total = torch.zeros(3, dtype=self._dtype, device=self._device)
@@ -166,7 +174,7 @@ class GeneratorImages:
                 loss.backward()  # type: ignore[no-untyped-call]
             total += terms
         if leaf.grad is not None:
-            images.backward(leaf.grad)
+            images.backward(leaf.grad)  # type: ignore[no-untyped-call]
         self._optimizer.step()
         self._optimizer.zero_grad()
         return total
@@ -201,3 +209,10 @@ class GeneratorImages:
         number, size, diversity = len(call.ensemble), stop - start, losses.diversity(noise, images)
         loss = loss + config.lambda_dis * diversity / (number / size) if config.lambda_dis else loss
         return loss, torch.stack([discrepancy, fidelity, size / number * diversity]).detach()
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    # Without AVX512_BF16 or AMX a product of 2048x2048 measured 0.3 GFLOP/s beside 84 in float32 (AVX2).
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

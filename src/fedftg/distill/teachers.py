@@ -128,7 +128,9 @@ class Ensemble:
 
     def logits(self, images: Float[Tensor, "B D H W"], start: int, stop: int) -> Float[Tensor, "K B C"]:
         """Returns logits of the teachers ``start <= k < stop``, in the type of the images."""
-        return self._teachers(images, start, stop).to(images.dtype)
+        with autocast(self._config, images.device):
+            logits = self._teachers(images, start, stop)
+        return logits.to(images.dtype)
 
     @torch.no_grad()
     def probabilities(self, images: Float[Tensor, "B D H W"], labels: Int[Tensor, " B"] | None) -> Float[Tensor, "B C"]:
@@ -146,6 +148,11 @@ class Ensemble:
             logits = self.logits(images, first, last)
             parts.append(losses.ensemble_probabilities(logits, weights, self._config.temperature))
         return torch.stack(parts).sum(dim=0)
+
+
+def autocast(config: DistillConfig, device: torch.device) -> torch.autocast:
+    """Returns the precision of the frozen teachers and the generator; student and losses stay in full precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
 
 
 def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
