@@ -5,28 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "fedftg"
-LAYERS = {
-    "params": 0,
-    "seeds": 0,
-    "errors": 0,
-    "recipes": 0,
-    "registry": 0,
-    "distill": 1,
-    "models": 1,
-    "data": 1,
-    "algorithms": 2,
-    "engine": 3,
-    "rundir": 3,
-    "config": 4,
-    "progress": 5,
-    "experiment": 6,
-    "build": 7,
-    "loop": 8,
-    "report": 6,
-    "flower": 9,
-    "cli": 10,
-    "__init__": 10,
-}
+ORDER = (
+    "params seeds errors recipes registry", "distill models data", "algorithms", "engine rundir", "config", "progress",
+    "experiment report", "build", "loop", "flower", "cli __init__",
+)  # fmt: skip
+LAYERS = {name: level for level, names in enumerate(ORDER) for name in names.split()}
 ISLANDS = {"distill", "models", "data", "report"}
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib"}
 

@@ -27,7 +27,7 @@ from fedftg.seeds import SERVER, seed_for, torch_rng
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything that a config names besides clients and data, and the state before the first round."""
+    """What a config names besides clients and data, and the state before the first round."""
 
     model: FunctionalModel
     algorithm: Algorithm
@@ -36,10 +36,7 @@ class Parts:
 
 
 def parts(config: RunConfig, data: FederatedData, with_data: int) -> Parts:
-    """Builds model, algorithm, refiner and initial state.
-
-    Args:
-        with_data: how many clients may take part.
+    """Builds model, algorithm, refiner and initial state; ``with_data`` clients may take part.
 
     Raises:
         InputError: the model, the cohort or the algorithm is impossible for this federation.
@@ -79,12 +76,9 @@ def build(config: RunConfig, dataset: ImageDataset | None = None, progress: Prog
     sizes = [data.num_samples(client) for client in range(data.num_clients)]
     with_data = sum(size > 0 for size in sizes)
     made = parts(config, data, with_data)
-    algorithm, params, buffers = made.algorithm, made.state.params, made.state.buffers
+    params, buffers, local = made.state.params, made.state.buffers, made.algorithm.local
     clients = ClientStore(
-        lambda: algorithm.local.init_memory(params, buffers),
-        {**params, **buffers},
-        sizes,
-        config.evaluation.track_all,
+        lambda: local.init_memory(params, buffers), {**params, **buffers}, sizes, config.evaluation.track_all
     )
     recipe = RunRecipe(
         config.plugins,
@@ -96,13 +90,18 @@ def build(config: RunConfig, dataset: ImageDataset | None = None, progress: Prog
         config.threads,
     )
     executor = executors.build(config.executor, made.model, data, config.local, recipe)
-    record: Record = {"class_names": list(data.dataset.class_names), "class_counts": data.class_counts.tolist()}
-    record["digest"] = data.digest
+    record: Record = {
+        "class_names": list(data.dataset.class_names),
+        "class_counts": data.class_counts.tolist(),
+        "digest": data.digest,
+    }
     if data.holds_back:
         record["held_back"] = [data.num_held_back(client) for client in range(data.num_clients)]
     if data.dataset.converted:
         record["converted"] = dict(data.dataset.converted)
-    return Experiment(config, data, made.model, algorithm, made.refiner, executor, made.state, clients, record)
+    return Experiment(
+        **vars(made), config=config, data=data, executor=executor, clients=clients, partition_record=record
+    )
 
 
 def _check_fit(config: RunConfig, algorithm: Algorithm, model: FunctionalModel, data: FederatedData) -> None:

@@ -252,7 +252,7 @@ def test_what_was_taken_out_of_a_run_is_told_and_nothing_written_over(
         refused(told, *(more if content is None else ()))
         back()
     back = change(state, (tmp_path / "o" / state).read_bytes())
-    refused("is of another model: its features", *more)
+    refused("is of another model: features", *more)
     back()
     back = change("checkpoint/checkpoint.json", None)
     refused("r has 4 rounds, but its checkpoint r/checkpoint/checkpoint.json is gone", *more)

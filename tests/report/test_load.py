@@ -63,11 +63,6 @@ def test_folder_is_no_run(tmp_path: Path) -> None:
             load_run(folder)
 
 
-def test_preset_with_the_refiners_name_is_not_repeated(tmp_path: Path) -> None:
-    config = '[algorithm]\nname = "moon"\n[refiner]\nname = "fedftg"\npreset = "fedftg"\n'
-    assert load_run(write(tmp_path / "a", config=config)).method == "moon + fedftg"
-
-
 def test_display_names_of_equal_folders(tmp_path: Path) -> None:
     folders = [tmp_path / "x" / "a", tmp_path / "y" / "a", tmp_path / "y" / "b"]
     runs = [load_run(write(folder)) for folder in folders]

@@ -5,20 +5,18 @@ import struct
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from fedftg.errors import InputError
-from fedftg.report import plots
 from fedftg.report.load import RunRecord
 from fedftg.report.plots import accuracy_plot, partition_heatmap, partition_sizes, running_mean
 
 
-def run_of(name: str, values: list[float], refiner: str = "none", every: int = 1, all_: bool = True) -> RunRecord:
+def run_of(name: str, values: list[float], refiner: str = "none", every: int = 1) -> RunRecord:
     rounds = [
         {
             "round": index * every,
-            "accuracy": {"selected": value, "refined": value} | ({"all": value / 2} if all_ else {}),
+            "accuracy": {"selected": value, "refined": value, "all": value / 2},
         }
         for index, value in enumerate(values, start=1)
     ]
@@ -42,15 +40,13 @@ def test_running_mean_by_hand() -> None:
     [
         [run_of("a", [0.1, 0.5])],
         [run_of("a", [0.1, 0.5], "fedftg")],
-        [run_of("a", [0.1], "fedftg", all_=False)],
-        [run_of("a", [])],
         [run_of("a", []), run_of("_b $x$ [c]", [0.2, 0.3], "fedftg", every=5)],
         [run_of("a", [0.1, math.nan, 0.3]), run_of("b", [math.nan], "fedftg")],
         [run_of("a", [0.5] * 400, "fedftg"), run_of("b", [0.4] * 1000)],
         [run_of(f"run-{index}", [0.1, 0.2], "fedftg") for index in range(15)],
         [run_of("n" * 200, [0.1]), run_of("m" * 200, [0.1])],
     ],
-    ids=["base", "refined", "one-point", "none", "odd-name", "nan", "long", "many", "long-names"],
+    ids=["base", "refined", "odd-name", "nan", "long", "many", "long-names"],
 )
 def test_accuracy_plot_is_1200_wide(runs: list[RunRecord], tmp_path: Path) -> None:
     path = accuracy_plot(runs, tmp_path / "new" / "plot.png")
@@ -72,18 +68,6 @@ def test_heatmap_of_extreme_counts(counts: list[list[int]], tmp_path: Path) -> N
     width, height = size(partition_heatmap(counts, ["$a", "b"], tmp_path / "h.png", title="odd $ title"))
     assert width == 1200
     assert 300 <= height <= 1300
-
-
-def test_many_clients_are_sorted_and_averaged_by_hand() -> None:
-    """Most of class 0 first, then of class 1, then the client without samples; two are a row."""
-    counts = np.array([[0.0, 4.0], [3.0, 1.0], [0.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
-    assert plots._binned(counts, 2).tolist() == [[2.5, 0.5], [0.0, 3.0], [0.0, 0.0]]
-
-
-def test_equally_big_classes_take_turns() -> None:
-    """Client k prefers class k - 1 modulo 3 among equals, then k - 2: here 2, 0 and 1, so client 0 comes last."""
-    counts = np.array([[1.0, 0.0, 1.0], [1.0, 1.0, 0.0], [1.0, 1.0, 0.0]])
-    assert plots._binned(counts, 1).tolist() == [[1, 1, 0], [1, 1, 0], [1, 0, 1]]
 
 
 @pytest.mark.parametrize(

@@ -33,29 +33,29 @@ class RunRecord:
 
     @property
     def name(self) -> str:
-        """The folder's name."""
+        """Returns the folder's name."""
         return self.folder.resolve().name
 
     @property
     def algorithm(self) -> str:
-        """The algorithm's name."""
+        """Returns the algorithm's name."""
         return str(self.config["algorithm"]["name"])
 
     @property
     def refiner(self) -> str:
-        """The refiner's name, with its preset where that has another name: ``none``, ``fedftg``, ``fedftg (paper)``."""
+        """Returns the refiner's name, with a preset of another name: ``none``, ``fedftg``, ``fedftg (paper)``."""
         settings = self.config["refiner"]
         preset = settings.get("preset", settings["name"])
         return str(settings["name"]) if preset == settings["name"] else f"{settings['name']} ({preset})"
 
     @property
     def method(self) -> str:
-        """Algorithm and refiner: ``fedavg``, ``fedavg + fedftg (paper)``."""
+        """Returns algorithm and refiner: ``fedavg``, ``fedavg + fedftg (paper)``."""
         return self.algorithm if self.refiner == "none" else f"{self.algorithm} + {self.refiner}"
 
     @property
     def seconds(self) -> float:
-        """Sum over all phases of the rounds on record."""
+        """Returns the sum over all phases of the rounds on record."""
         return math.fsum(part for row in self.rounds for part in row["seconds"].values())
 
 

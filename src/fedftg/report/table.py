@@ -17,6 +17,7 @@ LAST = 10
 """How many evaluations the reported mean covers."""
 
 SHOWN_CLIENTS = 20
+"""How many clients a partition's table has a row for."""
 
 _MEASURES = {
     "total_variation": "mean total variation, 0 if IID",
@@ -28,7 +29,7 @@ _MEASURES = {
 }
 
 _NOT_COMPARED = ("name", "refiner", "device", "threads", "plugins", "executor", "checkpoint")
-"""Settings in which a run and its base may differ without a note: they change no result, or are the comparison."""
+"""Sections in which a run and its base may differ without a note."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,14 @@ class Score:
 
 @dataclass(frozen=True)
 class Gain:
-    """Deployed accuracy minus the base's, over rounds in which both were evaluated."""
+    """Deployed accuracy minus the base's, over rounds (up to ``until``) in which both were evaluated."""
 
     base: str
     final: float
     mean_last: float
     until: int
-    """The last round that both have evaluated."""
     whole: bool
-    """Whether neither was evaluated later than that."""
+    """Neither was evaluated later than ``until``."""
     differs: tuple[str, ...]
     """Settings besides the refiner in which the two differ."""
 
@@ -64,14 +64,10 @@ class Row:
 
     name: str
     run: RunRecord
-    selected: Score | None
-    all: Score | None
-    refined: Score | None
-    """None without refiner, where the deployed model is the aggregate."""
     deployed: Score | None
+    """Of `refined`, or without refiner of the aggregate."""
     is_base: bool
     gain: Gain | None
-    """None where the run is a base or has none in this comparison."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +89,8 @@ def _rounds(row: Row) -> tuple[str, str]:
     return str(done), "" if done == planned else str(planned)
 
 
-def _score(value: Score | None) -> tuple[str, str]:
+def _accuracy(row: Row, kind: str) -> tuple[str, str]:
+    value = None if kind == "refined" and row.run.refiner == "none" else score(row.run.accuracy(kind))
     return (_percent(value.mean_last), _percent(value.final)) if value else ("", "")
 
 
@@ -107,18 +104,14 @@ def _best(row: Row) -> tuple[str, str]:
     return (_percent(row.deployed.best), str(row.deployed.best_round)) if row.deployed else ("", "")
 
 
-def _seconds(row: Row) -> tuple[str, str]:
-    return f"{row.run.seconds:.{1 if row.run.seconds < 100 else 0}f}", ""
-
-
 COLUMNS = (
     Column("rounds", _rounds, beside="/{}", below="of {}"),
-    Column("selected", lambda row: _score(row.selected)),
-    Column("all", lambda row: _score(row.all)),
-    Column("refined", lambda row: _score(row.refined)),
+    Column("selected", lambda row: _accuracy(row, "selected")),
+    Column("all", lambda row: _accuracy(row, "all")),
+    Column("refined", lambda row: _accuracy(row, "refined")),
     Column("vs base", _versus),
     Column("best", _best, beside=" @{}", below="@{}"),
-    Column("seconds", _seconds),
+    Column("seconds", lambda row: (f"{row.run.seconds:.{1 if row.run.seconds < 100 else 0}f}", "")),
 )
 """What is shown of each run beside its name and method; a new column is an entry here."""
 
@@ -146,9 +139,6 @@ def comparison_rows(runs: Sequence[RunRecord]) -> list[Row]:
         Row(
             name=name,
             run=run,
-            selected=score(run.accuracy("selected")),
-            all=score(run.accuracy("all")),
-            refined=None if run.refiner == "none" else score(run.accuracy("refined")),
             deployed=score(run.accuracy("refined")),
             is_base=place in bases,
             gain=None if base is None else _gain(run, runs[base], names[base]),
@@ -204,16 +194,14 @@ def partition_table(
     class_names: Sequence[str],
     skew: Mapping[str, float],
     held_back: Sequence[int] | None = None,
-    groups: Sequence[str] | None = None,
 ) -> Table:
-    """Returns per client size, number of classes and biggest class; after the first 20 one line about the rest.
+    """Returns a row per client: size, classes, biggest class; after the first 20 one line about the rest.
 
     Args:
         class_counts: clients x classes.
         class_names: one name per class.
         skew: measures of the whole partition, shown below the table.
         held_back: how many of each client's samples are for its own test; None has no such column.
-        groups: the domain or natural client that each one is; None has no such column.
     """
     sizes = [sum(counts) for counts in class_counts]
     lines = [f"{len(sizes)} clients, {sum(sizes)} samples, {len(class_names)} classes"]
@@ -229,13 +217,10 @@ def partition_table(
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("biggest class", overflow="fold")
     table.add_column("its share", justify="right", no_wrap=True)
-    if groups is not None:
-        table.add_column("group", overflow="fold")
     for client, counts in enumerate(class_counts[:SHOWN_CLIENTS]):
         most = max(counts)
         name, share = (class_names[counts.index(most)], f"{most / sizes[client]:.0%}") if most else ("-", "-")
-        group = [Text(groups[client])] if groups is not None else []
-        table.add_row(str(client), *(str(values[client]) for values in numbers.values()), Text(name), share, *group)
+        table.add_row(str(client), *(str(values[client]) for values in numbers.values()), Text(name), share)
     if len(sizes) > SHOWN_CLIENTS:
         table.add_section()
         spans = [_span(values[SHOWN_CLIENTS:]) for values in numbers.values()]
@@ -268,7 +253,8 @@ def _differences(run: RunRecord, base: RunRecord) -> tuple[str, ...]:
 
 def _is_best(row: Row, column: Column, rows: Sequence[Row]) -> bool:
     """Returns whether the column has the row's deployed accuracy, and no run's is higher."""
-    if len(rows) == 1 or row.deployed is None or column.header != ("refined" if row.refined else "selected"):
+    kind = "selected" if row.run.refiner == "none" else "refined"
+    if len(rows) == 1 or row.deployed is None or column.header != kind:
         return False
     means = [other.deployed.mean_last for other in rows if other.deployed]
     return row.deployed.mean_last == max((mean for mean in means if not math.isnan(mean)), default=math.nan)
