@@ -199,23 +199,6 @@ def test_same_seed_same_bytes_in_two_processes(
     assert read_records(tmp_path / "other") != read_records(tmp_path / "one")
 
 
-def test_finding_the_run_to_resume(fedftg: Any, no_refiner: list[str], tmp_path: Path) -> None:
-    missing = fedftg("run", "default", *no_refiner, "--resume")
-    assert missing.returncode == 2
-    assert "no run of 'default' with these settings" in missing.stderr
-    assert fedftg("run", "default", *no_refiner, "--set", "rounds=1").returncode == 0
-    longer = fedftg("run", "default", *no_refiner, "--resume")
-    assert longer.returncode == 0, longer.stderr
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["default"]
-    assert len((tmp_path / "runs" / "default" / "rounds.jsonl").read_text().splitlines()) == 4
-    again = fedftg("run", "default", *no_refiner, "--set", "rounds=1")
-    assert again.returncode == 0
-    assert (tmp_path / "runs" / "default-2").is_dir()
-    changed = fedftg("run", "--resume", "--out", "runs/default", "--set", "local.lr=0.3")
-    assert changed.returncode == 2
-    assert "--resume cannot change local.lr" in changed.stderr
-
-
 def test_what_was_taken_out_of_a_run_is_told_and_nothing_written_over(
     fedftg: Any, no_refiner: list[str], tmp_path: Path
 ) -> None:

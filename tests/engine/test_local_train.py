@@ -89,12 +89,6 @@ def test_clip_by_hand() -> None:
     assert clip({"a": torch.tensor([math.nan]), "b": torch.ones(2)}, 1.0)["b"].isnan().all()
 
 
-def test_rate_decays_from_round_2() -> None:
-    """0.1 * 0.5^(t - 1)."""
-    settings = LocalConfig(lr=0.1, lr_decay=0.5)
-    assert [settings.lr_at(round) for round in (1, 2, 3)] == [0.1, 0.05, 0.025]
-
-
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
 def test_sgd_is_that_of_torch_whatever_the_strides(momentum: float, weight_decay: float) -> None:

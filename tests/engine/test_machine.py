@@ -1,6 +1,5 @@
 import ctypes
 import platform
-from importlib.metadata import PackageNotFoundError
 from typing import Any
 
 import pytest
@@ -36,14 +35,3 @@ def test_freed_memory_is_kept_where_nothing_else_was_chosen(
     monkeypatch.setattr(ctypes, "CDLL", lambda _: Library())
     machine.keep_freed_memory()
     assert calls == expected
-
-
-def test_versions_of_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def version(package: str) -> str:
-        if package == "fedftg":
-            raise PackageNotFoundError(package)
-        return "9.9"
-
-    monkeypatch.setattr(machine, "version", version)
-    packages = machine.environment(1, "cpu")["packages"]
-    assert (packages["fedftg"], packages["torch"]) == ("not installed", "9.9")

@@ -36,12 +36,6 @@ def test_parameter_counts_on_cifar10(name, parameters):
     assert size(make(name)) == parameters
 
 
-def test_cnn_by_hand():
-    """64 * (3 * 25 + 1) + 64 * (64 * 25 + 1) + 384 * (64 * 5 * 5 + 1) + 192 * 385 + 10 * 193 = 797,962."""
-    shapes = [tuple(weight.shape) for weight in make("cnn").parameters() if weight.dim() > 1]
-    assert shapes == [(64, 3, 5, 5), (64, 64, 5, 5), (384, 1600), (192, 384), (10, 192)]
-
-
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_any_image_size(name):
     for shape in [(1, 8, 8), (3, 11, 17), *(() if name.startswith("resnet") else ((1, 28, 28), (3, 64, 64)))]:
@@ -73,12 +67,6 @@ def test_the_check_leaves_statistics_alone_and_the_model_training():
     assert all(int(layer.num_batches_tracked) == 0 and not layer.running_mean.any() for layer in statistics)
 
 
-def test_kaiming_fan_out():
-    """Deviation sqrt(2 / (512 * 9)) = 0.0208 for the last 3x3 convolution."""
-    weight = make("resnet18").blocks[-1].conv2.weight
-    assert float(weight.detach().std()) == pytest.approx(0.02083, rel=0.01)
-
-
 @pytest.mark.parametrize(
     ("name", "args", "kind"),
     [
@@ -108,12 +96,6 @@ def test_teachers_can_be_stacked(name):
     torch.testing.assert_close(logits[1], alone, rtol=1e-3, atol=1e-4)
 
 
-def test_arguments():
-    model = make("lenet_gn", channels=[4, 8], hidden=[20, 10], groups=4)
-    assert model.classifier.in_features == 10
-    assert model.features[1].num_groups == 4
-
-
 @pytest.mark.parametrize(
     ("name", "args", "expected"),
     [
@@ -134,11 +116,6 @@ def test_errors_are_one_line(name, args, expected):
         make(name, **args)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_images_too_small():
-    with pytest.raises(InputError, match="images must be at least 8x8, got 7x9"):
-        make("cnn", image_shape=(1, 7, 9))
 
 
 MODULE = """
@@ -170,13 +147,3 @@ def own_module(tmp_path, monkeypatch):
 def test_dotted_path_in_the_current_folder(own_module, separator):
     model = make(f"own_model_for_test{separator}Own", num_classes=3, width=6)
     assert size(model) == 3072 * 6 + 6 + 6 * 3 + 3
-
-
-def test_factory_that_takes_anything(own_module):
-    model = make("own_model_for_test:make", num_classes=5, colour="red")
-    assert model.rest == {"colour": "red"}
-
-
-def test_module_that_fails(own_module):
-    with pytest.raises(InputError, match=r"'broken_model_for_test.Net' cannot be imported \(ZeroDivisionError"):
-        make("broken_model_for_test.Net")

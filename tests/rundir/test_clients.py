@@ -57,13 +57,6 @@ def test_running_sum_equals_the_average_from_scratch(tmp_path: Path) -> None:
     torch.testing.assert_close(kept.average(), tree.weighted_mean([last[0], last[1], last[2]], [1, 1, 2]))
 
 
-def test_a_client_that_never_took_part_has_the_initial_memory(tmp_path: Path) -> None:
-    kept = store(tmp_path).updated([result(1, 7.0)])
-    assert memories(kept) == [0.0, 7.0, 0.0]
-    assert kept.upload(1)["w"].item() == 7.0
-    assert kept.upload(0)["w"].item() == 1.0
-
-
 def test_nothing_to_keep_writes_nothing(tmp_path: Path) -> None:
     kept = store(tmp_path / "checkpoint", track=False).updated([result(1, 7.0, memory={})])
     assert kept.change_sum == {}
