@@ -235,8 +235,12 @@ def test_a_client_that_fails_is_named(raised: type[Exception], seen: type[Except
         raise raised("by hand")
 
     model = make_model()
-    with pytest.raises(seen, match=message):
-        list(CudaGraphExecutor(model, DATA, SETTINGS, 1, recorder=Again()).run(Own(fail), own_tasks(model, 1)))
+    for executor in (
+        SequentialExecutor(model, DATA, SETTINGS),
+        CudaGraphExecutor(model, DATA, SETTINGS, 1, recorder=Again()),
+    ):
+        with pytest.raises(seen, match=message):
+            list(executor.run(Own(fail), own_tasks(model, 1)))
 
 
 def test_the_environment_says_what_the_clients_ran_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,16 +297,13 @@ def test_auto_takes_processes_where_they_pay() -> None:
     assert built.description == "sequential (auto: about 38 local steps, workers from 1000)"
 
 
-@pytest.mark.parametrize(
-    ("device", "dropout", "expected"),
-    [
+def test_auto_by_device() -> None:
+    for device, dropout, expected in (
         ("cuda", 0.0, ("cuda_graph", "device cuda")),
         ("cuda", 0.5, ("sequential", "a model with dropout cannot be recorded")),
         ("mps", 0.0, ("sequential", "device mps")),
-    ],
-)
-def test_auto_by_device(device: str, dropout: float, expected: tuple[str, str]) -> None:
-    data = make_data()
-    data.device = torch.device(device)
-    model = FunctionalModel(nn.Sequential(nn.Flatten(), nn.Dropout(dropout), nn.Linear(64, 3)))
-    assert choose(model, data, SETTINGS, recipe(), 8)[:2] == expected
+    ):
+        data = make_data()
+        data.device = torch.device(device)
+        model = FunctionalModel(nn.Sequential(nn.Flatten(), nn.Dropout(dropout), nn.Linear(64, 3)))
+        assert choose(model, data, SETTINGS, recipe(), 8)[:2] == expected

@@ -66,21 +66,6 @@ def test_no_batch_gives_the_model_back() -> None:
     assert all(torch.equal(result.params[name], tensor) for name, tensor in task.params.items())
 
 
-def test_a_parameter_that_the_loss_does_not_use_only_decays() -> None:
-    class Unused(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.head = nn.Linear(4, 3)
-            self.idle = nn.Parameter(torch.ones(2))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(x)
-
-    model, task = make(Unused(), lr=0.5)
-    result = train(model, PlainLocal(), task, BATCHES[:1], torch.ones(3), LocalConfig(weight_decay=0.1))
-    assert result.params["idle"].tolist() == pytest.approx([0.95, 0.95])
-
-
 def test_clip_by_hand() -> None:
     """Norm of (3, 4) is 5: clipped at 1 it becomes (0.6, 0.8); at 10 and at 0 (off) it stays."""
     grads: Params = {"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}

@@ -12,9 +12,7 @@ from fedftg.engine import machine
     [
         # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h; 32 MiB is the most that glibc takes.
         (None, "glibc", [(-3, 32 * 1024 * 1024), (-1, 2**31 - 1)]),
-        ("MALLOC_TRIM_THRESHOLD_", "glibc", []),
         ("GLIBC_TUNABLES", "glibc", []),
-        ("LD_PRELOAD", "glibc", []),
         (None, "", []),
     ],
 )

@@ -22,11 +22,8 @@ def test_bernoulli_mean_and_spread() -> None:
     assert all(cohort(CohortConfig(probability=0.01), [3, 7], 0, round) for round in range(1, 300)), "never empty"
 
 
-def test_neither_means_all_and_one_means_all() -> None:
-    assert cohort(CohortConfig(), [1, 4], 0, 1) == cohort(CohortConfig(probability=1.0), [1, 4], 0, 1) == [1, 4]
-
-
 def test_only_candidates_and_at_most_all_of_them() -> None:
+    assert cohort(CohortConfig(), [1, 4], 0, 1) == cohort(CohortConfig(probability=1.0), [1, 4], 0, 1) == [1, 4]
     assert cohort(CohortConfig(size=2), [5, 9], 0, 1) == [5, 9]
     with pytest.raises(ValueError, match="more than the 2 clients"):
         cohort(CohortConfig(size=3), [5, 9], 0, 1)

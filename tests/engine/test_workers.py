@@ -145,24 +145,7 @@ def test_a_process_that_is_killed_is_named_and_replaced(plugin: str) -> None:
     run.executor.close()
 
 
-def test_a_generator_that_is_closed_early_leaves_nothing_behind() -> None:
-    run = build.build(fedftg.RunConfig(**{**SETTINGS, "cohort": {}}))
-
-    def results(round: int) -> Any:
-        return run.executor.run(run.algorithm.local, run._tasks(round, [0, 1, 2, 3]))
-
-    whole = list(results(2))
-    started = results(1)
-    next(started)
-    started.close()
-    for left, right in zip(whole, results(2), strict=True):
-        assert left.client == right.client
-        assert all(torch.equal(left.params[name], right.params[name]) for name in left.params)
-    run.executor.close()
-    run.executor.close()
-
-
-def test_what_other_processes_cannot_train(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_other_processes_cannot_train() -> None:
     class Local(FedAvgConfig):
         pass
 
@@ -178,9 +161,6 @@ def test_what_other_processes_cannot_train(monkeypatch: pytest.MonkeyPatch) -> N
     assert f"model __main__:Own is defined in the started script{advice}" in refusal(
         model=ModelConfig(name="__main__:Own")
     )
-    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # type: ignore[attr-defined]
-    assert "may not start others" in refusal()
-    monkeypatch.undo()
     run.data.device = torch.device("meta")  # type: ignore[misc]
     assert "trains on the CPU and device is 'meta'; take device=cpu" in refusal()
 

@@ -38,7 +38,7 @@ class Measured:
     loss: dict[str, float] = field(default_factory=dict)
     clients: dict[str, dict[str, float]] = field(default_factory=dict)  # `over_clients`
     not_measured: list[dict[str, int | str]] = field(default_factory=list)
-    """Clients that ``clients`` leaves out although they hold samples back, and why: ``{client, reason}``."""
+    """Clients that hold samples back and are not in ``clients``: ``{client, reason}``."""
 
 
 @torch.no_grad()

@@ -137,7 +137,6 @@ def build(
     if name == "workers":
         executor = WorkersExecutor(recipe, data, settings, count)
     elif name == "cuda_graph":
-        # With auto, a model that cannot be recorded runs sequentially; where cuda_graph was asked for, it is an error.
         executor = CudaGraphExecutor(model, data, settings, config.group or 1, may_fall_back=config.name == "auto")
     else:
         executor = SequentialExecutor(model, data, settings)

@@ -46,14 +46,8 @@ _START, _TRAINING = "start of a worker process", "local training"
 
 
 class _Pickler(pickle.Pickler):
-    """Keeps all strides of tensors.
-
-    Even that of a side of length 1 decides which kernel a convolution takes, and so the last bits of its gradients
-    (measured with grey 8x8 images).
-    """
-
     def reducer_override(self, value: object) -> Any:
-        """Returns how a tensor is rebuilt; NotImplemented for other values."""
+        """Keeps a tensor's strides: even of a side of 1, they decide the kernel of a convolution and its last bits."""
         if not isinstance(value, Tensor):
             return NotImplemented
         dense = _dense(value)
@@ -63,7 +57,7 @@ class _Pickler(pickle.Pickler):
 class _Channel(NamedTuple):
     """Values in turn to and from another process: tensors through a shared file, the rest through a pipe.
 
-    torch would take /dev/shm, which holds 64 MB in a container; a pipe alone took 0.3 s for ResNet-18 and back.
+    torch would take /dev/shm, which holds 64 MB in a container.
     """
 
     connection: Connection
@@ -85,9 +79,7 @@ class _Channel(NamedTuple):
         return pickle.loads(content, buffers=buffers)
 
 
-def _tensor(
-    content: np.ndarray[Any, Any], dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]
-) -> Tensor:
+def _tensor(content: Any, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(content).view(dtype).as_strided(shape, stride)
 
 
@@ -106,7 +98,7 @@ def _shared_file() -> BinaryIO:
     """Returns an unbuffered file without a name, in memory where the system can."""
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("fedftg"), "w+b", 0)
-    return tempfile.TemporaryFile(buffering=0)  # type: ignore[return-value]
+    return tempfile.TemporaryFile(buffering=0)
 
 
 _Worker = tuple[SpawnProcess, _Channel]
@@ -273,10 +265,8 @@ def _build(file: BinaryIO, setup: bytes) -> tuple[SequentialExecutor, LocalRule]
         importlib.import_module(module)
     content = np.memmap(file, np.uint8, "c", shape=(int(np.prod(shape)),))
     images = torch.from_numpy(content).as_strided(shape, stride)
-    dataset = ImageDataset(
-        train_images=images, test_images=images[:0], test_labels=fields["train_labels"][:0], **fields
-    )  # fmt: skip
-    data = FederatedData(dataset, parts, noise=noise)
+    fields |= {"train_images": images, "test_images": images[:0], "test_labels": fields["train_labels"][:0]}
+    data = FederatedData(ImageDataset(**fields), parts, noise=noise)
     module = registry.build(recipe.model, data.num_classes, data.image_shape, recipe.model_seed)
     rule = recipe.algorithm.build(data.num_clients).local
     return SequentialExecutor(FunctionalModel(module), data, settings), rule

@@ -70,7 +70,7 @@ class FunctionalModel:
 
 
 def values(module: nn.Module) -> tuple[Params, Params]:
-    """Copies of a module's parameters and buffers."""
+    """Returns copies of a module's parameters and buffers."""
     return clone(dict(module.named_parameters())), clone(dict(module.named_buffers()))
 
 

@@ -58,7 +58,7 @@ def sweep(folder: Path) -> None:
 
 
 def load(clients: ClientStore) -> ServerState | None:
-    """Returns the last whole state, on the CPU, and restores ``clients`` from their folder; None where there is none."""
+    """Returns the last whole state, on the CPU, and restores ``clients`` from their folder; None if there is none."""
     index = _read_index(clients.folder)
     if index is None:
         return None
