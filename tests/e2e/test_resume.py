@@ -27,12 +27,11 @@ def die():
         MARK.touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
-from fedftg.distill import distiller
 from fedftg.engine import executors
 from fedftg.rundir import checkpoint, clients, tensors
 
 seen = dict(round=0, calls=0)
-train, student_steps, write_row = executors.train, distiller.student_steps, clients._Rows.write
+train, write_row = executors.train, clients._Rows.write
 write_index, write_tensors = checkpoint.write_atomically, tensors.write_atomically
 
 def watched_train(model, rule, task, batches, counts, settings):
@@ -42,12 +41,6 @@ def watched_train(model, rule, task, batches, counts, settings):
     if POINT == "local" and task.round == 3 and seen["calls"] == 2:
         die()
     return train(model, rule, task, batches, counts, settings)
-
-def watched_student_steps(*arguments):
-    result = student_steps(*arguments)
-    if POINT == "refine" and seen["round"] == 3:
-        die()
-    return result
 
 def watched_write_row(*arguments):
     number = write_row(*arguments)
@@ -67,7 +60,6 @@ def watched_write_tensors(path, content):
     write_tensors(path, content)
 
 executors.train = watched_train
-distiller.student_steps = watched_student_steps
 clients._Rows.write = watched_write_row
 checkpoint.write_atomically = watched_write_index
 tensors.write_atomically = watched_write_tensors
@@ -107,22 +99,16 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("algorithm", "point", "every"),
     [
-        *(("scaffold", point, 1) for point in ("local", "refine", "clients", "checkpoint-file", "checkpoint-index")),
+        *(("scaffold", point, 1) for point in ("local", "clients", "checkpoint-file", "checkpoint-index")),
         ("moon", "checkpoint-index", 1),
         ("moon", "clients", 4),
-        ("feddyn", "refine", 2),
+        ("feddyn", "local", 2),
     ],
 )
 def test_killed_and_resumed(
-    fedftg: Any,
-    tiny: list[str],
-    read_records: Read,
-    uninterrupted: Path,
-    tmp_path: Path,
-    algorithm: str,
-    point: str,
+    fedftg: Any, tiny: list[str], read_records: Read, uninterrupted: Path, tmp_path: Path, algorithm: str, point: str,
     every: int,
-) -> None:
+) -> None:  # fmt: skip
     (tmp_path / "killer.py").write_text(KILLER.format(point=point, mark=tmp_path / "mark"))
     settings = ["default", *tiny, "--set", f"algorithm.name={algorithm}"]
     whole = uninterrupted / algorithm
@@ -199,69 +185,44 @@ def test_same_seed_same_bytes_in_two_processes(
     assert read_records(tmp_path / "other") != read_records(tmp_path / "one")
 
 
-def test_finding_the_run_to_resume(fedftg: Any, no_refiner: list[str], tmp_path: Path) -> None:
-    missing = fedftg("run", "default", *no_refiner, "--resume")
-    assert missing.returncode == 2
-    assert "no run of 'default' with these settings" in missing.stderr
-    assert fedftg("run", "default", *no_refiner, "--set", "rounds=1").returncode == 0
-    longer = fedftg("run", "default", *no_refiner, "--resume")
-    assert longer.returncode == 0, longer.stderr
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["default"]
-    assert len((tmp_path / "runs" / "default" / "rounds.jsonl").read_text().splitlines()) == 4
-    again = fedftg("run", "default", *no_refiner, "--set", "rounds=1")
-    assert again.returncode == 0
-    assert (tmp_path / "runs" / "default-2").is_dir()
-    changed = fedftg("run", "--resume", "--out", "runs/default", "--set", "local.lr=0.3")
-    assert changed.returncode == 2
-    assert "--resume cannot change local.lr" in changed.stderr
+def test_resuming_is_refused_where_files_were_taken_away(fedftg: Any, no_refiner: list[str], tmp_path: Path) -> None:
+    """Checkpoints are large and get deleted; to resume from nothing would overwrite the records of hours."""
+    run = tmp_path / "r"
+    assert fedftg("run", "default", *no_refiner, "--out", "r").returncode == 0
+    rows = run / "rounds.jsonl"
+    content = rows.read_bytes()
+    lines = content.splitlines(keepends=True)
 
-
-def test_what_was_taken_out_of_a_run_is_told_and_nothing_written_over(
-    fedftg: Any, no_refiner: list[str], tmp_path: Path
-) -> None:
-    """Checkpoints are large and get deleted; going on from nothing would write over the records of hours."""
-    run, more = tmp_path / "r", ("--set", "rounds=5")
-
-    def refused(told: str, *extra: str) -> None:
+    def refused(reason: str) -> None:
         before = {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
-        done = fedftg("run", "--resume", "--out", "r", *extra)
+        done = fedftg("run", "--resume", "--out", "r", "--set", "rounds=5")
         assert (done.returncode, done.stdout) == (2, "")
-        assert told in done.stderr
+        assert reason in done.stderr
         assert done.stderr.endswith("back, or start a new run with another --out\n")
         assert {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
-    def change(file: str, content: bytes | None) -> Callable[[], object]:
-        path = run / file
-        kept = path.read_bytes()
-        path.unlink() if content is None else path.write_bytes(content)
-        return lambda: path.write_bytes(kept)
-
-    assert fedftg("run", "default", *no_refiner, "--out", "r").returncode == 0
-    records = (run / "rounds.jsonl").read_bytes()
-    lines = records.splitlines(keepends=True)
-    state, other = "checkpoint/state-000004.safetensors", "model.name=lenet_gn"
-    assert fedftg("run", "default", *no_refiner, "--set", other, "--set", "rounds=4", "--out", "o").returncode == 0
-
-    for content, told in (
-        (None, "lacks round 1 of the 4 that the checkpoint has"),
-        (records[:-9], "lacks round 4 of the 4"),
+    for left, reason in (
+        (b"", "lacks round 1 of the 4 that the checkpoint has"),
         (b"".join(lines[:1] + lines[2:]), "lacks round 2 of the 4"),
         (lines[0] + b"{]\n" + lines[2] + lines[3], "rounds.jsonl cannot be read"),
     ):
-        back = change("rounds.jsonl", content)
-        refused(told, *(more if content is None else ()))
-        back()
-    back = change(state, (tmp_path / "o" / state).read_bytes())
-    refused("is of another model: features", *more)
-    back()
-    back = change("checkpoint/checkpoint.json", None)
-    refused("r has 4 rounds, but its checkpoint r/checkpoint/checkpoint.json is gone", *more)
+        rows.write_bytes(left)
+        refused(reason)
+    rows.write_bytes(content)
+    state, other = "checkpoint/state-000004.safetensors", ("--set", "model.name=lenet_gn", "--out", "o")
+    assert fedftg("run", "default", *no_refiner, "--set", "rounds=4", *other).returncode == 0
+    kept = (run / state).read_bytes()
+    (run / state).write_bytes((tmp_path / "o" / state).read_bytes())
+    refused("is of another model: features")
+    (run / state).write_bytes(kept)
+    (run / "checkpoint" / "checkpoint.json").unlink()
+    refused("r has 4 rounds, but its checkpoint r/checkpoint/checkpoint.json is gone")
     (run / "summary.json").unlink()  # killed in round 5
-    refused("r has 4 rounds, but its checkpoint", *more)
-    (run / "rounds.jsonl").write_bytes(lines[0])  # killed before the first checkpoint was whole
+    refused("r has 4 rounds, but its checkpoint")
+    rows.write_bytes(lines[0])  # killed before the first checkpoint was whole
     done = fedftg("run", "--resume", "--out", "r", "--set", "rounds=2")
     assert done.returncode == 0, done.stderr
-    assert len((run / "rounds.jsonl").read_text().splitlines()) == 2
+    assert len(rows.read_text().splitlines()) == 2
 
 
 def test_export_is_the_deployed_model_whatever_became_of_clients(fedftg: Any, tiny: list[str], tmp_path: Path) -> None:

@@ -16,8 +16,7 @@ from fedftg.algorithms.base import Algorithm, Batch, ClientResult, LocalTask
 from fedftg.algorithms.registry import ALGORITHMS
 from fedftg.data.dataset import ImageDataset
 from fedftg.data.federated import FederatedData
-from fedftg.engine import cuda_graph, executors
-from fedftg.engine.client_slots import groups
+from fedftg.engine import executors
 from fedftg.engine.cuda_graph import CudaGraphExecutor
 from fedftg.engine.executors import (
     WORKERS_FROM,
@@ -112,7 +111,7 @@ class Again:
     def __init__(self) -> None:
         self.recorded: list[int] = []
 
-    def record(self, parts: Sequence[Part]) -> Part:
+    def __call__(self, parts: Sequence[Part]) -> Part:
         def replay() -> None:
             for part in parts:
                 part()
@@ -199,32 +198,13 @@ def test_other_names_or_shapes_are_recorded_anew() -> None:
     assert len(recorder.recorded) == 23
 
 
-def test_the_least_recently_used_recordings_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clients have batches of 5 and 2, 5 and 4, 5 and 2, 5, 1. Of two, that of 5 stays; the others take turns."""
-    monkeypatch.setattr(cuda_graph, "MOST_RECORDINGS", 2)
-    settings = SETTINGS.model_copy(update={"batch_size": 5})
-    model, recorder = make_model("lenet"), Again()
-    executor = CudaGraphExecutor(model, DATA, settings, 1, recorder=recorder)
-    rule = Declared(lambda _: 0.0)
-    for round, count in ((1, 5), (2, 9)):
-        assert_like_sequential(executor, rule, own_tasks(model, round), settings)
-        assert len(recorder.recorded) == count
-
-
-def test_only_clients_that_fit_go_together() -> None:
-    """Memories of other names end a group."""
-    tasks = make_tasks(make_algorithm(), make_model())
-    tasks[2] = replace(tasks[2], memory={"x": torch.ones(1)})
-    assert [[task.client for task in group] for group in groups(tasks, 2)] == [[0, 1], [2], [3, 4], [5]]
-
-
 class Refuses:
-    def record(self, parts: Sequence[Part]) -> Part:
+    def __call__(self, parts: Sequence[Part]) -> Part:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
 
 class Wrong:
-    def record(self, parts: Sequence[Part]) -> Part:
+    def __call__(self, parts: Sequence[Part]) -> Part:
         return lambda: None
 
 
@@ -255,8 +235,12 @@ def test_a_client_that_fails_is_named(raised: type[Exception], seen: type[Except
         raise raised("by hand")
 
     model = make_model()
-    with pytest.raises(seen, match=message):
-        list(CudaGraphExecutor(model, DATA, SETTINGS, 1, recorder=Again()).run(Own(fail), own_tasks(model, 1)))
+    for executor in (
+        SequentialExecutor(model, DATA, SETTINGS),
+        CudaGraphExecutor(model, DATA, SETTINGS, 1, recorder=Again()),
+    ):
+        with pytest.raises(seen, match=message):
+            list(executor.run(Own(fail), own_tasks(model, 1)))
 
 
 def test_the_environment_says_what_the_clients_ran_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,16 +297,13 @@ def test_auto_takes_processes_where_they_pay() -> None:
     assert built.description == "sequential (auto: about 38 local steps, workers from 1000)"
 
 
-@pytest.mark.parametrize(
-    ("device", "dropout", "expected"),
-    [
+def test_auto_by_device() -> None:
+    for device, dropout, expected in (
         ("cuda", 0.0, ("cuda_graph", "device cuda")),
         ("cuda", 0.5, ("sequential", "a model with dropout cannot be recorded")),
         ("mps", 0.0, ("sequential", "device mps")),
-    ],
-)
-def test_auto_by_device(device: str, dropout: float, expected: tuple[str, str]) -> None:
-    data = make_data()
-    data.device = torch.device(device)
-    model = FunctionalModel(nn.Sequential(nn.Flatten(), nn.Dropout(dropout), nn.Linear(64, 3)))
-    assert choose(model, data, SETTINGS, recipe(), 8)[:2] == expected
+    ):
+        data = make_data()
+        data.device = torch.device(device)
+        model = FunctionalModel(nn.Sequential(nn.Flatten(), nn.Dropout(dropout), nn.Linear(64, 3)))
+        assert choose(model, data, SETTINGS, recipe(), 8)[:2] == expected

@@ -66,33 +66,12 @@ def test_no_batch_gives_the_model_back() -> None:
     assert all(torch.equal(result.params[name], tensor) for name, tensor in task.params.items())
 
 
-def test_a_parameter_that_the_loss_does_not_use_only_decays() -> None:
-    class Unused(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.head = nn.Linear(4, 3)
-            self.idle = nn.Parameter(torch.ones(2))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(x)
-
-    model, task = make(Unused(), lr=0.5)
-    result = train(model, PlainLocal(), task, BATCHES[:1], torch.ones(3), LocalConfig(weight_decay=0.1))
-    assert result.params["idle"].tolist() == pytest.approx([0.95, 0.95])
-
-
 def test_clip_by_hand() -> None:
     """Norm of (3, 4) is 5: clipped at 1 it becomes (0.6, 0.8); at 10 and at 0 (off) it stays."""
     grads: Params = {"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}
     assert [value.item() for value in clip(grads, 1.0).values()] == pytest.approx([0.6, 0.8], rel=1e-5)
     assert clip(grads, 10.0) is clip(grads, 0.0) is grads
     assert clip({"a": torch.tensor([math.nan]), "b": torch.ones(2)}, 1.0)["b"].isnan().all()
-
-
-def test_rate_decays_from_round_2() -> None:
-    """0.1 * 0.5^(t - 1)."""
-    settings = LocalConfig(lr=0.1, lr_decay=0.5)
-    assert [settings.lr_at(round) for round in (1, 2, 3)] == [0.1, 0.05, 0.025]
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

@@ -145,31 +145,7 @@ def test_a_process_that_is_killed_is_named_and_replaced(plugin: str) -> None:
     run.executor.close()
 
 
-def test_a_plugin_that_cannot_be_imported_there(tmp_path: Path, plugin: str) -> None:
-    run = build.build(configs.from_mapping(failing(plugin, "nothing")))
-    (tmp_path / f"{plugin}.py").unlink()
-    with pytest.raises(ClientError, match=rf"round 1, client [01], start of a worker process: .*{plugin}"):
-        run.run_round(Progress())
-
-
-def test_a_generator_that_is_closed_early_leaves_nothing_behind() -> None:
-    run = build.build(fedftg.RunConfig(**{**SETTINGS, "cohort": {}}))
-
-    def results(round: int) -> Any:
-        return run.executor.run(run.algorithm.local, run._tasks(round, [0, 1, 2, 3]))
-
-    whole = list(results(2))
-    started = results(1)
-    next(started)
-    started.close()
-    for left, right in zip(whole, results(2), strict=True):
-        assert left.client == right.client
-        assert all(torch.equal(left.params[name], right.params[name]) for name in left.params)
-    run.executor.close()
-    run.executor.close()
-
-
-def test_what_other_processes_cannot_train(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_other_processes_cannot_train() -> None:
     class Local(FedAvgConfig):
         pass
 
@@ -185,9 +161,6 @@ def test_what_other_processes_cannot_train(monkeypatch: pytest.MonkeyPatch) -> N
     assert f"model __main__:Own is defined in the started script{advice}" in refusal(
         model=ModelConfig(name="__main__:Own")
     )
-    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # type: ignore[attr-defined]
-    assert "may not start others" in refusal()
-    monkeypatch.undo()
     run.data.device = torch.device("meta")  # type: ignore[misc]
     assert "trains on the CPU and device is 'meta'; take device=cpu" in refusal()
 
@@ -205,34 +178,14 @@ def test_sent_tensors_keep_strides_and_identity() -> None:
         "flags": torch.tensor([True, False]),
     }
     ours, theirs = multiprocessing.Pipe()
-    workers._send(ours, {"a": tensors, "b": image})
-    found = theirs.recv()
+    with workers._shared_file() as file:
+        workers._Channel(ours, file).send({"a": tensors, "b": image})
+        found = workers._Channel(theirs, file).receive()
     for name, tensor in tensors.items():
         assert torch.equal(found["a"][name], tensor), name
         assert found["a"][name].dtype == tensor.dtype
         assert name == "gaps" or found["a"][name].stride() == tensor.stride()
     assert found["b"] is found["a"]["image"]
-
-
-def test_finds_the_file_behind_a_memory_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unless it was written to, or is another file by now. Other images are copied to a file without a name."""
-    path = tmp_path / "images.npy"
-    np.save(path, np.arange(60_000, dtype=np.uint8).reshape(100, 1, 20, 30))
-    images, other = (torch.from_numpy(np.load(path, mmap_mode="c")) for _ in range(2))
-    found = workers.file_behind(images)
-    if found is None:
-        pytest.skip("no /proc/self/smaps here")
-    assert Path(found[0]).read_bytes()[found[1] :] == images.numpy().tobytes()
-    images[0] = 0
-    assert workers.file_behind(images) is None
-    path.unlink()
-    assert workers.file_behind(other) is None
-    for _ in range(2):
-        file, start = workers._open(images)
-        file.seek(start)
-        assert file.read() == images.numpy().tobytes()
-        file.close()
-        monkeypatch.delattr(os, "memfd_create", raising=False)  # as on macOS
 
 
 def test_a_script_without_a_guard_runs_once(tmp_path: Path) -> None:

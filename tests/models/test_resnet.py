@@ -3,9 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call, grad, vmap
 
-from fedftg.models.registry import MODELS
 from fedftg.models.resnet import LiveConv3x3
 
 
@@ -25,26 +23,3 @@ def test_same_values_and_gradients(shape: tuple[int, int], stride: int) -> None:
     assert plain.weight.grad is not None
     torch.testing.assert_close(live.weight.grad, plain.weight.grad, rtol=1e-4, atol=1e-5)
     assert torch.equal(live.weight.grad == 0, plain.weight.grad == 0)
-
-
-def test_same_model_but_for_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = MODELS["resnet18_gn"](num_classes=10, image_shape=(3, 32, 32)).eval()
-    images = torch.randn(2, 3, 32, 32)
-    logits = model(images)
-    monkeypatch.setattr(LiveConv3x3, "forward", nn.Conv2d.forward)
-    torch.testing.assert_close(logits, model(images), rtol=1e-4, atol=1e-4)
-    assert not torch.equal(logits, model(images))
-
-
-@pytest.mark.parametrize(("shape", "stride"), [((1, 1), 1), ((2, 2), 2)])
-def test_under_vmap_and_grad(shape: tuple[int, int], stride: int) -> None:
-    live = LiveConv3x3(3, 4, stride)
-    weights = torch.stack([live.weight.detach() + k for k in range(2)])
-    images = torch.randn(2, 5, 3, *shape)
-
-    def loss(weight: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        return functional_call(live, {"weight": weight}, (images,)).square().mean()
-
-    together = vmap(grad(loss))(weights, images)
-    for k in range(2):
-        torch.testing.assert_close(together[k], grad(loss)(weights[k], images[k]))

@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import pytest
@@ -22,14 +21,6 @@ def test_cut_keeps_bytes(tmp_path: Path) -> None:
     path.write_bytes(b'{"a": 1.10}\n{"a":2}\n{"a": 3')
     records.cut(path, 1)
     assert path.read_bytes() == b'{"a": 1.10}\n'
-
-
-def test_atomic_write_leaves_no_part(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    records.write_json(path, {"x": 1})
-    records.write_json(path, {"x": 2})
-    assert json.loads(path.read_text()) == {"x": 2}
-    assert [item.name for item in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_a_used_folder_is_refused_and_what_a_dead_start_left_is_no_obstacle(tmp_path: Path) -> None:

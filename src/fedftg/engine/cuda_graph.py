@@ -1,51 +1,47 @@
 """Client steps recorded once as a CUDA graph and replayed: one launch a step instead of some thousand.
 
-A step (forward, backward, the rule's correction, clipping, SGD) is `fedftg.engine.local_train.client_step`, unchanged,
-on tensors with fixed addresses (`fedftg.engine.client_slots`): values are copied in before a client and out after it,
-images and labels before each step. Order and augmentation are drawn outside. A smaller last batch has a recording of
-its own. With ``executor.group`` above 1 the steps of all clients with full batches are recorded side by side, each
-on its own stream.
-
-Recordings serve all rounds, unless the rule reads the round (`fedftg.algorithms.base.LocalRule`).
+A step is `fedftg.engine.local_train.client_step`, unchanged, on tensors with fixed addresses, which are filled for each
+client and batch. A smaller last batch has a recording of its own. With ``executor.group`` above 1 the steps of all
+clients with full batches are recorded side by side, each on its own stream.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedftg import params as tree
-from fedftg.algorithms.base import ClientResult, LocalRule, LocalTask
+from fedftg.algorithms.base import Batch, ClientResult, LocalRule, LocalTask
 from fedftg.data.federated import FederatedData
-from fedftg.engine.client_slots import ClientSlot, RoundInputs, groups
 from fedftg.engine.executors import SequentialExecutor
-from fedftg.engine.local_train import LocalConfig, client_batches, result_of
+from fedftg.engine.local_train import LocalConfig, Sgd, client_batches, client_step, result_of
 from fedftg.errors import ClientError, InputError, first_line
 from fedftg.models.functional import FunctionalModel
+from fedftg.params import Params
 from fedftg.seeds import forked, seed_for
 
 Part = Callable[[], None]
+Recorder = Callable[[Sequence[Part]], Part]
+"""Returns a function that repeats what the parts do, all at once; may run them before that."""
 Key = tuple[tuple[int, torch.Size], ...]
 """Which slots step together, and the shapes of their images."""
 
 MOST_RECORDINGS = 128
 """The least recently used are dropped beyond this: every size of a last batch adds one for each slot."""
 
+_NUMBERS = {  # of a task that are tensors in a recorded step, which then serves all clients and rounds
+    **dict.fromkeys(("round", "client", "num_samples", "seed"), torch.int64),
+    **dict.fromkeys(("relative_size", "lr"), torch.float64),
+}
+
 
 class CannotRecord(RuntimeError):
     """A step cannot be recorded, or its recording computes something else."""
-
-
-class Recorder(Protocol):
-    """Makes recordings; tests have one that needs no GPU."""
-
-    def record(self, parts: Sequence[Part]) -> Part:
-        """Returns a function that repeats what the parts do, all at once; may run them before that."""
-        ...
 
 
 class CudaRecorder:
@@ -56,7 +52,7 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
         self._streams: list[torch.cuda.Stream] = []
 
-    def record(self, parts: Sequence[Part]) -> Part:
+    def __call__(self, parts: Sequence[Part]) -> Part:
         """Runs the parts once, which sets libraries up, then records them, each on its own stream."""
         with torch.cuda.device(self._device):
             while len(self._streams) < len(parts):
@@ -77,15 +73,81 @@ class CudaRecorder:
             main.wait_stream(stream)
 
 
+class RoundInputs:
+    """What all clients of a round receive."""
+
+    def __init__(self, task: LocalTask, rule: LocalRule) -> None:
+        like = next(iter(task.params.values()))
+        self.rule = rule
+        self.params, self.buffers = tree.clone(task.params), tree.clone(task.buffers)
+        self.message = tree.clone(task.message)
+        # In the parameters' type: with another one, an update of all parameters in one call is slower.
+        self.lr = torch.tensor(task.lr, dtype=like.dtype, device=like.device)
+        self._shapes = _shapes(task)
+        self.numbers: dict[str, Any] = {}  # round and rate, where the rule may branch on them
+
+    def fits(self, task: LocalTask, rule: LocalRule) -> bool:
+        """Returns whether recordings hold for this rule and the names and shapes of this task."""
+        return rule is self.rule and _shapes(task) == self._shapes
+
+    def fill(self, task: LocalTask) -> None:
+        """Copies another round's values in."""
+        _copy((self.params, self.buffers, self.message), (task.params, task.buffers, task.message))
+        self.lr.fill_(task.lr)
+        self.numbers = {"round": task.round, "lr": task.lr} if getattr(self.rule, "reads_round", True) else {}
+
+
+class ClientSlot:
+    """The tensors that one client at a time is trained in."""
+
+    def __init__(self, task: LocalTask, inputs: RoundInputs, settings: LocalConfig) -> None:
+        self.params = {name: tensor.detach().clone().requires_grad_() for name, tensor in task.params.items()}
+        self.buffers = tree.clone(task.buffers)
+        self.memory = tree.clone(task.memory)
+        device = inputs.lr.device
+        self.numbers: dict[str, Any] = {
+            name: torch.tensor(getattr(task, name), dtype=kind, device=device) for name, kind in _NUMBERS.items()
+        }
+        self.task = LocalTask(
+            params=inputs.params, buffers=inputs.buffers, message=inputs.message, memory=self.memory, **self.numbers
+        )
+        self.sgd = Sgd(self.params, inputs.lr, settings)
+        self.loss = torch.zeros((), device=device)
+        self.images: dict[torch.Size, tuple[Tensor, Tensor]] = {}
+
+    def load(self, task: LocalTask, inputs: RoundInputs) -> None:
+        """Starts a client: the received model, its memory, no momentum."""
+        _copy((self.params, self.buffers, self.memory), (task.params, task.buffers, task.memory))
+        for tensor in self.sgd.velocity:
+            tensor.zero_()
+        for name, tensor in self.numbers.items():
+            tensor.fill_(getattr(task, name))
+        self.task = replace(self.task, **inputs.numbers)
+
+    def feed(self, images: Tensor, labels: Tensor) -> None:
+        """Copies the next batch in."""
+        own = self.images.setdefault(images.shape, (torch.empty_like(images), torch.empty_like(labels)))
+        own[0].copy_(images)
+        own[1].copy_(labels)
+
+    def state(self) -> Params:
+        """Returns all tensors that a step changes."""
+        momentum = {f"momentum/{index}": tensor for index, tensor in enumerate(self.sgd.velocity)}
+        return {**self.params, **self.buffers, **momentum}
+
+    def step(self, model: FunctionalModel, rule: LocalRule, max_grad_norm: float, shape: torch.Size) -> None:
+        """Makes one step on the last batch of this shape."""
+        batch = Batch(*self.images[shape])
+        loss = client_step(model, rule, self.params, self.buffers, batch, self.task, self.sgd, max_grad_norm)
+        self.loss.copy_(loss)
+
+
 class CudaGraphExecutor:
     """Recorded steps on a GPU, ``group`` clients at a time.
 
     Args:
         may_fall_back: runs clients one after the other where a step cannot be recorded; False makes that an error.
         recorder: None takes CUDA graphs.
-
-    Raises:
-        InputError: no GPU, or a model with dropout.
     """
 
     def __init__(
@@ -115,17 +177,11 @@ class CudaGraphExecutor:
         self._group = group
         self._may_fall_back = may_fall_back
         self._recorder = recorder or CudaRecorder(data.device)
-        self._sequential: SequentialExecutor | None = None
-        """Takes over where a step cannot be recorded."""
+        self._sequential: SequentialExecutor | None = None  # takes over where a step cannot be recorded
         self.close()
 
     def run(self, rule: LocalRule, tasks: Iterable[LocalTask]) -> Iterator[ClientResult]:
-        """Yields the results of a group at a time, in the order of the tasks.
-
-        Raises:
-            InputError: the step cannot be recorded, and the executor may not fall back.
-            ClientError: names the first client of the group that failed.
-        """
+        """Yields the results of a group at a time; a `ClientError` names the first client of the group that failed."""
         for group in groups(tasks, self._group):
             results: Iterable[ClientResult]
             try:
@@ -183,7 +239,6 @@ class CudaGraphExecutor:
         return [results[task.client] for task in tasks]
 
     def _load(self, rule: LocalRule, tasks: list[LocalTask]) -> None:
-        """Fills the slots; they are made anew for another rule, other names or shapes."""
         if self._inputs is None or not self._inputs.fits(tasks[0], rule):
             self.close()
             self._inputs = RoundInputs(tasks[0], rule)
@@ -206,37 +261,47 @@ class CudaGraphExecutor:
     def _record(self, rule: LocalRule, key: Key) -> Part:
         """Returns a recording that was compared with the step itself; the slots are unchanged."""
         slots = [self._slots[index] for index, _ in key]
-        parts: list[Part] = [
-            partial(slot.step, self._model, rule, shape, self._settings.max_grad_norm)
-            for slot, (_, shape) in zip(slots, key, strict=True)
-        ]
-        tensors = [tensor for slot in slots for tensor in slot.state()]
-        before = [tensor.detach().clone() for tensor in tensors]
+        step = (self._model, rule, self._settings.max_grad_norm)
+        parts: list[Part] = [partial(slot.step, *step, shape) for slot, (_, shape) in zip(slots, key, strict=True)]
+        state = {f"{index}/{name}": tensor for index, slot in enumerate(slots) for name, tensor in slot.state().items()}
+        before = tree.clone(state)
         for part in parts:
             part()
-        expected = [tensor.detach().clone() for tensor in tensors]
-        _restore(tensors, before)
+        expected = tree.clone(state)
+        _copy([state], [before])
         try:
-            replay = self._recorder.record(parts)
-            _restore(tensors, before)
+            replay = self._recorder(parts)
+            _copy([state], [before])
             replay()
         except RuntimeError as error:
             raise CannotRecord(f"a step cannot be recorded ({first_line(error)})") from error
-        length, error_length = _distance(expected, before), _distance(expected, tensors)
-        _restore(tensors, before)
+        length, error_length = tree.norm(tree.sub(expected, before)), tree.norm(tree.sub(expected, tree.clone(state)))
+        _copy([state], [before])
         # Other kernels may be chosen, so it need not be equal to the bit. NaN compares as false: it shows nothing.
         if error_length > 1e-2 * length:
-            off = error_length / length if length else error_length
-            raise CannotRecord(f"a recorded step is off by {off:.1g} of its length")
+            raise CannotRecord(f"a recorded step is off by {error_length / (length or 1.0):.1g} of its length")
         return replay
 
 
+def groups(tasks: Iterable[LocalTask], size: int) -> Iterator[list[LocalTask]]:
+    """Yields up to ``size`` tasks at a time, in order, with memories of the same shapes."""
+    group: list[LocalTask] = []
+    for task in tasks:
+        if group and (len(group) == size or _shapes(group[0]) != _shapes(task)):
+            yield group
+            group = []
+        group.append(task)
+    if group:
+        yield group
+
+
+def _shapes(task: LocalTask) -> list[dict[str, tuple[torch.Size, torch.dtype]]]:
+    received = (task.params, task.buffers, task.message, task.memory)
+    return [{name: (tensor.shape, tensor.dtype) for name, tensor in part.items()} for part in received]
+
+
 @torch.no_grad()
-def _restore(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for tensor, value in zip(tensors, values, strict=True):
-        tensor.copy_(value)
-
-
-def _distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    pairs = zip(left, right, strict=True)
-    return tree.norm({str(index): (a - b).detach() for index, (a, b) in enumerate(pairs)})
+def _copy(into: Sequence[Params], values: Sequence[Params]) -> None:
+    for left, right in zip(into, values, strict=True):
+        for name, tensor in left.items():
+            tensor.copy_(right[name])

@@ -36,10 +36,9 @@ class Measured:
 
     accuracy: dict[str, float] = field(default_factory=dict)
     loss: dict[str, float] = field(default_factory=dict)
-    clients: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Accuracy over clients (`over_clients`), where they hold samples back."""
+    clients: dict[str, dict[str, float]] = field(default_factory=dict)  # `over_clients`
     not_measured: list[dict[str, int | str]] = field(default_factory=list)
-    """Clients that ``clients`` leaves out although they hold samples back, and why: ``{client, reason}``."""
+    """Clients that hold samples back and are not in ``clients``: ``{client, reason}``."""
 
 
 @torch.no_grad()
@@ -77,14 +76,13 @@ def correct_held_back(
 
 
 def over_clients(correct: Tensor, sizes: Tensor) -> dict[str, float]:
-    """Returns the accuracy over the clients that hold samples back: ``mean``, ``worst_10`` and ``std``.
+    """Returns the accuracy over the clients that hold samples back, each counted once: ``mean``, ``worst_10``, ``std``.
 
-    ``mean`` counts every client once, whatever its size; ``worst_10`` is the mean of the worst tenth of the clients
-    (rounded up to whole clients); ``std`` is the standard deviation over clients.
+    ``worst_10`` is the mean of the worst tenth of the clients (rounded up to whole clients).
 
     Args:
-        correct: correctly classified samples, per client, ``(clients,)``.
-        sizes: samples held back, likewise; clients with 0 are left out, and one has more.
+        correct: correctly classified samples of each client, ``(clients,)``.
+        sizes: samples held back, likewise; clients with 0 are skipped, and one has more.
     """
     accuracies = (correct[sizes > 0].double() / sizes[sizes > 0]).sort().values
     worst = accuracies[: -(-len(accuracies) // 10)]

@@ -23,10 +23,9 @@ INTERCHANGEABLE = ("auto", "sequential", "workers")
 """Executors that give the same numbers on the CPU, bit for bit, given one thread."""
 
 WORKERS_FROM = 1_000
-"""Local steps in a run from which ``auto`` takes ``workers``.
+"""Local steps in a run from which ``auto`` takes ``workers``: to start processes takes some seconds.
 
-To start processes takes some seconds, for each imports torch. It lies between the default recipe (about 500 steps of a
-few milliseconds, which sharing would slow down) and the smallest runs on CIFAR-10 in our benchmarks (2,000 steps).
+It lies between the default recipe (about 500 steps) and the smallest runs on CIFAR-10 in our benchmarks (2,000 steps).
 """
 
 
@@ -54,23 +53,20 @@ class Rejected:
 
 
 class Executor(Protocol):
-    """Trains clients and yields their results in the order of the tasks."""
+    """Trains the clients of rounds."""
 
     @property
     def description(self) -> str:
-        """What runs the clients, and why where `auto` chose it."""
-        ...
+        """Returns what runs the clients, and why where `auto` chose it."""
 
     def run(self, rule: LocalRule, tasks: Iterable[LocalTask]) -> Iterator[ClientResult | Rejected]:
-        """Yields one result per task, as soon as it is available."""
-        ...
+        """Yields one result per task, in order; a `ClientError` names a client whose training failed."""
 
     def close(self) -> None:
         """Frees what is held between rounds; a later `run` makes it again."""
-        ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class SequentialExecutor:
     """One client after the other in this process: the reference that every other executor is compared with."""
 
@@ -80,11 +76,7 @@ class SequentialExecutor:
     description: str = "sequential"
 
     def run(self, rule: LocalRule, tasks: Iterable[LocalTask]) -> Iterator[ClientResult]:
-        """Trains each client on its own data.
-
-        Raises:
-            ClientError: names the client whose training raised, round and stage; an `InputError` passes through.
-        """
+        """Yields one result per task; a `ClientError` names the client whose training failed."""
         for task in tasks:
             try:
                 yield self.run_one(rule, task)
@@ -94,29 +86,27 @@ class SequentialExecutor:
                 raise ClientError(task.round, task.client, "local training", error) from error
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing: no state is held."""
 
     def run_one(self, rule: LocalRule, task: LocalTask) -> ClientResult:
         """Trains one client."""
         batches = client_batches(self.model, self.data, self.settings, task)
-        # Dropout draws from the global generator: each client gets its own seed, and the state is restored after it.
+        # Dropout draws from the global generator.
         with forked(seed_for(task.seed, task.round, task.client, "model"), self.data.device):
             return train(self.model, rule, task, batches, self.data.class_counts[task.client], self.settings)
 
 
 @dataclass(frozen=True)
 class RunRecipe:
-    """What a run trains: how another process makes the same model and rule, and how much there is to train."""
+    """How another process makes the same model and rule, and how much there is to train."""
 
     plugins: tuple[str, ...]
     model: ModelConfig
     model_seed: int
     algorithm: AlgorithmConfig
     rounds: int
-    cohort: int
-    """Clients a round, on average."""
-    threads: int
-    """The run's setting; 0 leaves the number to torch."""
+    cohort: int  # clients a round, on average
+    threads: int  # 0 leaves the number to torch
 
     def obstacle(self) -> str | None:
         """Returns why other processes cannot train this, or None."""
@@ -133,11 +123,7 @@ class RunRecipe:
 def build(
     config: ExecutorConfig, model: FunctionalModel, data: FederatedData, settings: LocalConfig, recipe: RunRecipe
 ) -> Executor:
-    """Builds the executor that a config names.
-
-    Raises:
-        InputError: the executor cannot run this.
-    """
+    """Builds the executor that a config names; raises InputError where it cannot run this."""
     # Both import this module.
     from fedftg.engine.cuda_graph import CudaGraphExecutor
     from fedftg.engine.workers import WorkersExecutor
@@ -147,29 +133,21 @@ def build(
     if name == "auto":
         name, reason, count = choose(model, data, settings, recipe, count)
         why = f" (auto: {reason})"
+    executor: SequentialExecutor | WorkersExecutor | CudaGraphExecutor
     if name == "workers":
-        workers = WorkersExecutor(recipe, data, settings, count)
-        workers.description += why
-        return workers
-    if name == "cuda_graph":
-        # With auto, a model that cannot be recorded runs sequentially; where cuda_graph was asked for, it is an error.
-        graph = CudaGraphExecutor(model, data, settings, config.group or 1, may_fall_back=config.name == "auto")
-        graph.description += why
-        return graph
-    return SequentialExecutor(model, data, settings, f"sequential{why}")
+        executor = WorkersExecutor(recipe, data, settings, count)
+    elif name == "cuda_graph":
+        executor = CudaGraphExecutor(model, data, settings, config.group or 1, may_fall_back=config.name == "auto")
+    else:
+        executor = SequentialExecutor(model, data, settings)
+    executor.description += why
+    return executor
 
 
 def choose(
     model: FunctionalModel, data: FederatedData, settings: LocalConfig, recipe: RunRecipe, most: int
 ) -> tuple[ExecutorName, str, int]:
-    """Returns an executor's name, why it is chosen, and the number of processes.
-
-    That is ``cuda_graph`` on an NVIDIA GPU; ``workers`` on a CPU from `WORKERS_FROM` local steps on; else
-    ``sequential``. On a CPU the choice does not change the numbers of a run with ``threads = 1``.
-
-    Args:
-        most: the maximum number of processes.
-    """
+    """Returns an executor's name, why ``auto`` chooses it, and the number of processes, at most ``most``."""
     if data.device.type == "cuda" and not model.has_dropout:
         return "cuda_graph", f"device {data.device}", 1
     count = min(most, recipe.cohort, recipe.threads if recipe.threads > 1 else most)

@@ -33,7 +33,7 @@ class LocalConfig(BaseModel):
     )
 
     def lr_at(self, round: int) -> float:
-        """The rate in a round counted from 1."""
+        """Returns the rate in a round counted from 1."""
         return self.lr * self.lr_decay ** (round - 1)
 
 
@@ -66,10 +66,7 @@ class Sgd:
     """SGD with weight decay and momentum on leaf tensors, in place; the arithmetic of ``torch.optim.SGD``.
 
     On a CPU torch's fused kernel makes one pass over parameters and gradients: 5 ms for ResNet-18 instead of 12 (one
-    thread, AVX2). Without momentum the bits are the same.
-
-    Args:
-        lr: the rate; a tensor of the parameters' type is read in each step, also in a recorded one.
+    thread, AVX2). A rate in a tensor of the parameters' type is read in each step, also in a recorded one.
     """
 
     def __init__(self, params: Params, lr: float | Tensor, settings: LocalConfig) -> None:
@@ -78,7 +75,6 @@ class Sgd:
         self._weight_decay = settings.weight_decay
         self._momentum = settings.momentum
         self.velocity = [torch.zeros_like(param) for param in self._params] if settings.momentum else []
-        """The momentum of each parameter, updated in place."""
         self._fused = all(param.device.type == "cpu" for param in self._params)
 
     @torch.no_grad()
@@ -127,8 +123,7 @@ def client_step(
 ) -> Tensor:
     """Makes one step of one client on leaf tensors ``params``, in place, and returns the detached loss.
 
-    Order: the rule's gradient correction, clipping, weight decay, momentum, step. Nothing waits for a value, so a GPU
-    can record the step.
+    Order: the rule's gradient correction, clipping, weight decay, momentum, step. A GPU can record it.
     """
     loss = rule.loss(model, params, buffers, batch, task)
     grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True, materialize_grads=True)
@@ -150,7 +145,7 @@ def train(
 
     Args:
         batches: images ``(B, D, H, W)`` and labels ``(B,)``; without any the received model is returned.
-        class_counts: ``(C,)``, passed on in the result.
+        class_counts: ``(C,)``, of the client's samples.
     """
     params = {name: tensor.detach().clone().requires_grad_() for name, tensor in task.params.items()}
     buffers = tree.clone(task.buffers)

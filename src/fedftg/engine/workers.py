@@ -1,17 +1,15 @@
 """Clients in processes of one thread each.
 
-Measured for ResNet-18 on 2 cores: two processes of one thread do more client steps a second than one process of two
-threads. The numbers are those of the sequential executor with ``threads = 1``, bit for bit: each process runs it.
-
-Processes are spawned, for torch's threads do not survive a fork. Tasks and results travel through pipes; all processes
-map the same images.
+They are spawned, for torch's threads do not survive a fork, and run the sequential executor. All map the same images.
 """
 
 from __future__ import annotations
 
 import importlib
+import io
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import tempfile
@@ -24,11 +22,10 @@ from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
-from multiprocessing.reduction import ForkingPickler, recv_handle, send_handle
-from pathlib import Path
+from multiprocessing.reduction import recv_handle, send_handle
 from queue import SimpleQueue
 from types import ModuleType
-from typing import IO, Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -48,32 +45,69 @@ _SPAWN = multiprocessing.get_context("spawn")
 _START, _TRAINING = "start of a worker process", "local training"
 
 
-class WorkerDied(RuntimeError):
-    """A process ended without an answer."""
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, value: object) -> Any:
+        """Keeps a tensor's strides: even of a side of 1, they decide the kernel of a convolution and its last bits."""
+        if not isinstance(value, Tensor):
+            return NotImplemented
+        dense = _dense(value)
+        return _tensor, (_bytes(dense).numpy(), dense.dtype, tuple(dense.shape), dense.stride())
 
 
-class _Worker(NamedTuple):
-    process: SpawnProcess
+class _Channel(NamedTuple):
+    """Values in turn to and from another process: tensors through a shared file, the rest through a pipe.
+
+    torch would take /dev/shm, which holds 64 MB in a container.
+    """
+
     connection: Connection
+    file: BinaryIO
+
+    def send(self, value: object) -> None:
+        content, buffers = io.BytesIO(), list[pickle.PickleBuffer]()
+        _Pickler(content, 5, buffer_callback=buffers.append).dump(value)
+        self.file.seek(0)
+        sizes = [self.file.write(buffer.raw()) for buffer in buffers]
+        self.connection.send((content.getvalue(), sizes))
+
+    def receive(self) -> Any:
+        content, sizes = self.connection.recv()
+        buffers = [torch.empty(size, dtype=torch.uint8).numpy() for size in sizes]
+        self.file.seek(0)
+        for buffer in buffers:
+            self.file.readinto(buffer)  # type: ignore[attr-defined]
+        return pickle.loads(content, buffers=buffers)
 
 
-class _Failure(NamedTuple):
-    """An exception as text, for not every exception can be sent."""
+def _tensor(content: Any, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+    return torch.from_numpy(content).view(dtype).as_strided(shape, stride)
 
-    stage: str
-    name: str
-    text: str
-    trace: str
+
+def _dense(tensor: Tensor) -> Tensor:
+    """Returns the tensor where its values lie without a gap, else a copy."""
+    extent = 1 + sum((side - 1) * step for side, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.detach() if extent == tensor.numel() else tensor.detach().clone()
+
+
+def _bytes(dense: Tensor) -> Tensor:
+    """Returns a view of all bytes, in the order of memory."""
+    return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
+
+
+def _shared_file() -> BinaryIO:
+    """Returns an unbuffered file without a name, in memory where the system can."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("fedftg"), "w+b", 0)
+    return tempfile.TemporaryFile(buffering=0)
+
+
+_Worker = tuple[SpawnProcess, _Channel]
 
 
 class WorkersExecutor:
     """The clients of a round side by side in ``count`` processes, which live as long as the run.
 
-    At most two clients a process are in training or wait to be fetched in order. A generator that is closed early costs
-    the time of the clients in training; their results are dropped.
-
-    Raises:
-        InputError: other processes cannot train this, or ``data`` is not on the CPU.
+    At most two clients a process are in training or wait to be fetched in order.
     """
 
     def __init__(self, recipe: RunRecipe, data: FederatedData, settings: LocalConfig, count: int) -> None:
@@ -92,15 +126,10 @@ class WorkersExecutor:
         self._count = count
         self._workers: list[_Worker] = []
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
-        self._threads: ThreadPoolExecutor | None = None
-        """Each waits for the answer of one process."""
+        self._threads: ThreadPoolExecutor | None = None  # each waits for the answer of one process
 
     def run(self, rule: LocalRule, tasks: Iterable[LocalTask]) -> Iterator[ClientResult]:  # noqa: ARG002
-        """Yields one result per task, in order; the rule is the one that the recipe builds.
-
-        Raises:
-            ClientError: a client's training failed or its process died; all processes are killed.
-        """
+        """Yields one result per task, in order; kills all processes where one died or a client's training failed."""
         threads = self._threads or self._start()
         waiting: deque[Future[ClientResult]] = deque()
         try:
@@ -123,26 +152,26 @@ class WorkersExecutor:
             process.kill()
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
-        for process, connection in self._workers:
+        for process, channel in self._workers:
             process.join()
-            connection.close()
+            channel.connection.close()
+            channel.file.close()
         self._workers, self._threads, self._idle = [], None, SimpleQueue()
 
     def _train(self, task: LocalTask) -> ClientResult:
-        """Has a client trained by an idle worker."""
-        worker = self._idle.get()
+        worker = process, channel = self._idle.get()
         try:
-            _send(worker.connection, task)
-            answer = worker.connection.recv()
+            channel.send(task)
+            answer = channel.receive()
         except (EOFError, ConnectionError):
-            raise ClientError(task.round, task.client, _TRAINING, _death(worker.process)) from None
+            raise ClientError(task.round, task.client, _TRAINING, _death(process)) from None
         finally:
             self._idle.put(worker)
-        if isinstance(answer, _Failure):
+        if isinstance(answer, tuple):
+            stage, name, text, trace = answer
             # A class of the same name, which the message shows.
-            cause: Exception = type(answer.name, (RuntimeError,), {})(answer.text)
-            error = ClientError(task.round, task.client, answer.stage, cause)
-            error.add_note(answer.trace)
+            error = ClientError(task.round, task.client, stage, type(name, (RuntimeError,), {})(text))
+            error.add_note(trace)
             raise error
         if isinstance(answer, InputError):
             raise answer
@@ -157,20 +186,22 @@ class WorkersExecutor:
                 process = _SPAWN.Process(target=_serve, args=(theirs,), daemon=True)
                 process.start()
                 theirs.close()
-                self._workers.append(_Worker(process, ours))
+                self._workers.append((process, _Channel(ours, _shared_file())))
         data, dataset = self._data, self._data.dataset
         images = _dense(dataset.train_images)
-        file, offset = _open(images)
-        place = (offset, tuple(images.shape), images.stride())
+        place = (tuple(images.shape), images.stride())
         fields = {name: getattr(dataset, name) for name in ("train_labels", "class_names", "mean", "std", "augment")}
         setup = (self._recipe, self._settings, fields, place, [part.numpy() for part in data.parts], data.noise)
-        for worker in self._workers:
-            # A process that died is noticed when a client's result is awaited.
-            with suppress(ConnectionError):
-                send_handle(worker.connection, file.fileno(), worker.process.pid)
-                _send(worker.connection, setup)
-            self._idle.put(worker)
-        file.close()
+        with tempfile.TemporaryFile() as file:
+            file.write(_bytes(images).numpy().data)
+            file.flush()
+            for process, channel in self._workers:
+                # A process that died is noticed when a client's result is awaited.
+                with suppress(ConnectionError):
+                    for shared in (file, channel.file):
+                        send_handle(channel.connection, shared.fileno(), process.pid)
+                    channel.connection.send_bytes(pickle.dumps(setup))
+                self._idle.put((process, channel))
         self._threads = ThreadPoolExecutor(self._count)
         return self._threads
 
@@ -190,110 +221,35 @@ def _protected_start() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _death(process: SpawnProcess) -> WorkerDied:
+def _death(process: SpawnProcess) -> ChildProcessError:
     process.join()
-    status = process.exitcode or 0
-    if status == -signal.SIGKILL:
-        return WorkerDied("its process was ended by SIGKILL; out of memory? take fewer executor.workers")
-    return WorkerDied(f"its process ended with status {status}")
-
-
-class _Pickler(ForkingPickler):
-    """Sends tensors by value; torch would share them by /dev/shm, which holds 64 MB in a container.
-
-    All strides are kept: even that of a side of length 1 decides which kernel a convolution takes, and so the last bits
-    of its gradients (measured with grey 8x8 images).
-    """
-
-    def reducer_override(self, value: object) -> Any:
-        """Returns how a tensor is made anew, NotImplemented for the rest."""
-        if not isinstance(value, Tensor):
-            return NotImplemented
-        dense = _dense(value)
-        return _tensor, (_bytes(dense).numpy(), dense.dtype, tuple(dense.shape), dense.stride())
-
-
-def _tensor(
-    content: np.ndarray[Any, Any], dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]
-) -> Tensor:
-    tensor = torch.empty_strided(shape, stride, dtype=dtype)
-    _bytes(tensor).copy_(torch.from_numpy(content))
-    return tensor
-
-
-def _send(connection: Connection, value: object) -> None:
-    connection.send_bytes(_Pickler.dumps(value, 5))
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    """Returns the tensor where its values lie without a gap, else a copy."""
-    extent = 1 + sum((side - 1) * step for side, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.detach() if extent == tensor.numel() else tensor.detach().clone()
-
-
-def _bytes(dense: Tensor) -> Tensor:
-    """Returns a view of all bytes, in the order of memory."""
-    return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
-
-
-def _open(images: Tensor) -> tuple[IO[bytes], int]:
-    """Opens the file that images are a memory map of, or a copy without a name; returns it and where they start."""
-    found = file_behind(images)
-    if found is not None:
-        return open(found[0], "rb"), found[1]
-    if hasattr(os, "memfd_create"):
-        file: IO[bytes] = os.fdopen(os.memfd_create("fedftg"), "w+b")
-    else:
-        file = tempfile.TemporaryFile()  # noqa: SIM115
-    file.write(_bytes(images).numpy().data)
-    file.flush()
-    return file, 0
-
-
-def file_behind(tensor: Tensor) -> tuple[str, int] | None:
-    """Returns path and offset of the file that a dense CPU tensor is a memory map of; None where there is none.
-
-    A private map counts while nothing was written to it, and a file while it was neither deleted nor replaced.
-    """
-    start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-    found: tuple[str, int] | None = None
-    try:
-        lines = Path("/proc/self/smaps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        fields = line.split(maxsplit=5)
-        if "-" in fields[0]:  # the first line of a map: 7f00-7fff rw-p OFFSET DEVICE INODE PATH
-            low, high = (int(end, 16) for end in fields[0].split("-"))
-            inside = low <= start and stop <= high and len(fields) == 6
-            found = (fields[5], int(fields[2], 16) + start - low) if inside else None
-        elif found is not None and fields[0] == "Anonymous:":  # pages that are no longer the file's
-            # The kernel appends " (deleted)" to the path of a file that was deleted or replaced.
-            return found if fields[1] == "0" and os.path.isfile(found[0]) else None
-    return None
+    if process.exitcode == -signal.SIGKILL:
+        return ChildProcessError("the worker was ended by SIGKILL; out of memory? take fewer executor.workers")
+    return ChildProcessError(f"the worker ended with status {process.exitcode}")
 
 
 def _serve(connection: Connection) -> None:
-    """A worker's process: trains clients until the parent closes the connection or ends."""
+    """Trains clients until the parent closes the connection or ends."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     keep_freed_memory()
     built: tuple[SequentialExecutor, LocalRule] | None = None
     with suppress(EOFError, ConnectionError):
-        file, setup = os.fdopen(recv_handle(connection), "rb"), connection.recv_bytes()
+        images, shared = (os.fdopen(recv_handle(connection), "r+b", 0) for _ in range(2))
+        setup, channel = connection.recv_bytes(), _Channel(connection, shared)
         while True:
-            task = connection.recv()
+            task = channel.receive()
             answer: object
             try:
-                built = built or _build(file, setup)
+                built = built or _build(images, setup)
                 executor, rule = built
                 answer = executor.run_one(rule, task)
             except InputError as error:
                 answer = InputError(str(error))
-            except Exception as error:
+            except Exception as error:  # as text, for not every exception can be sent
                 trace = "".join(traceback.format_exception(error))
-                answer = _Failure(_TRAINING if built else _START, type(error).__name__, str(error), trace)
-            _send(connection, answer)
+                answer = (_TRAINING if built else _START, type(error).__name__, str(error), trace)
+            channel.send(answer)
 
 
 def _end_with_parent() -> None:
@@ -303,17 +259,14 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _build(file: IO[bytes], setup: bytes) -> tuple[SequentialExecutor, LocalRule]:
-    """Makes the parent's objects anew; the images are not copied."""
-    recipe, settings, fields, (offset, shape, stride), parts, noise = _Pickler.loads(setup)
+def _build(file: BinaryIO, setup: bytes) -> tuple[SequentialExecutor, LocalRule]:
+    recipe, settings, fields, (shape, stride), parts, noise = pickle.loads(setup)
     for module in recipe.plugins:
         importlib.import_module(module)
-    content = np.memmap(file, np.uint8, "c", offset, (int(np.prod(shape)),))
+    content = np.memmap(file, np.uint8, "c", shape=(int(np.prod(shape)),))
     images = torch.from_numpy(content).as_strided(shape, stride)
-    dataset = ImageDataset(
-        train_images=images, test_images=images[:0], test_labels=fields["train_labels"][:0], **fields
-    )  # fmt: skip
-    data = FederatedData(dataset, parts, noise=noise)
+    fields |= {"train_images": images, "test_images": images[:0], "test_labels": fields["train_labels"][:0]}
+    data = FederatedData(ImageDataset(**fields), parts, noise=noise)
     module = registry.build(recipe.model, data.num_classes, data.image_shape, recipe.model_seed)
     rule = recipe.algorithm.build(data.num_clients).local
     return SequentialExecutor(FunctionalModel(module), data, settings), rule

@@ -1,9 +1,7 @@
 """ResNet-18 with the ImageNet or a small-image stem, and BatchNorm or GroupNorm.
 
 He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016, arXiv 1512.03385. Structure and initial
-values follow torchvision's ``resnet18``: kaiming normal (fan out) for convolutions, 1 and 0 for normalisation layers,
-torch's default for the classifier. GroupNorm in place of BatchNorm for skewed clients: Hsieh et al., ICML 2020; with 2
-groups as in FedFTG's public code.
+values follow torchvision's ``resnet18``. GroupNorm with 2 groups as in FedFTG's public code.
 """
 
 from __future__ import annotations
@@ -15,16 +13,14 @@ from torch.nn import functional
 
 from fedftg.models.small import Normalisation, Shape, check_size, normalisation_layer
 
-_STAGES = ((64, 1), (128, 2), (256, 2), (512, 2))
-"""Channels and first stride of the four stages of two blocks each."""
+_STAGES = ((64, 1), (128, 2), (256, 2), (512, 2))  # channels and first stride of two blocks each
 
 
 class LiveConv3x3(nn.Conv2d):
     """A 3x3 convolution with padding 1 and no bias that leaves out the taps that only ever meet padding.
 
-    On a 1x1 map that leaves the centre tap, on a 2x2 map with stride 2 the lower right four; any other map meets all
-    nine. The values differ from those of ``nn.Conv2d`` by rounding alone, dead taps have gradient zero as before, and
-    parameters have the same names and shapes.
+    On a 1x1 map that leaves the centre tap, on a 2x2 map with stride 2 the lower right four. The values differ from
+    those of ``nn.Conv2d`` by rounding alone.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
@@ -66,13 +62,9 @@ class ResNet18(nn.Module):
     """ResNet-18 for images of any size from 8x8.
 
     Args:
-        num_classes: C.
-        image_shape: ``(D, H, W)``.
         stem: "imagenet": 7x7 convolution and 3x3 max-pool, both of stride 2, so that a 32x32 image is 8x8 when the
             first block sees it (the paper's choice); "small": 3x3 convolution of stride 1, which is more accurate on
             small images and takes about 15 times the work.
-        normalisation: "batch", "group" or "none".
-        groups: of GroupNorm.
     """
 
     def __init__(

@@ -1,9 +1,8 @@
 """Small convolutional classifiers: LeNet-5, the CNN of FedDyn's experiments, and ConvNet for any image size.
 
-LeNet-5: LeCun, Bottou, Bengio, Haffner, "Gradient-Based Learning Applied to Document Recognition", Proc. IEEE 1998;
-here with ReLU and max-pooling, as in federated-learning benchmarks. CNN: Acar et al., "Federated Learning Based on
-Dynamic Regularization", ICLR 2021. ConvNet has GroupNorm (Wu, He, "Group Normalization", ECCV 2018) by default: skewed
-clients do not agree on BatchNorm's statistics (Hsieh et al., ICML 2020).
+LeNet-5: LeCun et al., "Gradient-Based Learning Applied to Document Recognition", 1998, here with ReLU and max-pooling.
+CNN: Acar et al., "Federated Learning Based on Dynamic Regularization", ICLR 2021. GroupNorm suits skewed clients, which
+do not agree on BatchNorm's statistics (Hsieh et al., ICML 2020).
 """
 
 from __future__ import annotations
@@ -13,20 +12,12 @@ from typing import Literal
 from torch import Tensor, nn
 
 Normalisation = Literal["none", "group", "batch"]
-Shape = tuple[int, int, int]
-"""Of an image: channels, height and width."""
+Shape = tuple[int, int, int]  # of an image: channels, height and width
 Pair = tuple[int, int]
-
-_UNPADDED_FROM = 28
-"""From this image side on the 5x5 convolutions have no padding; below it they pad by 2, or nothing would be left."""
 
 
 def normalisation_layer(kind: Normalisation, channels: int, groups: int) -> nn.Module:
-    """Returns BatchNorm, GroupNorm with ``groups`` groups, or nothing.
-
-    Raises:
-        ValueError: unknown kind, or channels that ``groups`` does not divide.
-    """
+    """Returns BatchNorm, GroupNorm with ``groups`` groups, or the identity."""
     if kind == "none":
         return nn.Identity()
     if kind == "batch":
@@ -46,12 +37,9 @@ class CNN(nn.Module):
     """FedDyn's CNN: two 5x5 convolutions of 64, dense 384 and 192; 797,962 parameters on CIFAR-10.
 
     Args:
-        num_classes: C.
         image_shape: ``(D, H, W)``, H and W at least 8. Images below 28 pixels are padded by 2 in each convolution.
         channels: of the two convolutions, each followed by normalisation, ReLU and a 2x2 max-pool.
-        hidden: widths of the two dense layers.
-        normalisation: "none"; "group", which does not mix samples and so suits skewed clients; or "batch".
-        groups: of GroupNorm; 1 normalises all channels together.
+        normalisation: "none", "group" or "batch".
     """
 
     def __init__(
@@ -66,7 +54,7 @@ class CNN(nn.Module):
         super().__init__()
         check_size(image_shape)
         depth, *sides = image_shape
-        padding = 0 if min(sides) >= _UNPADDED_FROM else 2
+        padding = 0 if min(sides) >= 28 else 2  # or nothing would be left
         layers: list[nn.Module] = []
         for outputs in channels:
             layers += [
@@ -91,11 +79,9 @@ class CNN(nn.Module):
 class ConvNet(nn.Module):
     """Convolution blocks until 3 to 6 pixels are left, GroupNorm; for any image size; 94,762 parameters on CIFAR-10.
 
-    A block is a 3x3 convolution, normalisation, ReLU and a 2x2 max-pool; a global average and a linear classifier
-    follow. So the parameters do not grow with the image.
+    A block is a 3x3 convolution, normalisation, ReLU and a 2x2 max-pool; a global average and a linear layer follow.
 
     Args:
-        num_classes: C.
         image_shape: ``(D, H, W)``, H and W at least 8: one block at 8x8, three at 28x28 and 32x32, four at 64x64,
             five at 128x128.
         width: channels of the first block; each block doubles them, up to 256.

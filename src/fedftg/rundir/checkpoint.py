@@ -1,7 +1,7 @@
 """Checkpoints: ``checkpoint.json`` names the server's state and the row of each client.
 
-It is written last, aside and renamed, and nothing that it names is changed before the next one is. So whenever the
-process dies it names a whole state. There is no random state: seeds are derived from (run, round, client, purpose).
+It is written last, aside and renamed, and nothing that it names is changed before the next one is: whenever the
+process dies it names a whole state.
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ from fedftg.rundir.tensors import read_tensors, write_tensors
 __all__ = ["Index", "commit", "load", "load_state", "save", "sweep", "write", "write_tensors"]
 
 FORMAT = 3
-_SERVER_PARTS = ("params", "buffers", "server", "refiner")
-
 Index = dict[str, Any]
-"""The content of ``checkpoint.json``."""
+_SERVER_PARTS = ("params", "buffers", "server", "refiner")
 
 
 def save(state: ServerState, clients: ClientStore) -> None:
@@ -60,11 +58,7 @@ def sweep(folder: Path) -> None:
 
 
 def load(clients: ClientStore) -> ServerState | None:
-    """Returns the last whole state, on the CPU, and restores ``clients`` from their folder; None: nothing was written.
-
-    Raises:
-        InputError: a file is missing, torn or of another format.
-    """
+    """Returns the last whole state, on the CPU, and restores ``clients`` from their folder; None if there is none."""
     index = _read_index(clients.folder)
     if index is None:
         return None

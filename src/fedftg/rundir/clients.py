@@ -1,7 +1,7 @@
 """What clients keep between rounds: rows of fixed size in one file, written and read in place.
 
-A new row goes to a slot that neither the last checkpoint nor the current state uses. So a round that is undone and a
-process that is killed leave the rows of before. The page cache of the system decides what stays in memory.
+A new row goes to a slot that neither the last checkpoint nor the current state uses, so a round that is undone and a
+process that is killed leave the rows of before.
 """
 
 from __future__ import annotations
@@ -27,9 +27,6 @@ from fedftg.rundir.records import PUT_BACK, flush
 
 FILE = "clients.bin"
 
-Layout = list[list[Any]]
-"""The tensors of a row as ``[name, type, shape, bytes]``."""
-
 
 class ClientStore:
     """Memories of the clients that took part, and the running average of all clients' last uploads.
@@ -39,7 +36,6 @@ class ClientStore:
 
     Args:
         init_memory: returns the memory of a client that never took part.
-        initial: the initial global parameters and buffers together.
         num_samples: of every client; the weights of the average.
         track_uploads: False saves one model per client, and gives up the ``all`` accuracy.
     """
@@ -51,19 +47,15 @@ class ClientStore:
         self._initial = tree.to_device(initial, "cpu")
         self._weights = _shares(num_samples)
         self._rows = _Rows()
-        self._slots: dict[int, int] = {}
-        """Of each client's row."""
+        self._slots: dict[int, int] = {}  # by client
         self.tracks_uploads = track_uploads
-        self.change_sum: Params = (
-            {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in self._initial.items()}
-            if track_uploads
-            else {}
-        )
-        """``sum_k weight_k (upload_k - initial)``."""
+        self.change_sum: Params = {}  # sum_k weight_k (upload_k - initial)
+        if track_uploads:
+            self.change_sum = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in self._initial.items()}
 
     @property
     def folder(self) -> Path:
-        """Where the rows lie; a temporary folder until `keep_in`."""
+        """Returns where the rows are; a temporary folder until `keep_in`."""
         return self._rows.folder
 
     def keep_in(self, folder: Path) -> None:
@@ -79,10 +71,7 @@ class ClientStore:
         return self._rows.read(self._slots[client], "upload/") if client in self._slots else self._initial
 
     def updated(self, results: Sequence[ClientResult]) -> ClientStore:
-        """Returns a store with the memories and uploads of a finished round.
-
-        This store stays valid until `updated` is called on the new one, which may reuse slots.
-        """
+        """Returns a store after a round; this one stays valid until the new one is updated, which may reuse slots."""
         store = copy.copy(self)
         store._slots = dict(self._slots)
         used = self._rows.committed.union(self._slots.values())
@@ -131,15 +120,7 @@ class ClientStore:
         self._rows.committed = set(self._slots.values())
 
     def restore(self, saved: dict[str, Any], change_sum: Params) -> None:
-        """Takes over the rows that a checkpoint names; none is read before its client is active.
-
-        Args:
-            saved: what `flush` returned, in a run of the same folder.
-            change_sum: of the store that was flushed.
-
-        Raises:
-            InputError: the file is missing or too short.
-        """
+        """Takes over the rows that a checkpoint names; given are what `flush` returned and that store's sum."""
         self._rows.layout = saved["layout"]
         self._slots = {int(client): slot for client, slot in saved["clients"].items()}
         self.change_sum = change_sum
@@ -153,20 +134,19 @@ class _Rows:
     """The file of the rows, shared by the stores of a run."""
 
     def __init__(self) -> None:
-        self.layout: Layout = []
-        self.committed: set[int] = set()
-        """Slots that the last checkpoint names."""
+        self.layout: list[list[Any]] = []  # the tensors of a row as [name, type, shape, bytes]
+        self.committed: set[int] = set()  # slots that the last checkpoint names
 
     @cached_property
     def folder(self) -> Path:
-        """A temporary folder, removed with the last store, unless another is set."""
+        """Returns a temporary folder, removed with the last store, unless another is set."""
         folder = Path(tempfile.mkdtemp(prefix="fedftg-clients-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         return folder
 
     @property
     def size(self) -> int:
-        """Of a row, in bytes."""
+        """Returns the bytes of a row."""
         return sum(nbytes for *_, nbytes in self.layout)
 
     def write(self, slot: int, row: Params) -> None:
@@ -186,7 +166,6 @@ class _Rows:
                 file.write(_bytes(tensor.detach().cpu()))
 
     def read(self, slot: int, part: str) -> Params:
-        """Reads the tensors of a row whose names start with ``part``."""
         found: Params = {}
         with (self.folder / FILE).open("rb") as file:
             file.seek(slot * self.size)
@@ -200,7 +179,6 @@ class _Rows:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    """Returns the memory of a tensor on the CPU; a copy where it is not contiguous."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 

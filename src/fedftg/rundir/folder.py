@@ -11,12 +11,12 @@ from fedftg.errors import InputError
 from fedftg.rundir import records
 from fedftg.rundir.records import PUT_BACK, Record
 
+# What a run that died before it was set up may leave; config.toml, written last, makes a folder a run.
 _FIRST_FILES = {"environment.json", "partition.json"}
-"""What a run that died before it was set up may leave; config.toml, written last, makes a folder a run."""
 
 
 class RunFolder:
-    """Paths of a run's files, and the ways in which they are written; ``path`` need not exist yet."""
+    """The files of a run; ``path`` need not exist yet."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -29,7 +29,7 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether all rounds were done, so that there is a summary."""
+        """Returns whether all rounds were done."""
         return self.summary_file.exists()
 
     def check_free(self) -> None:
@@ -74,10 +74,7 @@ class RunFolder:
             raise InputError(f"{self.partition_file} cannot be read ({error}); start a new run") from None
 
     def check_records(self, num_rounds: int) -> None:
-        """Raises InputError unless a run can be resumed after the ``num_rounds`` rounds of its checkpoint (0: none).
-
-        Where records or the checkpoint were taken away, resuming would overwrite what is left of the run.
-        """
+        """Raises InputError where records or the checkpoint, of ``num_rounds`` rounds (0: none), were taken away."""
         try:
             found = [row["round"] for row in records.read(self.rounds_file)]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -103,7 +100,7 @@ class RunFolder:
             raise InputError(
                 f"{self.path} holds no run (no config.toml); give the folder of a run, such as runs/default"
             ) from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise InputError(f"{self.config_file} is not valid TOML: {error}") from None
 
     def _not_writable(self, error: OSError) -> InputError:
@@ -113,8 +110,7 @@ class RunFolder:
 def summarise(header: Record, rows: Sequence[Record], targets: Sequence[float], peak_memory_mb: float) -> Record:
     """Returns the content of ``summary.json`` from the records of all rounds.
 
-    ``client_accuracy`` is that of the last evaluation. ``rounds_to`` gives for each target the first round whose
-    deployed (``refined``) accuracy reached it, or None.
+    ``rounds_to`` is, for each target, the first round whose ``refined`` accuracy reached it, or None.
     """
     evaluated = [row for row in rows if row.get("accuracy")]
     accuracy: Record = {}

@@ -12,9 +12,7 @@ Record = dict[str, Any]
 
 PHASES = ("local", "aggregate", "refine", "evaluate", "checkpoint")
 """What a record's ``seconds`` are split into; aggregate includes clients' rows, checkpoint is writing the state."""
-
 PUT_BACK = "put the file back, or start a new run with another --out"
-"""What to do where a run's file is missing or damaged."""
 
 
 def finite(value: Any) -> Any:
