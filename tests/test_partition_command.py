@@ -49,7 +49,7 @@ def test_domains_and_converted_images(asked: list[tuple[str, ...]], tmp_path: Pa
     assert content["groups"] == ["ink", "oil", "oil"]
     assert content["partition"]["column"] == "style"
     assert content["converted"] == {"CMYK": 1, "grey": 3}
-    assert "domain by style, seed 0" in done.stdout.splitlines()[0]
+    assert "domain, column=style, seed 0" in done.stdout.splitlines()[0]
 
 
 def test_columns_are_asked_for_where_they_are_needed_only(asked: list[tuple[str, ...]], tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_plain_lists_in_any_order(tmp_path: Path) -> None:
         ("[[0, 1], [3, 1]]", "client 1 has row 1; "),
         ("[0, 1]", "no list of training rows for each client"),
         ("[[], []]", "no list of training rows for each client"),
-        ('{"class_counts": [[3]], "digest": "0"}', r"no list of training rows .*\(that of a run has none\)"),
+        ('{"class_counts": [[3]], "digest": "0"}', r"no list of training rows .*\(a run's has none\)"),
         ('{"num_samples": 7, "indices": [[0]]}', "made for other data than these 6 .*; set data"),
         ('{"labels_sha256": "00", "indices": [[0]]}', "made for other data"),
         ("[[0, 1", "cannot read partition.file"),
