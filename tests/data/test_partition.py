@@ -155,17 +155,6 @@ def test_one_client_and_one_sample_each_and_a_remainder() -> None:
     assert [len(part) for part in make(np.zeros(23, dtype=int), num_clients=5, law="iid")] == [4] * 5
 
 
-def test_alpha_orders_skew() -> None:
-    labels = np.arange(20_000) % 10
-    measured = [
-        skew(counts_of(labels, make(labels, num_clients=20, alpha=alpha)))["total_variation"]
-        for alpha in (0.05, 0.3, 1.0, 100.0)
-    ]
-    assert measured == sorted(measured, reverse=True)
-    assert measured[0] > 0.6
-    assert measured[-1] < 0.06
-
-
 def test_proportions_follow_the_dirichlet_law_while_pools_last() -> None:
     """Among 400 clients of alpha 5 the pools last nearly to the end, so shares are Dir(5) plus counting noise.
 

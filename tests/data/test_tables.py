@@ -228,20 +228,6 @@ def test_bad_image_names_file_and_row(tmp_path, hub, damage):
     assert ("has no bytes" if damage in ("empty", "null") else "cannot be decoded") in message
 
 
-@pytest.mark.parametrize(
-    ("labels", "expected"),
-    [
-        ([0, 3], "row 1: label 3 is none of the 3 classes"),
-        ([-1, 0], "row 0: label -1 is negative; take a labelled split (data.train_split, data.test_split)"),
-    ],
-)
-def test_label_out_of_range(tmp_path, hub, labels, expected):
-    hub.write_set(tmp_path, hub.grey(2), [0, 1])
-    path = tmp_path / "test-00000-of-00001.parquet"
-    hub.write(path, [hub.encode(hub.grey(1)[0])] * 2, {"label": labels}, names={"label": ["x", "y", "z"]})
-    assert f"{path}, {expected}" in error_of(tmp_path)
-
-
 def test_labels_that_are_missing_or_have_a_gap(tmp_path, hub):
     hub.write_set(tmp_path, hub.grey(4), [0, 1, None, 2])
     assert "train-00001-of-00002.parquet, row 0: 'label' has no value" in error_of(tmp_path)

@@ -32,12 +32,8 @@ class DataConfig(BaseModel):
     resize: Literal["crop", "stretch"] = Field(
         default="crop", description="crop: the shorter side becomes image_size, the middle is kept; stretch: both do"
     )
-    max_train: int | None = Field(
-        default=None, ge=1, description="at most N training images (stratified, the same in every run); unset: all"
-    )
-    max_test: int | None = Field(
-        default=None, ge=1, description="at most N test images (stratified, the same in every run); unset: all"
-    )
+    max_train: int | None = Field(default=None, ge=1, description="at most N training images, stratified; unset: all")
+    max_test: int | None = Field(default=None, ge=1, description="at most N test images, stratified; unset: all")
     augment: Literal["default", "none", "flip", "crop", "flip_crop"] = Field(
         default="default", description="augmentation of training images; default suits the data set (docs/data.md)"
     )
@@ -63,17 +59,13 @@ class PartitionConfig(BaseModel):
         default="equal", description="laws iid and dirichlet: samples per client, all equal or log-normal with sigma"
     )
     sigma: float = Field(
-        default=0.0, ge=0, description="spread of log-normal sizes; above 2 few clients hold nearly everything"
+        default=0.0, ge=0, description="spread of log-normal sizes; above 2 few clients hold nearly all"
     )
-    min_samples: int = Field(
-        default=0, ge=0, description="law class_dirichlet: least samples of a client, redrawn up to 10 times"
-    )
+    min_samples: int = Field(default=0, ge=0, description="law class_dirichlet: least samples of a client, in 10 draws")
     classes_per_client: int = Field(default=2, ge=1, description="law pathological: classes that each client holds")
     shards_per_client: int = Field(default=2, ge=1, description="law shards: blocks of the data sorted by class")
     column: str | None = Field(default=None, description="laws domain and natural: the data set's column that decides")
-    file: Path | None = Field(
-        default=None, description="law file: JSON with one list of training rows a client, such as partition.json"
-    )
+    file: Path | None = Field(default=None, description="law file: JSON with one list of training rows a client")
     feature_noise: float = Field(
         default=0.0, ge=0, description="deviation of noise on the last client's images, falling linearly to the first"
     )

@@ -126,13 +126,12 @@ def _kinds(schema: Any) -> dict[str, str]:
     """Returns what each column of a schema can hold: ``images``, ``integers``, ``words``, or else its type."""
     import pyarrow.types as types
 
-    kinds = {}
+    known, kinds = {"binary": "images", "int": "integers", "bool": "integers", "string": "words"}, {}
     for field in schema:
         kind = field.type.value_type if types.is_dictionary(field.type) else field.type
         if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
             kind = kind.field("bytes").type
         name = "int" if types.is_integer(kind) else str(kind).removeprefix("large_").removesuffix("_view")
-        known = {"binary": "images", "int": "integers", "bool": "integers", "string": "words"}
         kinds[field.name] = known.get(name, name)
     return kinds
 
