@@ -3,7 +3,7 @@
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
-from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp import Grid
 
 from fedftg.flower.testing import LocalGrid
 
@@ -40,16 +40,3 @@ def test_replies_are_sorted_states_persist_and_errors_are_replies() -> None:
     assert asked(grid, [3])[0].error.code == ErrorCode.NODE_UNAVAILABLE
     grid.join(7, {"partition-id": 2})
     assert asked(grid, [7])[0].content["config"]["seen"] == 1
-
-
-def test_a_server_app_runs_on_it() -> None:
-    server = ServerApp()
-
-    @server.main()
-    def main(grid: Grid, context: Context) -> None:
-        assert (list(grid.get_node_ids()), context.run_config["lr"]) == ([1, 2], 0.5)
-        names = list(grid.push_messages([grid.create_message(RecordDict(), "query", 1, "")]))
-        context.state["replies"] = ConfigRecord({"count": [len(list(grid.pull_messages(names))) for _ in range(2)]})
-
-    context = LocalGrid.of(counting_app(), 2, {"lr": 0.5}).run_server(server)
-    assert context.state["replies"] == {"count": [1, 0]}
