@@ -239,7 +239,14 @@ def _prepare(grid: Grid, config: RunConfig, settings: AppSettings, folder: RunFo
     before = folder.read_partition() if settings.resume else None
     test = None if settings.server_data == "none" else sources.load(config.data)
     nodes = Nodes(grid, config, test, {} if before is None else facts_of(before), log)
-    _gather(nodes, settings, log)
+    log(f"waiting for nodes, at most {settings.wait_seconds:g} s")
+    everyone = nodes.wait(lambda: len(nodes.by_client) == nodes.num_clients, settings.wait_seconds)
+    connected = f"{len(nodes.by_client)} of {nodes.num_clients} clients are connected"
+    if len(nodes.by_client) < min(settings.min_clients, nodes.num_clients):
+        wait = f"{connected} after {settings.wait_seconds:g} s, min-clients is {settings.min_clients}"
+        raise InputError(f"{wait}; start more SuperNodes, or raise wait-seconds{nodes.first_refusal()}")
+    if not everyone:
+        log(f"{connected}; the run starts without the others")
     if before is None:
         normalisation = joint_normalisation([nodes.known[client] for client in sorted(nodes.known)])
     else:
@@ -265,17 +272,3 @@ def _prepare(grid: Grid, config: RunConfig, settings: AppSettings, folder: RunFo
         run_key=str(record["run"]),
         log=log,
     )
-
-
-def _gather(nodes: Nodes, settings: AppSettings, log: Log) -> None:
-    """Waits for all nodes, or for at least ``min-clients`` of them until the time is over."""
-    log(f"waiting for nodes, at most {settings.wait_seconds:g} s")
-    nodes.wait(lambda: len(nodes.by_client) == nodes.num_clients, settings.wait_seconds)
-    connected = f"{len(nodes.by_client)} of {nodes.num_clients} clients are connected"
-    if len(nodes.by_client) < min(settings.min_clients, nodes.num_clients):
-        raise InputError(
-            f"{connected} after {settings.wait_seconds:g} s, min-clients is {settings.min_clients}; start more "
-            f"SuperNodes, or raise wait-seconds{nodes.first_refusal()}"
-        )
-    if len(nodes.by_client) < nodes.num_clients:
-        log(f"{connected}; the run starts without the others")

@@ -37,8 +37,6 @@ from fedftg.seeds import SERVER, torch_rng
 
 _log = logging.getLogger("flwr")
 
-_CHECKPOINT = "refined.safetensors"
-
 
 @dataclass
 class RefineReport:
@@ -93,7 +91,7 @@ class Refined(Strategy):
         self.base = base
         self.reports: list[RefineReport] = []
         self._config, self._module, self._seed = refiner, model, seed
-        self._checkpoint = None if checkpoint is None else Path(checkpoint) / _CHECKPOINT
+        self._checkpoint = None if checkpoint is None else Path(checkpoint) / "refined.safetensors"
         self._device = torch.device(resolve_device(device))
         trainable = _Trainable(model, self._device)
         self._num_classes = _num_classes(trainable, image_shape, self._device)
@@ -346,9 +344,8 @@ def _num_classes(model: FunctionalModel, image_shape: Sequence[int], device: tor
         with torch.no_grad():
             logits = model(*model.init(), torch.zeros(2, channels, height, width, device=device), train=False)
     except Exception as error:
-        raise InputError(
-            f"the model does not take images of shape {image_shape} ({first_line(error)}); pass its image_shape"
-        ) from error
+        reason = f"the model does not take images of shape {image_shape} ({first_line(error)})"
+        raise InputError(f"{reason}; pass its image_shape") from error
     if logits.ndim != 2:
         raise InputError(f"the model must give logits (2, classes) for 2 images, got {tuple(logits.shape)}")
     return int(logits.shape[1])
@@ -356,7 +353,7 @@ def _num_classes(model: FunctionalModel, image_shape: Sequence[int], device: tor
 
 def _check_base(base: Strategy) -> None:
     name = type(base).__name__
-    if name.startswith("DifferentialPrivacy"):
+    if any(kind.__name__.startswith("DifferentialPrivacy") for kind in type(base).__mro__):
         raise InputError(f"{name} keeps only the sum of the updates private, a refiner uses each; use LocalDpMod")
     if isinstance(base, flower.MultiKrum | flower.Bulyan):
         _log.warning("all usable replies are teachers, also those that %s discards", name)
