@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -25,6 +27,7 @@ from fedftg.rundir import records
 BOUND = 420.0
 """Seconds for anything to happen; only a machine that hangs takes so long."""
 CLIENTS = 3
+EXAMPLE = Path(__file__).parents[2] / "examples" / "flower_app"
 SETTINGS = [
     f"partition.num_clients={CLIENTS}", "cohort.size=2", "seed=0", "model.name=lenet_gn", "rounds=3", "threads=1",
     "local.epochs=2", "local.batch_size=20", "local.lr=0.05", "refiner.iterations=2", "refiner.batch_size=8",
@@ -40,6 +43,20 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
+def environment(folder: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "FLWR_HOME": str(folder / "flwr"),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "OMP_NUM_THREADS": "1",
+        "NO_COLOR": "1",
+    }
+
+
 class Loopback:
     """Processes in groups of their own, so that nothing of them is left."""
 
@@ -47,16 +64,7 @@ class Loopback:
         self.folder, self.tls = folder, tls
         self.link, *self.ports = free_ports(CLIENTS + 2)
         self._running: list[subprocess.Popen[bytes]] = []
-        self._environment = {
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "FLWR_HOME": str(folder / "flwr"),
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-            "OMP_NUM_THREADS": "1",
-            "NO_COLOR": "1",
-        }
+        self._environment = environment(folder)
         (folder / "flwr").mkdir()
         trust = f'root-certificates = "{folder / "ca.crt"}"' if tls else "insecure = true"
         (folder / "flwr" / "config.toml").write_text(
@@ -215,7 +223,7 @@ def test_a_killed_server_and_a_killed_node_go_on_from_what_is_on_disk(loopback: 
     assert not any("rejected" in row for row in rows)
 
 
-def processes_of(folder: Path, name: str) -> list[int]:
+def processes_of(folder: Path, name: str = "") -> list[int]:
     """Those that have this folder's FLWR_HOME, with ``name`` in their command."""
     mark = f"FLWR_HOME={folder / 'flwr'}".encode()
     found = []
@@ -254,3 +262,32 @@ def certify(folder: Path) -> None:
         "x509 -req -in server.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 365 -extfile names -out server.pem",
     ):
         subprocess.run(["openssl", *command.split()], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs flwr[simulation]")
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes to end in /proc")
+@pytest.mark.parametrize(("strategy", "at_least"), [("fedadam", 0.4), ("krum", 0.3)])
+def test_the_example_in_flower_s_simulation(strategy: str, at_least: float, tmp_path: Path) -> None:
+    """Three rounds on four clients: the refined model classifies; 0.1 is chance. Krum takes one client's a round."""
+    app = tmp_path / "app"
+    shutil.copytree(EXAMPLE, app)
+    port = {"FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_ports(1)[0])}
+    command = ["flwr", "run", ".", "--stream", "--federation-config", "num-supernodes=4 client-resources-num-cpus=1"]
+    command += ["-c", f'strategy="{strategy}" num-clients=4 alpha=0.5 checkpoint="{tmp_path / "state"}"']
+    given: dict[str, Any] = {"cwd": app, "env": environment(tmp_path) | port, "timeout": BOUND}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, **given)
+    finally:  # `flwr run` leaves a SuperLink behind, and Ray its own
+        while left := processes_of(tmp_path):
+            for process in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    assert output.count("refined with 4 teachers") == 3, output
+    accuracies = dict(re.findall(r"^round (\d): accuracy ([01]\.\d+)", output, re.MULTILINE))
+    assert sorted(accuracies) == ["0", "1", "2", "3"], output
+    assert float(accuracies["3"]) > max(at_least, float(accuracies["0"])), output
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["refined.safetensors"]
+    assert (app / "pyproject.toml").read_text() == (EXAMPLE / "pyproject.toml").read_text()

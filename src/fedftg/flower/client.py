@@ -17,6 +17,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
 from fedftg.algorithms.base import LocalTask, Memory, ServerState
+from fedftg.algorithms.registry import ALGORITHMS
 from fedftg.data import sources
 from fedftg.data.config import DataConfig, PartitionConfig
 from fedftg.data.dataset import ImageDataset
@@ -40,11 +41,7 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 def client_app(recipe: str | Path) -> ClientApp:
-    """Returns the app that a SuperNode runs; it answers the messages of `fedftg.flower.server_app`.
-
-    Args:
-        recipe: a TOML recipe, the same as the server's.
-    """
+    """Returns the app that a SuperNode runs on a TOML recipe, the same as the server's."""
     app, recipe = ClientApp(), Path(recipe)
 
     @app.query()
@@ -68,18 +65,13 @@ def client_app(recipe: str | Path) -> ClientApp:
 
 
 class _Node:
-    """Everything a node needs to handle one message."""
-
     def __init__(self, recipe: Path, context: Context) -> None:
-        if PARTITION_ID not in context.node_config:
-            raise InputError("this node has no partition-id; start it with --node-config 'partition-id=N', N from 0")
         self.app, self.settings = app_settings(context.run_config), node_settings(context.node_config)
         self.config = on_node(recipe, self.app, self.settings)
         self.client = self.settings.partition_id
         self._context = context
 
     def facts(self) -> RecordDict:
-        """Returns what the server must know of this client; of its data, only class counts and digests."""
         data = self._data("cpu")
         facts = ClientFacts(
             partition_id=self.client,
@@ -109,7 +101,6 @@ class _Node:
         )
 
     def evaluate(self, content: RecordDict) -> RecordDict:
-        """Returns how many of the held-back samples each model of the message classifies correctly."""
         data, _, model = self._prepared(content)
         counts = {PARTITION_ID: self.client, NUM_EXAMPLES: data.num_held_back(self.client)}
         params, buffers = model.init()
@@ -122,8 +113,6 @@ class _Node:
 
     def _prepared(self, content: RecordDict) -> tuple[FederatedData, nn.Module, FunctionalModel]:
         order = Order.of(content)
-        if order.client != self.client:
-            raise InputError(f"the message is for client {order.client}, this node is {self.client}")
         data = self._data(resolve_device(self.config.device), order)
         seed = seed_for(self.config.seed, 0, SERVER, "model")
         module = registry.build(self.config.model, data.num_classes, data.image_shape, seed).to(data.device)
@@ -177,18 +166,14 @@ def class_counts(labels: Tensor | np.ndarray[Any, Any] | Sequence[int], num_clas
 
     Args:
         labels: of the client's training samples, whole numbers from 0; may be empty. Of a ``torch`` data set often
-            ``dataset.targets``, else ``[label for _, label in dataset]``.
-        num_classes: ``C``, that of the model, even where the client does not hold all classes.
-
-    Raises:
-        InputError: labels that are not whole numbers from 0 to ``num_classes - 1``.
+            ``dataset.targets``.
+        num_classes: that of the model, even where the client does not hold all classes.
     """
     given = torch.as_tensor(labels).detach().cpu()
     if given.numel() == 0:
         return [0] * num_classes
-    wrong = given.ndim != 1 or given.is_floating_point() or given.is_complex()
-    if wrong or int(given.min()) < 0 or int(given.max()) >= num_classes:
-        found = f"{given.dtype} of shape {tuple(given.shape)}" if wrong else f"{int(given.min())} to {int(given.max())}"
+    if given.ndim != 1 or given.is_floating_point() or int(given.min()) < 0 or int(given.max()) >= num_classes:
+        found = f"{given.dtype} of shape {tuple(given.shape)}, {given.min()} to {given.max()}"
         raise InputError(f"labels must be a list of whole numbers from 0 to {num_classes - 1}, got {found}")
     return [int(count) for count in torch.bincount(given.long(), minlength=num_classes)]
 
@@ -208,7 +193,7 @@ def local_train(
 
     It is the local loop of ``fedftg run``: SGD with the rates, epochs and clipping that the strategy sends. What is
     random (dropout, the order of a shuffling ``DataLoader`` without workers) depends only on the run's seed, the round
-    and the client.
+    and the client. Batches of one sample are skipped where the model has BatchNorm.
 
     Args:
         message: the one that the ``@app.train()`` function got.
@@ -216,20 +201,15 @@ def local_train(
             each start of a SuperNode.
         model: the classifier, on the device to train on; its structure is used, its values are the message's.
         batches: images ``(B, D, H, W)`` and labels ``(B,)`` of one epoch, such as a ``DataLoader``; iterated once an
-            epoch. Or a function of task and settings that returns the batches of the whole round. Batches of one
-            sample are left out where the model has BatchNorm.
+            epoch. Or a function of task and settings that returns the batches of the whole round.
         class_counts: ``C`` whole numbers: how many training samples of each class the client has (`class_counts`).
         state_dir: a folder of this node for what the method keeps on the client, which changes only with rounds that
             counted on the server; None: ``fedftg-state`` in the home folder.
         lost_memory: ``reset`` lets a client whose memory is gone start as one that never took part.
         initial: parameters and buffers of the run's initial model, where the message does not hold them.
-
-    Raises:
-        InputError: the message is not of such a strategy, the arrays are not the model's, the client's memory is gone,
-            damaged or became non-finite, or an iterator for more than one epoch.
     """
     order = Order.of(message.content)
-    algorithm = order.build()
+    algorithm = ALGORITHMS[order.algorithm["name"]](**order.algorithm).build(order.num_clients)
     named = PARTITION_ID in context.node_config
     client = int(context.node_config[PARTITION_ID]) if named else wire.client_of(context.node_id)
     records = dict(message.content.array_records)
@@ -287,7 +267,6 @@ def local_train(
 
 
 def _epochs(batches: Batches, settings: LocalConfig) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields batches, pass after pass, for all epochs or steps."""
     left = settings.steps
     for number in itertools.count() if left else range(settings.epochs):
         given = 0
@@ -302,7 +281,7 @@ def _epochs(batches: Batches, settings: LocalConfig) -> Iterator[tuple[Tensor, T
 
 
 class ClientMemory:
-    """Keeps a client's memories of one run in a folder, one file for each round after which one was kept."""
+    """A client's memories of one run in a folder, one file for each round after which one was kept."""
 
     def __init__(self, state_dir: Path, run: str, client: int) -> None:
         self._folder = state_dir / run / f"client-{client:06d}"
@@ -317,24 +296,14 @@ class ClientMemory:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_tensors(self._path(round), memory)
         except OSError as error:
-            raise InputError(
-                f"the client's memory cannot be written ({error.strerror}); give another state-dir"
-            ) from None
+            raise InputError(f"cannot write to {self._folder} ({error.strerror}); give another state-dir") from None
 
     def take(self, last: int, floor: int, initial: Memory, *, reset: bool) -> Memory:
         """Returns the memory from which a client starts a round, and removes those that are no longer needed.
 
-        Newer memories than ``last`` belong to rounds that did not count. The server may return to its last checkpoint,
-        so the newest memory up to ``floor`` is kept too. So both sides agree, whichever is killed when.
-
-        Args:
-            last: the last round of this client that counted; 0: none did.
-            floor: the earliest round to which the server may return.
-            initial: the memory of a client that never took part; empty: the method keeps none.
-            reset: start from ``initial`` where that of ``last`` is gone; otherwise it is an error.
-
-        Raises:
-            InputError: the memory of ``last`` is missing or damaged.
+        Newer memories than ``last``, the client's last round that counted (0: none), belong to rounds that did not
+        count. The server may return to its last checkpoint, so the newest memory up to ``floor`` is kept too. So both
+        sides agree, whichever is killed when. Without ``initial`` the method keeps no memory.
         """
         rounds = self.rounds() if initial else []
         needed = max((round for round in rounds if round <= min(floor, last)), default=0)

@@ -23,28 +23,13 @@ from fedftg.rundir.records import Record
 
 Log = Callable[[str], None]
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
-"""Seconds between two polls, which become longer during a wait."""
-_QUERY_SECONDS = 3600.0
-"""How long a SuperLink keeps a query for its node; nothing waits for it that long."""
-_RETRY_SECONDS = 15.0
-"""How often nodes that could not take part are asked again."""
-
-
-def until(done: Callable[[], bool], seconds: float) -> bool:
-    """Polls ``done`` for at most ``seconds``; returns whether it became true."""
-    deadline, pause = time.monotonic() + seconds, _FIRST_PAUSE
-    while not done():
-        left = deadline - time.monotonic()
-        if left <= 0:
-            return False
-        time.sleep(min(pause, left))
-        pause = min(pause * 1.3, _LONGEST_PAUSE)
-    return True
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0  # seconds between two polls, which become longer during a wait
+_QUERY_SECONDS = 3600.0  # how long a SuperLink keeps a query for its node; nothing waits for it that long
+_RETRY_SECONDS = 15.0  # how often nodes that could not take part are asked again
 
 
 class ClientFacts(BaseModel):
-    """What a node says of its client, in a ``ConfigRecord``."""
+    """What a node reports about its client, in a ``ConfigRecord``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -57,22 +42,17 @@ class ClientFacts(BaseModel):
     mean: Channels
     std: Channels
     data_digest: str
-    """SHA-256 of the client's data (`FederatedData.digest`)."""
     agreement: str = ""
-    """The node's `agreement`, where it says the facts itself."""
+    """Empty where they come from ``partition.json``."""
 
     @property
     def num_samples(self) -> int:
-        """The number of training samples."""
+        """Of training."""
         return sum(self.class_counts)
 
     @classmethod
     def of(cls, reply: Message) -> ClientFacts:
-        """Returns the facts in a node's answer.
-
-        Raises:
-            InputError: the node failed, or its answer is not what it should be.
-        """
+        """Returns the facts in a node's reply; `InputError` where there are none."""
         problem = error_of(reply)
         if problem is not None:
             raise InputError(problem)
@@ -80,13 +60,9 @@ class ClientFacts(BaseModel):
 
 
 class NodeFederation(FederatedData):
-    """Sizes of clients on nodes, and the server's test data; no training data.
+    """Sizes of clients on nodes, and the test data of the server, if any; no training data.
 
-    Args:
-        known: the facts of every client whose node took part; grows when nodes join.
-        normalisation: means and deviations ``(D,)`` of all clients' images.
-        test: a data set whose test images are the server's; None: the server measures no accuracy.
-        device: where the server computes.
+    ``known`` has the facts of every client whose node took part; it grows when nodes join.
     """
 
     def __init__(
@@ -113,7 +89,7 @@ class NodeFederation(FederatedData):
 
     @property
     def mean_samples(self) -> float:
-        """Mean number of training samples of the clients that are known."""
+        """Of the clients that are known."""
         return sum(facts.num_samples for facts in self.known.values()) / len(self.known)
 
     def relative_size(self, client: int) -> float:
@@ -121,10 +97,7 @@ class NodeFederation(FederatedData):
         return self.num_samples(client) / self.mean_samples if self.mean_samples else 0.0
 
     def record(self, run: str) -> Record:
-        """Returns the content of ``partition.json``, which `facts_of` reads.
-
-        A client whose node never took part has counts of 0 and no digest.
-        """
+        """Returns the content of ``partition.json``; an unknown client has counts of 0 and no digest."""
         facts = [self.known.get(client) for client in range(self.num_clients)]
         digests = [one.data_digest if one else None for one in facts]
         record: Record = {
@@ -143,11 +116,7 @@ class NodeFederation(FederatedData):
 
 
 def facts_of(record: Mapping[str, Any]) -> dict[int, ClientFacts]:
-    """Returns the facts of the clients that a ``partition.json`` knows.
-
-    Raises:
-        InputError: the file was not written by a Flower server.
-    """
+    """Returns the facts of the clients that a ``partition.json`` knows; `InputError` for one of the simulator."""
     if "digests" not in record:
         raise InputError("the run was not made by a Flower server; resume it by 'fedftg run --resume'")
     count = len(record["digests"])
@@ -184,19 +153,13 @@ def joint_normalisation(facts: list[ClientFacts]) -> tuple[Channels, Channels]:
 class Nodes:
     """Maps clients to connected nodes; a node is asked once, and again where it could not take part.
 
-    Args:
-        grid: Flower's.
-        config: the recipe as the server has it.
-        test: a data set whose classes and image shape the clients must have; None: those of the first client.
-        before: the facts of the clients of a run that is resumed.
-        log: receives lines for the operator.
+    ``before`` has the facts of the clients of a run that is resumed.
     """
 
     def __init__(
         self, grid: Grid, config: RunConfig, test: ImageDataset | None, before: dict[int, ClientFacts], log: Log
     ) -> None:
         self.known = before
-        """The facts of every client whose node took part."""
         self.by_client: dict[int, int] = {}
         """The node of each connected client."""
         self._grid, self._config, self._log = grid, config, log
@@ -217,11 +180,11 @@ class Nodes:
 
     @property
     def num_clients(self) -> int:
-        """The number of clients, whether their nodes are connected or not."""
+        """Connected or not."""
         return int(self._expected.get("num_clients", self._config.partition.num_clients))
 
     def refresh(self) -> None:
-        """Notes who came and went, asks those who came, and reads the answers that have arrived; never waits."""
+        """Handles nodes that came and went, and replies that have arrived; never waits."""
         connected = set(self._grid.get_node_ids())
         for client, node in list(self.by_client.items()):
             if node not in connected:
@@ -247,37 +210,38 @@ class Nodes:
 
     def wait(self, done: Callable[[], bool], seconds: float) -> bool:
         """Refreshes until ``done()``, for at most ``seconds``; returns whether it became true."""
-
-        def refreshed() -> bool:
+        deadline, pause = time.monotonic() + seconds, _FIRST_PAUSE
+        while True:
             self.refresh()
-            return done()
-
-        return until(refreshed, seconds)
+            if done():
+                return True
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            time.sleep(min(pause, left))
+            pause = min(pause * 1.3, _LONGEST_PAUSE)
 
     def exchange(
         self, kind: str, contents: Mapping[int, RecordDict], group: str, seconds: float
     ) -> dict[int, Message | str]:
-        """Sends one message a node; returns its reply, or the reason why there is none after ``seconds``."""
+        """Sends one message a node; returns its reply, or the reason why there is no usable one after ``seconds``."""
         sent = self._post(kind, contents, group, ttl=max(seconds, 1.0) + 60)
         replies: dict[int, Message | str] = dict.fromkeys(contents, "the SuperLink did not take the message")
         replies |= dict.fromkeys(sent.values(), f"no reply within {seconds:g} s")
 
         def complete() -> bool:
-            replies.update(self._collect(sent))
-            if sent:
-                self.refresh()  # a node that joins while others train takes part from the next round
+            replies.update({node: error_of(reply) or reply for node, reply in self._collect(sent).items()})
             return not sent
 
-        until(complete, seconds)
+        self.wait(complete, seconds)  # a node that joins meanwhile takes part from the next round
         return replies
 
     def first_refusal(self) -> str:
         """Returns the end of a line about missing nodes: the first node that cannot take part, if any."""
-        node, problem = next(iter(self._refused.items()), (None, ""))
-        return "" if node is None else f"; node {node} cannot take part: {problem}"
+        return next((f"; node {node} cannot take part: {why}" for node, why in self._refused.items()), "")
 
     def why_missing(self, client: int) -> str:
-        """Returns why a client is not connected, for the record of a round."""
+        """Returns why a client is not connected."""
         return f"no node with partition-id={client} is connected{self.first_refusal()}"
 
     def _post(self, kind: str, contents: Mapping[int, RecordDict], group: str, ttl: float) -> dict[str, int]:
@@ -294,11 +258,7 @@ class Nodes:
         return {sent.pop(reply.metadata.reply_to_message_id): reply for reply in replies}
 
     def _admit(self, node: int, facts: ClientFacts) -> None:
-        """Takes a node's client into the run.
-
-        Raises:
-            InputError: it cannot take part.
-        """
+        """Takes a node's client into the run; `InputError` where it cannot take part."""
         client = facts.partition_id
         if facts.agreement != self._agreement:
             raise InputError("its recipe or version of fedftg differs from the server's; install the same on both")

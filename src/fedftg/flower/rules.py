@@ -42,16 +42,12 @@ class RuleStrategy(FedAvg):
         algorithm: the name of a registered one; ClientApps must register it too.
         local: how clients train; the defaults are those of the FedFTG paper's CIFAR experiments.
         seed: of everything that clients draw; the numbers are those of ``fedftg run`` with this seed and cohorts.
-        mean_examples: training samples of a client, mean over all: FedDyn divides alpha by a client's relative size.
+        mean_examples: mean number of training samples of all clients: FedDyn divides alpha by a client's relative size.
             None gives every client the relative size 1.
         options: settings of the algorithm, and of ``flwr.serverapp.strategy.FedAvg``, such as ``fraction_train``.
-
-    Raises:
-        InputError: an unknown algorithm or a setting out of range; in round 1, arrays that are not the model's.
     """
 
     name: ClassVar[str] = ""
-    """The algorithm of a subclass."""
 
     def __init__(
         self,
@@ -65,7 +61,7 @@ class RuleStrategy(FedAvg):
         **options: Any,
     ) -> None:
         if num_clients < 1:
-            raise InputError(f"num_clients must be >= 1, got {num_clients}; it is the size of the whole federation")
+            raise InputError(f"num_clients must be >= 1, got {num_clients}")
         name = algorithm or self.name
         if name not in ALGORITHMS:
             raise unknown("algorithm", name, ALGORITHMS)
@@ -88,10 +84,8 @@ class RuleStrategy(FedAvg):
         self._layout: Layout | None = None
         self._state: ServerState | None = None
         self._memory: Memory | None = None
-        self._initial: Params = {}
-        """The initial model, where clients that have not taken part yet need it."""
-        self._aggregated: set[int] = set()
-        """The nodes of this session whose update was aggregated."""
+        self._initial: Params = {}  # the model, where clients that have not taken part yet need it
+        self._aggregated: set[int] = set()  # nodes
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -118,7 +112,7 @@ class RuleStrategy(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Returns the next global model by the server rule, and the mean of the clients' metrics with the rule's."""
+        """Returns the next global model, and the mean of the clients' metrics with the rule's."""
         assert self._state is not None, "configure_train comes first"
         assert self._layout is not None
         key = self.weighted_by_key
@@ -157,7 +151,7 @@ class RuleStrategy(FedAvg):
         return wire.encode(self._layout.join(state.params, state.buffers)), metrics
 
     def state_tensors(self) -> Params:
-        """Returns what a resumed run needs: the server's memory, and the last round of each client that counted."""
+        """Returns what a resumed run needs: the server's memory and the order, with the rounds that counted."""
         order = torch.tensor(list(self._order.model_dump_json().encode()), dtype=torch.uint8)
         return {"order": order, **prefixed(self._memory or {}, "memory/"), **prefixed(self._initial, "initial/")}
 
@@ -178,19 +172,13 @@ class FedDyn(RuleStrategy):
 
 
 class Scaffold(RuleStrategy):
-    """SCAFFOLD (Karimireddy and others, ICML 2020), with the settings of `fedftg.algorithms.scaffold.ScaffoldConfig`.
-
-    Messages and replies hold twice the model.
-    """
+    """SCAFFOLD (Karimireddy and others, ICML 2020), with `ScaffoldConfig`'s settings; messages are twice the model."""
 
     name = "scaffold"
 
 
 class Moon(RuleStrategy):
-    """MOON (Li, He, Song, CVPR 2021), with the settings of `fedftg.algorithms.moon.MoonConfig`.
-
-    The model must end with a linear layer. A client that has not taken part yet is sent the initial model too.
-    """
+    """MOON (Li, He, Song, CVPR 2021), with `MoonConfig`'s settings; the model must end with a linear layer."""
 
     name = "moon"
 

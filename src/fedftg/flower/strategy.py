@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord
 from flwr.app.message import make_message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
@@ -37,15 +37,6 @@ from fedftg.seeds import SERVER, torch_rng
 
 _log = logging.getLogger("flwr")
 
-_HOOKS = ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
-_CHECKPOINT = "refined.safetensors"
-_PRIVATE = (
-    flower.DifferentialPrivacyServerSideFixedClipping,
-    flower.DifferentialPrivacyServerSideAdaptiveClipping,
-    flower.DifferentialPrivacyClientSideFixedClipping,
-    flower.DifferentialPrivacyClientSideAdaptiveClipping,
-)
-
 
 @dataclass
 class RefineReport:
@@ -68,8 +59,7 @@ class Refined(Strategy):
     Sampling, messages, aggregation and evaluation are the base strategy's, and what it raises is raised. Replies with
     NaN or other arrays than the model's reach the base as errors. Results do not depend on the order of replies. Where
     the refined model is not finite, or the refiner raises ``RuntimeError`` (out of memory), the base's aggregate is
-    returned and the refiner's memory stays; where the aggregate is not finite, the global model stays. Each is logged,
-    and in `reports`.
+    returned; where the aggregate is not finite, the global model stays. Each is logged, and in `reports`.
 
     Args:
         base: of ``flwr.serverapp.strategy``, or one of your own for Flower's Message API.
@@ -80,9 +70,6 @@ class Refined(Strategy):
         seed: of everything that is drawn on the server; the numbers are those of ``fedftg run`` with this seed.
         device: where the server refines; ``auto`` is a GPU if there is one.
         checkpoint: a folder for the state after each round; `start` resumes from it.
-
-    Raises:
-        InputError: a base that cannot be refined, or a refiner, model, shape or device that does not fit.
     """
 
     def __init__(
@@ -103,9 +90,8 @@ class Refined(Strategy):
             refiner = REFINERS[refiner](name=refiner)
         self.base = base
         self.reports: list[RefineReport] = []
-        """One a round, of this session."""
         self._config, self._module, self._seed = refiner, model, seed
-        self._checkpoint = None if checkpoint is None else Path(checkpoint) / _CHECKPOINT
+        self._checkpoint = None if checkpoint is None else Path(checkpoint) / "refined.safetensors"
         self._device = torch.device(resolve_device(device))
         trainable = _Trainable(model, self._device)
         self._num_classes = _num_classes(trainable, image_shape, self._device)
@@ -115,8 +101,7 @@ class Refined(Strategy):
         self._memory: Memory = self._refiner.init(trainable.init()[0], torch_rng(seed, 0, SERVER, "refiner"))
         self._layout: Layout | None = None
         self._sent = ArrayRecord()
-        self._offset = 0
-        """Rounds done in earlier sessions; Flower's loop counts from 1."""
+        self._offset = 0  # rounds done in earlier sessions; Flower's loop counts from 1
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -127,19 +112,12 @@ class Refined(Strategy):
         if isinstance(self.base, flower.FedAvgM):
             self.base.current_arrays = None  # else it steps from its own last aggregate, which no client received
         number = server_round + self._offset
-        messages = type(self.base).configure_train(self.base, number, arrays, config, grid)
-        if isinstance(self.base, flower.QFedAvg):
-            self.base.current_arrays = _floating(arrays)
-        return messages
+        return type(self.base).configure_train(self.base, number, arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Returns the base's aggregate, refined, and its metrics with those of the refining (``fedftg-...``).
-
-        Raises:
-            InputError: no reply has class counts, neither in this round nor before.
-        """
+        """Returns the base's aggregate, refined, and its metrics with those of the refining (``fedftg-...``)."""
         assert self._layout is not None, "configure_train comes first"
         report = RefineReport(server_round + self._offset)
         weights = [vars(self.base).get(key) for key in ("weighted_by_key", "train_loss_key")]
@@ -178,10 +156,7 @@ class Refined(Strategy):
     def restore(self) -> tuple[int, ArrayRecord] | None:
         """Loads the checkpoint and returns the number of rounds done and the model after them; None: there is none.
 
-        `start` calls it; call it before a loop of your own.
-
-        Raises:
-            InputError: the checkpoint is damaged, or of a run with another base, seed or refiner setting.
+        `start` calls it; call it before a loop of your own. `InputError` where it is of a run with other settings.
         """
         if self._checkpoint is None or not self._checkpoint.exists():
             return None
@@ -189,10 +164,8 @@ class Refined(Strategy):
         saved = json.loads(read_metadata(self._checkpoint)["refined"])
         for key, value in self._settings().items():
             if saved.get(key) != value:
-                raise InputError(
-                    f"{self._checkpoint} is of a run with {key} = {saved.get(key)}, this one has {value}; "
-                    "use the same, or another folder"
-                )
+                was = f"of a run with {key} = {saved.get(key)}, this one has {value}"
+                raise InputError(f"{self._checkpoint} is {was}; use the same, or another folder")
         self._memory = unprefixed(tensors, "refiner/")
         _load_state(self.base, unprefixed(tensors, "base/"))
         arrays = encode(unprefixed(tensors, "arrays/"))
@@ -209,7 +182,7 @@ class Refined(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """Runs the rounds in Flower's loop, or in the base's own ``start``; resumes from a checkpoint.
+        """Runs the rounds in Flower's loop; resumes from a checkpoint.
 
         ``num_rounds`` counts from the very first round: 10 after a checkpoint of round 4 runs 6 more. ``evaluate_fn``
         and the result have the true numbers of rounds, Flower's log lines count from 1.
@@ -220,23 +193,15 @@ class Refined(Strategy):
         if done:
             _log.warning("resumed after round %d from %s; give another folder to start anew", done, self._checkpoint)
         evaluate = evaluate_fn and (lambda number, arrays: evaluate_fn(number + done, arrays))
-        arguments = (grid, arrays, num_rounds - done, timeout, train_config, evaluate_config, evaluate)
-        own_loop = type(self.base).start is not Strategy.start
-        result = self._start_base(*arguments) if own_loop else super().start(*arguments)
-        if not isinstance(result, Result) or not done:
-            return result  # a loop of the base's own may return something else
+        if type(self.base).start is not Strategy.start:
+            _log.warning("the start() of %s is not used, but Flower's", type(self.base).__name__)
+        result = super().start(grid, arrays, num_rounds - done, timeout, train_config, evaluate_config, evaluate)
+        if not done:
+            return result
         result.arrays = result.arrays or arrays
         for name in ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp"):
             setattr(result, name, {number + done: value for number, value in getattr(result, name).items()})
         return result
-
-    def _start_base(self, *arguments: Any) -> Result:
-        vars(self.base).update({name: getattr(self, name) for name in _HOOKS})
-        try:
-            return self.base.start(*arguments)
-        finally:
-            for name in _HOOKS:
-                del vars(self.base)[name]
 
     def _teachers(self, read: list[Reply], report: RefineReport) -> list[ClientResult]:
         assert self._layout is not None
@@ -260,19 +225,15 @@ class Refined(Strategy):
         return teachers
 
     def _for_base(self, reply: Reply) -> Message:
-        """Returns what the base gets: an error, or the reply, without counts and ids where it averages all metrics."""
         message = reply.message
         if message.has_error():
             return message
         if reply.problem is not None:
             return make_message(message.metadata, error=Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reply.problem))
         if vars(self.base).get("train_metrics_aggr_fn") is aggregate_metricrecords:
-            for metrics in message.content.metric_records.values():
+            for metrics in message.content.metric_records.values():  # else it averages them
                 for key in (CLASS_COUNTS, PARTITION_ID):
                     metrics.pop(key, None)
-        if isinstance(self.base, flower.QFedAvg):
-            for name, arrays in list(message.content.array_records.items()):
-                message.content[name] = _floating(arrays)
         return message
 
     def _refine(self, arrays: ArrayRecord | None, teachers: list[ClientResult], report: RefineReport) -> Params | None:
@@ -328,16 +289,15 @@ class Refined(Strategy):
         write_tensors(path, tensors, {"refined": json.dumps({"round": number, **self._settings()})})
 
     def _settings(self) -> dict[str, Any]:
-        """Returns what a resumed run must have the same."""
         refiner = {f"refiner.{key}": value for key, value in self._config.model_dump(mode="json").items()}
         return {"seed": self._seed, "base": type(self.base).__name__, **refiner}
 
 
 class FedFTG(Refined):
-    """A Flower strategy whose aggregate FedFTG fine-tunes on the server without data: `Refined` with its settings.
+    """`Refined` with FedFTG, which fine-tunes the aggregate on the server without data.
 
     Args:
-        strategy: the base.
+        strategy: the base; see `Refined` for it and the other arguments.
         model: see `Refined`.
         image_shape: see `Refined`.
         config: a preset (``fedftg``, ``paper``, ``official``), or a `DistillConfig`.
@@ -384,9 +344,8 @@ def _num_classes(model: FunctionalModel, image_shape: Sequence[int], device: tor
         with torch.no_grad():
             logits = model(*model.init(), torch.zeros(2, channels, height, width, device=device), train=False)
     except Exception as error:
-        raise InputError(
-            f"the model does not take images of shape {image_shape} ({first_line(error)}); pass its image_shape"
-        ) from error
+        reason = f"the model does not take images of shape {image_shape} ({first_line(error)})"
+        raise InputError(f"{reason}; pass its image_shape") from error
     if logits.ndim != 2:
         raise InputError(f"the model must give logits (2, classes) for 2 images, got {tuple(logits.shape)}")
     return int(logits.shape[1])
@@ -394,20 +353,10 @@ def _num_classes(model: FunctionalModel, image_shape: Sequence[int], device: tor
 
 def _check_base(base: Strategy) -> None:
     name = type(base).__name__
-    if not isinstance(base, Strategy):
-        raise InputError(f"the base strategy must be one of flwr.serverapp.strategy, got {name}")
-    if isinstance(base, _PRIVATE):
+    if any(kind.__name__.startswith("DifferentialPrivacy") for kind in type(base).__mro__):
         raise InputError(f"{name} keeps only the sum of the updates private, a refiner uses each; use LocalDpMod")
     if isinstance(base, flower.MultiKrum | flower.Bulyan):
         _log.warning("all usable replies are teachers, also those that %s discards", name)
-
-
-def _floating(record: ArrayRecord) -> ArrayRecord:
-    """Returns a record with integers as float64: QFedAvg scales in place, which NumPy refuses for integers."""
-    whole = {key for key, array in record.items() if np.dtype(array.dtype).kind in "iub"}
-    return ArrayRecord(
-        {key: Array(np.asarray(a.numpy(), np.float64)) if key in whole else a for key, a in record.items()}
-    )
 
 
 def _state_of(strategy: Any) -> Params:

@@ -1,8 +1,4 @@
-"""What travels between server and nodes: `Order` and tensors out, `Reply` back, each checked once.
-
-Tensors travel in Flower's ``ArrayRecord``, one NumPy file (``.npy``) each. Names, types and shapes are compared with a
-template that the receiver has before values are decoded, and nothing is unpickled.
-"""
+"""What travels between server and nodes: `Order` and tensors out, `Reply` back, each checked once, never unpickled."""
 
 from __future__ import annotations
 
@@ -18,8 +14,6 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from fedftg.algorithms.base import Algorithm
-from fedftg.algorithms.registry import ALGORITHMS
 from fedftg.config import parse
 from fedftg.data.dataset import Channels
 from fedftg.engine.local_train import LocalConfig
@@ -37,7 +31,6 @@ INITIAL = "initial"
 CONFIG = "config"
 METRICS = "metrics"
 ORDER = "fedftg-order"
-"""The key of the `Order` in a message's ``ConfigRecord``, as JSON."""
 NUM_EXAMPLES = "num-examples"
 CLASS_COUNTS = "class-counts"
 PARTITION_ID = "partition-id"
@@ -46,35 +39,26 @@ LARGEST_COUNT = 2**53
 """The largest whole number below which float64, in which updates are weighed, is exact."""
 
 
-class WireError(InputError):
-    """Something received does not fit; the message says what was got and what is allowed."""
-
-
 def encode(params: Params) -> ArrayRecord:
     """Returns a record of tensors with their names, order and types; bfloat16 travels as float32."""
     return ArrayRecord({name: Array(_numpy(tensor)) for name, tensor in params.items()})
 
 
 def decode(record: ArrayRecord, template: Params, *, finite: bool = False) -> Params:
-    """Returns the tensors of a record, on the CPU, in the order and of the types of ``template``.
-
-    Args:
-        record: what was received.
-        template: the expected names, shapes and types; its values are not used.
-        finite: refuse NaN and infinities.
+    """Returns the tensors of a record, on the CPU, with the names, order, shapes and types of ``template``.
 
     Raises:
-        WireError: other names, shapes or types, damaged data, or values that are not finite.
+        InputError: other names, shapes or types, damaged data, or with ``finite`` values that are not.
     """
     missing = [name for name in template if name not in record]
     unknown = [name for name in record if name not in template]
     if missing or unknown:
         parts = [f"{kind} {names[0]!r}" for kind, names in (("lacks", missing), ("has unknown", unknown)) if names]
-        raise WireError(f"the record {' and '.join(parts)}; it must hold the {len(template)} tensors of the model")
+        raise InputError(f"the record {' and '.join(parts)}; it must hold the {len(template)} tensors of the model")
     params = {name: _decoded(name, record[name], like) for name, like in template.items()}
     bad = first_non_finite(params) if finite else None
     if bad is not None:
-        raise WireError(f"tensor {bad!r} holds NaN or infinity; only finite values are allowed")
+        raise InputError(f"tensor {bad!r} holds NaN or infinity; only finite values are allowed")
     return params
 
 
@@ -83,13 +67,6 @@ class Layout:
 
     The arrays' names are those of the ``state_dict``, or "0", "1", ... in its order, as ``ArrayRecord`` names a list.
     The types of the first arrays are kept: Flower's strategies turn integers into float64.
-
-    Args:
-        module: the classifier.
-        arrays: a record of its values, such as the initial ones.
-
-    Raises:
-        InputError: names, shapes or types that are not the model's.
     """
 
     def __init__(self, module: nn.Module, arrays: ArrayRecord) -> None:
@@ -110,9 +87,7 @@ class Layout:
                 f"they must be the {len(state)} of the model's state_dict(), by name or in its order"
             )
         self.template: Params = {}
-        """The arrays' names, shapes and types, in the order in which they came; without values."""
         self._first = {key: first[name] for key, name in zip(keys, names, strict=True)}
-        """The parameter or buffer that each array is."""
         for key, name in self._first.items():
             array, shape = arrays[key], tuple(shared[name].shape)
             if tuple(array.shape) != shape:
@@ -122,10 +97,7 @@ class Layout:
         self._constant = {name: value.detach().clone() for name, value in own[1].items() if name not in given}
 
     def split(self, tensors: Params) -> tuple[Params, Params]:
-        """Returns parameters and buffers, under the model's names and in its order, of tensors under the arrays' names.
-
-        Floating-point tensors become float32. Buffers that do not travel (``persistent=False``) are the module's own.
-        """
+        """Returns parameters and buffers, in float32 and in the model's order, of tensors under the arrays' names."""
         named = {name: tensor.clone() for name, tensor in self._constant.items()}
         for key, name in self._first.items():
             named[name] = tensors[key].float() if tensors[key].is_floating_point() else tensors[key]
@@ -137,19 +109,13 @@ class Layout:
         return self._cast({key: values[name] for key, name in self._first.items()})
 
     def accept(self, record: ArrayRecord) -> Params:
-        """Returns a strategy's aggregate, whatever type it gave the arrays, in the types that travel.
-
-        Raises:
-            InputError: other names or shapes than the model's.
-        """
+        """Returns a strategy's aggregate, whatever type it gave the arrays, in the types that travel."""
         wanted, got = ({key: tuple(one.shape) for key, one in part.items()} for part in (self.template, record))
-        for key in {**wanted, **got}:
-            if wanted.get(key) != got.get(key):
-                raise InputError(f"the base strategy returned other arrays than it was given, at {key!r}")
+        if wanted != got:
+            raise InputError("the base strategy returned arrays of other names or shapes than it was given")
         return self._cast({key: torch.from_numpy(record[key].numpy().copy()) for key in self.template})
 
     def _cast(self, tensors: Params) -> Params:
-        """Returns the same values in the types that the arrays travel in, integers rounded, on the CPU."""
         result: Params = {}
         for key, like in self.template.items():
             value = tensors[key].detach().cpu()
@@ -164,11 +130,9 @@ class Order(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    run: str = Field(pattern="^[A-Za-z0-9]+$")
-    """Letters and digits that name the run; a folder of the client's memory."""
+    run: str = Field(pattern="^[A-Za-z0-9]+$")  # names a folder of the client's memory
     round: int
     seed: int
-    """The run's, from which the client derives its own."""
     num_clients: int
     mean_examples: float | None
     """Mean number of samples of all clients; None gives every client the relative size 1."""
@@ -190,11 +154,7 @@ class Order(BaseModel):
 
     @classmethod
     def of(cls, content: RecordDict) -> Order:
-        """Returns the order in a message.
-
-        Raises:
-            InputError: the message has none, or one that cannot be used.
-        """
+        """Returns the order in a message; `InputError` where there is none."""
         for config in content.config_records.values():
             if isinstance(text := config.get(ORDER), str):
                 return parse(cls, json.loads(text), "order")
@@ -203,17 +163,12 @@ class Order(BaseModel):
             "fedftg.flower"
         )
 
-    def build(self) -> Algorithm:
-        """Returns the algorithm's rules."""
-        return ALGORITHMS[self.algorithm["name"]](**self.algorithm).build(self.num_clients)
-
 
 @dataclass(frozen=True)
 class Reply:
     """A client's reply to a training message, checked; with a ``problem`` it must not be used."""
 
     message: Message
-    """As it arrived."""
     client: int
     """The partition id where the reply has one, else from the node id."""
     named: bool
@@ -221,10 +176,8 @@ class Reply:
     problem: str | None = None
     """Why the update cannot be used, in one line; None: it can."""
     arrays: Params = field(default_factory=dict)
-    """The model, under the names and in the order of the template."""
     extra: Params = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
-    """Those of all its ``MetricRecord``s."""
     class_counts: Tensor | None = None
     """``(C,)`` int64; None where the reply has none or none was asked for."""
 
@@ -237,8 +190,6 @@ def read_reply(
     num_classes: int | None = None,
     finite: bool = True,
     arrays_key: str = ARRAYS,
-    class_counts_key: str = CLASS_COUNTS,
-    client_id_key: str = PARTITION_ID,
     weight_keys: Collection[str] = (),
 ) -> Reply:
     """Checks and decodes one reply; whatever is wrong with it becomes its ``problem``.
@@ -246,12 +197,10 @@ def read_reply(
     Args:
         message: the reply.
         template: names, shapes and types of the model's arrays.
-        extra: likewise of what the local rule uploads besides it; empty or None: nothing.
-        num_classes: ``C``; class counts that are sent must be C whole numbers. None: they are not looked at.
+        extra: likewise of what the local rule uploads besides it.
+        num_classes: ``C``; class counts that are sent must be C whole numbers. None: they are ignored.
         finite: refuse NaN and infinities.
         arrays_key: the record of the model where a reply has several ``ArrayRecord``s.
-        class_counts_key: the metric of the class counts.
-        client_id_key: the metric of the partition id.
         weight_keys: metrics by which updates are weighed; each that is sent must be a number from 0 to 2**53.
     """
     reply = Reply(message, client_of(message.metadata.src_node_id), named=False, problem=error_of(message))
@@ -259,39 +208,37 @@ def read_reply(
         return reply
     metrics, records = all_metrics(message.content), message.content.array_records
     try:
-        if client_id_key in metrics:
-            _check_number(metrics, client_id_key, int, 2**63 - 1)
-            reply = replace(reply, client=metrics[client_id_key], named=True)
+        if PARTITION_ID in metrics:
+            _check_number(metrics, PARTITION_ID, int, 2**63 - 1)
+            reply = replace(reply, client=metrics[PARTITION_ID], named=True)
         if arrays_key not in records and len(records) != 1:
-            raise WireError(f"the reply holds {len(records)} ArrayRecords and none is {arrays_key!r}")
+            raise InputError(f"the reply holds {len(records)} ArrayRecords and none is {arrays_key!r}")
         model = records[arrays_key] if arrays_key in records else next(iter(records.values()))
         arrays = decode(model, template, finite=finite)
         if extra and EXTRA not in records:
-            raise WireError(f"the reply has no ArrayRecord {EXTRA!r}; reply with what local_train gives")
+            raise InputError(f"the reply has no ArrayRecord {EXTRA!r}; reply with what local_train gives")
         uploaded = decode(records[EXTRA], extra, finite=finite) if extra else {}
         for key in weight_keys:  # a larger one would drown every other update, or overflow in a sum
             _check_number(metrics, key, int | float, LARGEST_COUNT)
         counts = None
-        if num_classes is not None and class_counts_key in metrics:
-            counts = _counts(metrics[class_counts_key], num_classes)
-    except WireError as error:
+        if num_classes is not None and CLASS_COUNTS in metrics:
+            counts = _counts(metrics[CLASS_COUNTS], num_classes)
+    except InputError as error:
         return replace(reply, problem=str(error))
     return replace(reply, arrays=arrays, extra=uploaded, metrics=metrics, class_counts=counts)
 
 
 def read_replies(messages: Iterable[Message], template: Params, **options: Any) -> list[Reply]:
-    """Reads all replies of a round, by client id; those without one come last, by node id.
+    """Reads all replies of a round, by client id, then by node id: sums of floats depend on their order.
 
-    Replies arrive in any order, and sums of floats depend on their order. Of several usable replies of one client none
-    can be used. Arguments are those of `read_reply`.
+    Of several usable replies of one client none can be used. Options are those of `read_reply`.
     """
     replies = [read_reply(message, template, **options) for message in messages]
     replies.sort(key=lambda reply: (not reply.named, reply.client, client_of(reply.message.metadata.src_node_id)))
     nodes = Counter(reply.client for reply in replies if reply.problem is None)
     for index, reply in enumerate(replies):
         if reply.problem is None and nodes[reply.client] > 1:
-            key = options.get("client_id_key", PARTITION_ID)
-            problem = f"{nodes[reply.client]} nodes are client {reply.client}; give each its own {key!r}"
+            problem = f"{nodes[reply.client]} nodes are client {reply.client}; give each its own {PARTITION_ID!r}"
             replies[index] = replace(reply, problem=problem)
     return replies
 
@@ -315,7 +262,6 @@ def all_metrics(content: RecordDict) -> dict[str, Any]:
 
 
 def _numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """Returns a tensor's values in the type in which they travel."""
     values = tensor.detach().to("cpu").contiguous()
     result: np.ndarray[Any, Any] = (values.float() if tensor.dtype == torch.bfloat16 else values).numpy()
     return result
@@ -324,24 +270,21 @@ def _numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
 def _decoded(name: str, array: Array, like: Tensor) -> Tensor:
     wanted = str(_numpy(torch.empty(0, dtype=like.dtype)).dtype), tuple(like.shape)
     if (array.dtype, tuple(array.shape)) != wanted:
-        raise WireError(f"tensor {name!r} is {(array.dtype, tuple(array.shape))}, must be {wanted}")
+        raise InputError(f"tensor {name!r} is {(array.dtype, tuple(array.shape))}, must be {wanted}")
     try:
         values = array.numpy()
         fits = (str(values.dtype), values.shape) == wanted
     except Exception:  # whatever NumPy makes of bytes that anyone may have written
         fits = False
     if not fits:
-        raise WireError(f"tensor {name!r} is damaged or not the {wanted} that it says")
+        raise InputError(f"tensor {name!r} is damaged or not the {wanted} that it says")
     return torch.from_numpy(values).contiguous().to(like.dtype)
 
 
 def _counts(given: object, num_classes: int) -> Tensor:
-    """Returns class counts ``(C,)`` int64 from a metric."""
-    whole = isinstance(given, list) and all(type(count) is int and count >= 0 for count in given)
-    if not isinstance(given, list) or not whole or len(given) != num_classes or sum(given) > LARGEST_COUNT:
-        raise WireError(
-            f"class counts must be {num_classes} whole numbers >= 0, one a class, 2**53 in all, got {str(given)[:100]}"
-        )
+    valid = isinstance(given, list) and all(type(count) is int and count >= 0 for count in given)
+    if not isinstance(given, list) or not valid or len(given) != num_classes or sum(given) > LARGEST_COUNT:
+        raise InputError(f"class counts must be {num_classes} whole numbers >= 0, 2**53 in all, got {str(given)[:100]}")
     return torch.tensor(given, dtype=torch.int64)
 
 
@@ -349,4 +292,4 @@ def _check_number(metrics: Mapping[str, Any], key: str, kind: Any, most: int) ->
     value = metrics.get(key, 0)
     if not isinstance(value, kind) or not 0 <= value <= most:
         what = "a whole number" if kind is int else "a number"
-        raise WireError(f"metric {key!r} must be {what} from 0 to {most}, got {str(value)[:40]}")
+        raise InputError(f"metric {key!r} must be {what} from 0 to {most}, got {str(value)[:40]}")

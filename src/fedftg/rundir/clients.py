@@ -45,7 +45,8 @@ class ClientStore:
     ) -> None:
         self._init_memory = init_memory
         self._initial = tree.to_device(initial, "cpu")
-        self._weights = _shares(num_samples)
+        total = sum(num_samples)
+        self._weights = [count / total for count in num_samples]
         self._rows = _Rows()
         self._slots: dict[int, int] = {}  # by client
         self.tracks_uploads = track_uploads
@@ -89,16 +90,6 @@ class ClientStore:
                 self._rows.write(store._slots[client], row)
         if changes:
             store.change_sum = tree.add_changes(self.change_sum, changes)
-        return store
-
-    def reweighed(self, num_samples: Sequence[int]) -> ClientStore:
-        """Returns a store for other client sizes; reads the upload of every client that took part."""
-        store = copy.copy(self)
-        store._weights = _shares(num_samples)
-        store.change_sum = {name: torch.zeros_like(tensor) for name, tensor in self.change_sum.items()}
-        for client in sorted(self._slots) if self.tracks_uploads else ():
-            change = (store._weights[client], self.upload(client), self._initial)
-            store.change_sum = tree.add_changes(store.change_sum, [change])
         return store
 
     def average(self) -> Params:
@@ -180,8 +171,3 @@ class _Rows:
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
-
-
-def _shares(num_samples: Sequence[int]) -> list[float]:
-    total = sum(num_samples)
-    return [count / total for count in num_samples]
