@@ -344,7 +344,7 @@ def test_an_operator_s_mistakes_end_in_one_line_in_flower_s_terms(
     taken.mkdir()
     (taken / "config.toml").write_text("")
     app = server_app(str(here.recipe))
-    told = r"taken exists already; go on with it by resume=true, or give another out$"
+    told = r"taken exists already; resume it by resume=true, or give another out$"
     with pytest.raises(fedftg.InputError, match=told):
         here.grid(out=str(taken)).run_server(app)
     empty = here.grid([], out=str(here.folder / "new"))

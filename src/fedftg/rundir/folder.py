@@ -39,7 +39,7 @@ class RunFolder:
         except OSError as error:
             raise self._not_writable(error) from None
         if {name for name in names if not name.endswith(".part")} - _FIRST_FILES:
-            raise InputError(f"{self.path} exists already; go on with it by --resume, or give another --out")
+            raise InputError(f"{self.path} exists already; resume it by --resume, or give another --out")
 
     def create(self, config_toml: str, environment: Record, partition: Record) -> None:
         """Makes the folder and writes what is known before the first round; raises InputError as `check_free` does."""
