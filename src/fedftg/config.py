@@ -65,13 +65,13 @@ class RunConfig(BaseModel):
     name: str = Field(
         default="run",
         pattern=r"^\w[\w.+=-]*$",
-        description="letters, digits, . _ + = -, not a sign first",
+        description="letters, digits and . _ + = -; the first is a letter, a digit or _",
     )
     seed: int = Field(default=0, ge=0, description="the only source of randomness")
     rounds: int = Field(default=20, ge=1)
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     threads: int = Field(default=0, ge=0, description="CPU threads; 0 leaves it to torch and OMP_NUM_THREADS")
-    plugins: tuple[str, ...] = Field(default=(), description="modules to import first: they register own algorithms")
+    plugins: tuple[str, ...] = Field(default=(), description="modules to import first; they register algorithms and refiners")
     data: DataConfig = DataConfig()
     partition: PartitionConfig = PartitionConfig()
     cohort: CohortConfig = CohortConfig()
