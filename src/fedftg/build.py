@@ -96,6 +96,7 @@ def build(config: RunConfig, dataset: ImageDataset | None = None, progress: Prog
     executor = choice.build(config.executor, made.model, data, config.local, recipe)
     record: Record = {"class_names": list(data.dataset.class_names), "class_counts": data.class_counts.tolist()}
     record["digest"] = data.digest
+    record["image_shape"] = list(data.image_shape)
     if data.holds_back:
         record["held_back"] = [data.num_held_back(client) for client in range(data.num_clients)]
     if data.dataset.converted:

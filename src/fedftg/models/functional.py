@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,12 +29,16 @@ class FunctionalModel:
     def __init__(self, module: nn.Module) -> None:
         self._training = copy.deepcopy(module).train().requires_grad_(False)
         self._evaluating = copy.deepcopy(module).eval().requires_grad_(False)
+        self._trainable = {name for name, value in module.named_parameters() if value.requires_grad}
         self.has_batchnorm = any(isinstance(layer, _BATCH_NORMS) for layer in module.modules())
         self.has_dropout = any(map(_draws, module.modules()))
 
     def init(self) -> tuple[Params, Params]:
-        """Fresh copies of the parameters and the buffers that the module was given with."""
-        return clone(dict(self._evaluating.named_parameters())), clone(dict(self._evaluating.named_buffers()))
+        """Returns fresh copies of the parameters and the buffers that the module was given with.
+
+        Frozen parameters (``requires_grad=False``) are among the buffers: nothing trains them.
+        """
+        return values(self._evaluating, self._trainable)
 
     def __call__(self, params: Params, buffers: Params, images: Tensor, *, train: bool) -> Tensor:
         """Logits ``(B, C)`` of images ``(B, D, H, W)``."""
@@ -61,10 +66,12 @@ class FunctionalModel:
         return logits, seen[-1]
 
     def module(self, params: Params, buffers: Params) -> nn.Module:
-        """A new module, in evaluation mode, that holds copies of these values; its parameters require gradients."""
+        """A new module, in evaluation mode, that holds copies of these values; frozen ones stay frozen."""
         module = copy.deepcopy(self._evaluating)
         module.load_state_dict({**params, **buffers}, strict=False)
-        return module.requires_grad_(True)
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name in self._trainable)
+        return module
 
 
 def _draws(layer: nn.Module) -> bool:
@@ -84,6 +91,13 @@ def last_linear(module: nn.Module) -> nn.Linear:
     return linears[-1]
 
 
-def values(module: nn.Module) -> tuple[Params, Params]:
-    """Copies of a module's parameters and buffers."""
-    return clone(dict(module.named_parameters())), clone(dict(module.named_buffers()))
+def values(module: nn.Module, trainable: Collection[str] | None = None) -> tuple[Params, Params]:
+    """Returns copies of a module's parameters and of its buffers, frozen parameters among the latter.
+
+    Args:
+        trainable: names of the parameters that are not frozen; None: those that require a gradient.
+    """
+    named = dict(module.named_parameters())
+    free = [name for name in named if (named[name].requires_grad if trainable is None else name in trainable)]
+    frozen = {name: tensor for name, tensor in named.items() if name not in free}
+    return clone({name: named[name] for name in free}), clone({**dict(module.named_buffers()), **frozen})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -73,21 +74,37 @@ def build(config: ModelConfig, num_classes: int, image_shape: tuple[int, int, in
                 f"model {config.name!r} gave a {type(model).__name__}; it must be a class or a function that gives "
                 "a torch.nn.Module"
             )
-        model.eval()  # so that the check leaves BatchNorm statistics alone
+        _check(model, config.name, num_classes, image_shape)
+    return model.train()
+
+
+def _check(model: nn.Module, name: str, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+    """Raises InputError for a model that cannot be trained here; works on a copy, which leaves statistics alone."""
+    import torch
+    from torch import nn
+
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | torch.jit.ScriptModule):
+        raise InputError(
+            f"model {name!r} is a {type(model).__name__}, which cannot be called with a client's values; give the "
+            "plain nn.Module"
+        )
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if bad := next((key for key, tensor in tensors.items() if tensor.is_complex()), None):
+        raise InputError(f"model {name!r} has complex values in {bad}, which cannot be averaged; use two real tensors")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError(f"model {name!r} has no parameter that requires a gradient; leave some unfrozen")
+    for mode in ("evaluation", "training"):
         try:
             with torch.no_grad():
-                output = model(torch.zeros(2, *image_shape))
+                output = copy.deepcopy(model).train(mode == "training")(torch.zeros(2, *image_shape))
         except Exception as error:
+            raise InputError(f"model {name!r} fails on images of shape {image_shape}: {first_line(error)}") from error
+        shape = tuple(output.shape) if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
+        if shape != (2, num_classes):
             raise InputError(
-                f"model {config.name!r} fails on images of shape {image_shape}: {first_line(error)}"
-            ) from error
-    shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-    if shape != (2, num_classes):
-        raise InputError(
-            f"model {config.name!r} turns 2 images of shape {image_shape} into {shape}; it must give logits of shape "
-            f"(2, {num_classes})"
-        )
-    return model.train()
+                f"model {name!r} turns 2 images of shape {image_shape} into {shape} in {mode} mode; it must give "
+                f"logits of shape (2, {num_classes})"
+            )
 
 
 def _factory(name: str) -> Factory:
