@@ -89,11 +89,10 @@ def run(settings: dict[str, Any], overrides: list[str], out: Path) -> dict[str, 
 
 def flower(out: Path) -> dict[str, Any]:
     """Runs SCAFFOLD + FedFTG over an in-process Flower grid; returns records and digests of its final state."""
+    from fedftg import config
     from fedftg.flower.client import client_app
     from fedftg.flower.server import serve
     from fedftg.flower.testing import LocalGrid
-
-    from fedftg import config
     from fedftg.progress import Progress
 
     out.mkdir()

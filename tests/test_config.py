@@ -4,7 +4,6 @@ import pytest
 
 from fedftg import config as configs
 from fedftg.algorithms.feddyn import FedDynConfig
-from fedftg.config import RunConfig
 from fedftg.distill.config import PRESETS
 from fedftg.errors import InputError
 
@@ -16,13 +15,7 @@ def write(folder: Path, name: str, text: str) -> Path:
 
 
 def test_round_trip_through_toml(tmp_path: Path) -> None:
-    given = [
-        'algorithm.name="feddyn"',
-        "algorithm.alpha=0.1",
-        "partition.alpha=0.5",
-        "cohort.size=3",
-        "refiner.preset=paper",
-    ]
+    given = ['algorithm.name="feddyn"', "algorithm.alpha=0.1", "cohort.size=3", "refiner.preset=paper"]
     config = configs.load(None, given)
     again = configs.load(write(tmp_path, "run.toml", config.to_toml()))
     assert again == config
@@ -115,18 +108,18 @@ fedftg.register_algorithm("mine", MineConfig)
         ("partition.alpha=-1", "partition.alpha must be > 0, got -1"),
         ("rounds=0", "rounds must be >= 1, got 0"),
         ("rounds=ten", "rounds must be a whole number"),
-        ("rounds=1.5", "rounds must be a whole number"),
         ("algorithm.name=fedavgg", "unknown algorithm.name 'fedavgg'; did you mean 'fedavg'? allowed: "),
         ("algorithm.mu=1", "unknown key 'algorithm.mu'; allowed: "),
         ("refiner.name=fedtfg", "unknown refiner.name 'fedtfg'; did you mean 'fedftg'?"),
         ("refiner.preset=papr", "unknown preset 'papr'; did you mean 'paper'?"),
         ("refiner.student_lrr=1", "unknown key 'refiner.student_lrr'; did you mean 'refiner.student_lr'?"),
-        ("refiner.iterations=0", "refiner.iterations must be >= 1, got 0"),
         ("partition.law=dirichelt", "partition.law must be 'iid', 'dirichlet', "),
-        ("cohort.probability=1.5", "cohort.probability must be <= 1, got 1.5"),
         ("device=gpu", "device must be auto, cpu, cuda or cuda:N; got 'gpu'"),
         ("rounds", "--set needs key=value, got 'rounds'"),
         ("rounds.x=1", "rounds"),
+        ("local.lr=inf", "local.lr must be a finite number"),
+        ("plugins=3", "plugins must be a list"),
+        ("name=..", "name must be"),
         ("plugins=['not_there_at_all']", "plugin 'not_there_at_all' cannot be imported"),
         ("executor.name=ray", "executor.name must be 'auto', 'sequential'"),
     ],
@@ -143,12 +136,6 @@ def test_size_and_probability_exclude_each_other() -> None:
         configs.from_mapping({"cohort": {"size": 1, "probability": 0.5}})
 
 
-def test_values_of_python_users_are_checked_the_same() -> None:
-    with pytest.raises(InputError, match="rounds must be >= 1"):
-        configs.parse(RunConfig, {"rounds": 0})
-    assert configs.parse(RunConfig, {"algorithm": {"name": "fedprox", "mu": 1}}).algorithm.name == "fedprox"
-
-
 @pytest.mark.parametrize("text", ["rounds = = 3", "\x00"])
 def test_no_toml(tmp_path: Path, text: str) -> None:
     with pytest.raises(InputError, match="is not valid TOML"):
@@ -162,11 +149,6 @@ def test_differences_that_resuming_allows() -> None:
     assert configs.first_difference(before, configs.load(None, ["local.lr=0.3"])) == "local.lr"
     with pytest.raises(InputError, match=r"--resume cannot change local\.lr"):
         configs.check_resumable(before, configs.load(None, ["local.lr=0.3"]))
-
-
-def test_overrides_are_a_list() -> None:
-    with pytest.raises(InputError, match=r"list of 'key=value', got 'rounds=1'; pass \['rounds=1'\]"):
-        configs.load(None, "rounds=1")
 
 
 def test_executors_of_the_same_numbers_may_take_each_others_place() -> None:

@@ -2,14 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import pytest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from fedftg.algorithms.base import Refiner, RefinerConfig, RefinerContext
-from fedftg.algorithms.registry import ALGORITHMS, REFINERS, register_refiner
+from fedftg.algorithms.registry import ALGORITHMS, REFINERS
 from fedftg.config import RunConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "config.md"
@@ -65,23 +63,6 @@ def rendered() -> str:
 
 def test_page_is_what_the_config_says() -> None:
     assert PAGE.read_text() == rendered()
-
-
-class SmoothConfig(RefinerConfig):
-    """What a plugin registers."""
-
-    name: Literal["smooth"] = "smooth"
-    weight: float = Field(default=0.5, ge=0, description="of the model before | after")
-
-    def build(self, context: RefinerContext) -> Refiner:
-        raise NotImplementedError
-
-
-def test_a_registered_refiner_appears(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(REFINERS, "smooth", SmoothConfig)
-    register_refiner("smooth", SmoothConfig)
-    assert "| `refiner.name` | `fedftg` | none, fedftg, smooth |" in rendered()
-    assert "| `refiner.weight` (smooth) | `0.5` | of the model before \\| after |" in rendered()
 
 
 if __name__ == "__main__":

@@ -1,3 +1,5 @@
+from itertools import product
+
 import pytest
 import torch
 
@@ -9,11 +11,13 @@ def make(*values: float) -> tree.Params:
 
 
 def test_weighted_mean_by_hand() -> None:
-    """(1*2 + 3*6) / 4 = 5 and (1*4 + 3*0) / 4 = 1; the integer 3 stays 3."""
+    """(1*2 + 3*6) / 4 = 5 and (1*4 + 3*0) / 4 = 1; the integer 3 stays 3; (1 + 2 + 2) / 3 = 1.67 is 2."""
     mean = tree.weighted_mean([make(2.0, 4.0), make(6.0, 0.0)], [1, 3])
     assert mean["w"].tolist() == [5.0, 1.0]
     assert mean["n"].item() == 3
     assert mean["n"].dtype == torch.int64
+    counts = [{"n": torch.tensor(value)} for value in (1, 2, 2)]
+    assert tree.weighted_mean(counts, [1, 1, 1])["n"].item() == 2
 
 
 def formula(trees: list[tree.Params], weights: list[float]) -> tree.Params:
@@ -68,19 +72,11 @@ def test_sums_in_stretches_have_the_bits_of_the_formula() -> None:
     assert all(same_bits(left, right) for left, right in zip(trees, before, strict=True))
 
 
-def test_weighted_mean_rounds_integers() -> None:
-    """(1 + 2 + 2) / 3 = 1.67 is 2."""
-    counts = [{"n": torch.tensor(value)} for value in (1, 2, 2)]
-    assert tree.weighted_mean(counts, [1, 1, 1])["n"].item() == 2
-
-
-def test_mean_of_equal_trees_is_the_tree_bit_for_bit() -> None:
+def test_mean_of_equal_trees_is_the_tree_and_weight_zero_is_skipped() -> None:
     one = {"w": torch.randn(1000, generator=torch.Generator().manual_seed(0))}
     mean = tree.weighted_mean([one] * 7, [3, 1, 4, 1, 5, 9, 2])
     assert torch.equal(mean["w"], one["w"])
 
-
-def test_weight_zero_is_skipped_even_if_not_finite() -> None:
     mean = tree.weighted_mean([make(1.0), make(float("nan"))], [1, 0])
     assert mean["w"].tolist() == [1.0]
 
@@ -105,28 +101,11 @@ def test_norm_is_over_all_floating_tensors() -> None:
     assert tree.norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0]), "n": torch.tensor(100)}) == 5.0
 
 
-def test_first_non_finite_names_the_tensor() -> None:
-    assert tree.first_non_finite(make(1.0)) is None
-    assert tree.first_non_finite({"a": torch.ones(2), "b": torch.tensor([1.0, float("inf")])}) == "b"
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("place", [0, 17, 999])
-def test_first_non_finite_finds_one_in_many(bad: float, place: int) -> None:
-    value = torch.randn(1000)
-    value[place] = bad
-    for kind in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        params = {
-            "n": torch.tensor(1),
-            "none": torch.ones(0),
-            "a": torch.full((9,), 6e4, dtype=kind),
-            "b": value.to(kind),
-        }
-        assert tree.first_non_finite(params) == "b"
+def test_first_non_finite_finds_one_in_many(bad: float) -> None:
+    for place, kind in product((0, 17, 999), (torch.float32, torch.float64, torch.bfloat16, torch.float16)):
+        value = torch.randn(1000)
+        value[place] = bad
+        params = {"n": torch.tensor(1), "none": torch.ones(0), "a": torch.full((9,), 6e4, dtype=kind)}
+        assert tree.first_non_finite({**params, "b": value.to(kind)}) == "b"
         assert tree.first_non_finite({**params, "b": torch.ones(1)}) is None
-
-
-def test_prefix_round_trip() -> None:
-    both = tree.prefixed(make(1.0), "x/") | tree.prefixed(make(2.0), "y/")
-    assert tree.unprefixed(both, "y/")["w"].tolist() == [2.0]
-    assert list(tree.unprefixed(both, "x/")) == ["w", "n"]

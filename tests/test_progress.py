@@ -53,8 +53,3 @@ def test_bar_on_a_terminal() -> None:
     assert "resumed after round 1" in text
     assert "client 4 rejected" in text
     assert "round 2/10" in text
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (75, "1:15"), (3725, "1:02:05")])
-def test_durations(seconds: float, text: str) -> None:
-    assert progress._duration(seconds) == text

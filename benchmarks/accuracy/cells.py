@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from fedftg import config as configs
-from fedftg.algorithms.fedftg import of_preset
+from fedftg.algorithms.fedftg import FedFTGConfig
 
 PROTOCOL = Path(__file__).parent / "protocol.toml"
 SEEDS = (0, 1, 2)
 ALGORITHMS = ("fedavg", "fedprox", "feddyn", "scaffold", "moon")
 PRESETS = ("paper", "official", "fedftg")
 
-RETIRED = ("generator_ema", "fresh_batches", "compile_teachers", "vectorized")
+RETIRED = ("generator_ema", "fresh_batches", "compile_teachers", "vectorized", "restore_buffers")
 """Settings that the package no longer has: cells that use one keep their results and are not run again."""
 
 # A generator of width 64 would take twenty times the time of local training of these small networks.
@@ -58,7 +58,8 @@ def settings(cell: Cell) -> dict[str, Any]:
 @cache
 def _off() -> dict[str, Any]:
     """Settings that change nothing: the defaults, and the preset ``paper``."""
-    return configs.flat(configs.RunConfig().model_dump(mode="json")) | configs.flat({"refiner": of_preset("paper")})
+    paper = {"refiner": FedFTGConfig.defaults({"preset": "paper"})}
+    return configs.flat(configs.RunConfig().model_dump(mode="json")) | configs.flat(paper)
 
 
 def fits(made_with: dict[str, Any], cell: Cell) -> bool:

@@ -21,8 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedftg import ImageDataset, RunConfig
 from fedftg import config as configs
 from fedftg.distill.config import DistillConfig, preset
-from fedftg.distill.distiller import Distiller
+from fedftg.distill.distiller import distil
 from fedftg.distill.generator import Generator
+from fedftg.distill.images import GeneratorImages
 from fedftg.distill.teachers import stack_or_list
 from fedftg.models.functional import FunctionalModel, values
 from fedftg.models.registry import ModelConfig, build
@@ -125,12 +126,9 @@ class Refining:
 
     def refine(self, iterations: int) -> float:
         """Seconds of that many iterations."""
-        distiller = Distiller(self.config.model_copy(update={"iterations": iterations}), self.generator)
-        return self._timed(
-            lambda: distiller.refine(
-                self.student, self.teachers, self.counts, rng=torch.Generator().manual_seed(0)
-            )
-        )  # fmt: skip
+        config = self.config.model_copy(update={"iterations": iterations})
+        images, rng = GeneratorImages(config, self.generator), torch.Generator().manual_seed(0)
+        return self._timed(lambda: distil(config, images, self.student, self.teachers, self.counts, rng=rng))
 
     def necessary(self, iterations: int) -> tuple[float, float]:
         """Seconds and FLOP of the forward and backward passes that the iterations need, each timed alone.

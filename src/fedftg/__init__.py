@@ -8,31 +8,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedftg.algorithms.registry import register_algorithm, register_refiner
-    from fedftg.config import RunConfig
-    from fedftg.data.dataset import ImageDataset
-    from fedftg.distill.api import RefineResult, refine
-    from fedftg.distill.config import DistillConfig, preset
-    from fedftg.errors import ClientError, InputError
-    from fedftg.loop import Run, run
+    from fedftg.algorithms.registry import register_algorithm as register_algorithm
+    from fedftg.algorithms.registry import register_refiner as register_refiner
+    from fedftg.config import RunConfig as RunConfig
+    from fedftg.data.dataset import ImageDataset as ImageDataset
+    from fedftg.distill.api import RefineResult as RefineResult
+    from fedftg.distill.api import refine as refine
+    from fedftg.distill.config import DistillConfig as DistillConfig
+    from fedftg.distill.config import preset as preset
+    from fedftg.errors import ClientError as ClientError
+    from fedftg.errors import InputError as InputError
+    from fedftg.loop import Run as Run
+    from fedftg.loop import run as run
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "ClientError",
-    "DistillConfig",
-    "ImageDataset",
-    "InputError",
-    "RefineResult",
-    "Run",
-    "RunConfig",
-    "__version__",
-    "preset",
-    "refine",
-    "register_algorithm",
-    "register_refiner",
-    "run",
-]
 
 _MODULES = {
     "ClientError": "errors",
@@ -48,6 +37,7 @@ _MODULES = {
     "register_refiner": "algorithms.registry",
     "run": "loop",
 }
+__all__ = ["__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:

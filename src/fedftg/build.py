@@ -10,10 +10,10 @@ from fedftg.algorithms.base import Algorithm, Batch, LocalTask, Refiner, Refiner
 from fedftg.config import RunConfig
 from fedftg.data import federated
 from fedftg.data.dataset import ImageDataset
-from fedftg.data.federated import Federation
-from fedftg.engine import choice
+from fedftg.data.federated import FederatedData
+from fedftg.engine import executors
+from fedftg.engine.executors import RunRecipe
 from fedftg.engine.machine import resolve_device
-from fedftg.engine.workers import RunRecipe
 from fedftg.errors import InputError
 from fedftg.experiment import Experiment
 from fedftg.models import registry as models
@@ -27,7 +27,7 @@ from fedftg.seeds import SERVER, seed_for, torch_rng
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything that a config names besides clients and data, and the state before the first round."""
+    """What a config names besides clients and data, and the state before the first round."""
 
     model: FunctionalModel
     algorithm: Algorithm
@@ -35,11 +35,8 @@ class Parts:
     state: ServerState
 
 
-def parts(config: RunConfig, data: Federation, with_data: int) -> Parts:
-    """Builds model, algorithm, refiner and initial state.
-
-    Args:
-        with_data: how many clients may take part.
+def parts(config: RunConfig, data: FederatedData, with_data: int) -> Parts:
+    """Builds model, algorithm, refiner and initial state; ``with_data`` clients may take part.
 
     Raises:
         InputError: the model, the cohort or the algorithm is impossible for this federation.
@@ -54,7 +51,9 @@ def parts(config: RunConfig, data: Federation, with_data: int) -> Parts:
     params, buffers = model.init()
     algorithm = config.algorithm.build(data.num_clients)
     _check_fit(config, algorithm, model, data)
-    refiner = config.refiner.build(RefinerContext(model, data.num_classes, data.image_shape, data.device))
+    refiner = config.refiner.build(
+        RefinerContext(model, data.num_classes, data.image_shape, data.device, data.dataset.mean, data.dataset.std)
+    )
     state = ServerState(
         round=0,
         params=params,
@@ -77,12 +76,9 @@ def build(config: RunConfig, dataset: ImageDataset | None = None, progress: Prog
     sizes = [data.num_samples(client) for client in range(data.num_clients)]
     with_data = sum(size > 0 for size in sizes)
     made = parts(config, data, with_data)
-    algorithm, params, buffers = made.algorithm, made.state.params, made.state.buffers
+    params, buffers, local = made.state.params, made.state.buffers, made.algorithm.local
     clients = ClientStore(
-        lambda: algorithm.local.init_memory(params, buffers),
-        {**params, **buffers},
-        sizes,
-        config.evaluation.track_all,
+        lambda: local.init_memory(params, buffers), {**params, **buffers}, sizes, config.evaluation.track_all
     )
     recipe = RunRecipe(
         config.plugins,
@@ -93,18 +89,23 @@ def build(config: RunConfig, dataset: ImageDataset | None = None, progress: Prog
         config.cohort.size or round((config.cohort.probability or 1.0) * with_data),
         config.threads,
     )
-    executor = choice.build(config.executor, made.model, data, config.local, recipe)
-    record: Record = {"class_names": list(data.dataset.class_names), "class_counts": data.class_counts.tolist()}
-    record["digest"] = data.digest
-    record["image_shape"] = list(data.image_shape)
+    executor = executors.build(config.executor, made.model, data, config.local, recipe)
+    record: Record = {
+        "class_names": list(data.dataset.class_names),
+        "class_counts": data.class_counts.tolist(),
+        "digest": data.digest,
+        "image_shape": list(data.image_shape),
+    }
     if data.holds_back:
         record["held_back"] = [data.num_held_back(client) for client in range(data.num_clients)]
     if data.dataset.converted:
         record["converted"] = dict(data.dataset.converted)
-    return Experiment(config, data, made.model, algorithm, made.refiner, executor, made.state, clients, record)
+    return Experiment(
+        **vars(made), config=config, data=data, executor=executor, clients=clients, partition_record=record
+    )
 
 
-def _check_fit(config: RunConfig, algorithm: Algorithm, model: FunctionalModel, data: Federation) -> None:
+def _check_fit(config: RunConfig, algorithm: Algorithm, model: FunctionalModel, data: FederatedData) -> None:
     """Computes the loss of two images, so that a model that cannot be trained fails before anything is written."""
     if model.has_batchnorm and config.local.batch_size < 2:
         raise InputError("local.batch_size must be >= 2 for a model with BatchNorm, got 1; or take a GroupNorm model")

@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -60,10 +60,9 @@ def run(recipe: str | None, overrides: Sequence[str], out: Path | None, resume: 
 @click.option("--out", type=click.Path(path_type=Path), default=RUNS, help="Folder of run folders.")
 def compare(items: Sequence[str], overrides: Sequence[str], out: Path) -> None:
     """Run what is missing; one table and one plot of all."""
+    items = list(dict.fromkeys(items))
     if len(items) < 2:
-        raise InputError(f"compare needs two or more recipes or run folders, got {len(items)}")
-    if len(set(items)) < len(items):
-        raise InputError(f"compare got {next(item for item in items if items.count(item) > 1)!r} twice; name it once")
+        raise InputError(f"compare needs two or more different recipes or run folders, got {len(items)}")
     folders = {item: Path(item) for item in items if (Path(item) / "config.toml").is_file()}
     files = {item: recipes.find(item) for item in items if item not in folders}
     if overrides and not files:
@@ -218,7 +217,7 @@ def write_partition(console: Console, config: RunConfig, out: Path | None) -> No
     from fedftg import loop
     from fedftg.data import sources
     from fedftg.data.federated import partition_dataset
-    from fedftg.data.partition import class_counts, describe, needed_columns, save, skew, to_json
+    from fedftg.data.partition import class_counts, describe, needed_columns, skew, to_json
     from fedftg.report import plots, table
 
     law = config.partition
@@ -235,32 +234,28 @@ def write_partition(console: Console, config: RunConfig, out: Path | None) -> No
         values = dataset.columns[law.column]
         groups = [str(values[part[0]]) if len(part) else "-" for part in clients.whole]
     counts, names = class_counts(clients.whole, labels, dataset.num_classes), list(dataset.class_names)
-    about: dict[str, Any] = {
-        "data": config.data.model_dump(mode="json", exclude_none=True),
-        "partition": law.model_dump(mode="json", exclude_none=True),
-        "seed": config.seed,
-    }
+    dumped = config.model_dump(mode="json", exclude_none=True)
+    about = {key: dumped[key] for key in ("data", "partition", "seed")}
     optional = {"held_back": held_back, "groups": groups, "converted": dict(dataset.converted) or None}
     about |= {key: value for key, value in optional.items() if value is not None}
     text = to_json(clients.whole, labels, law=law.law, class_names=names, about=about)
     # Never over another partition, which a run may be using.
-    folder, number = out or RUNS / "partitions" / config.name, 1
-    while (folder / "partition.json").exists() and (folder / "partition.json").read_text("utf-8") != text:
+    file, number = (out or RUNS / "partitions" / config.name) / "partition.json", 1
+    while file.exists() and file.read_text("utf-8") != text:
         if out is not None:
-            raise InputError(f"{folder} holds another partition already; choose another folder by --out")
+            raise InputError(f"{out} holds another partition already; choose another folder by --out")
         number += 1
-        folder = RUNS / "partitions" / f"{config.name}-{number}"
-    _make(folder)
-    file = save(folder / "partition.json", text)
+        file = RUNS / "partitions" / f"{config.name}-{number}" / "partition.json"
+    _write(file, text)
     title = f"{config.data.name}, {describe(law)}, seed {config.seed}"
     _print(console, title)
-    console.print(table.partition_table(counts.tolist(), names, skew(counts), held_back, groups))
+    console.print(table.partition_table(counts.tolist(), names, skew(counts), held_back))
     if dataset.converted:
         _print(console, f"images that were not RGB and were converted: {loop.modes(dataset.converted)}")
     _print(
-        console, f"heatmap: {plots.partition_heatmap(counts.tolist(), names, folder / 'partition.png', title=title)}"
+        console, f"heatmap: {plots.partition_heatmap(counts.tolist(), names, file.with_name('partition.png'), title)}"
     )
-    _print(console, f"sizes: {plots.partition_sizes(counts.sum(axis=1).tolist(), folder / 'sizes.png', title=title)}")
+    _print(console, f"sizes: {plots.partition_sizes(counts.sum(axis=1).tolist(), file.with_name('sizes.png'), title)}")
     _print(console, f"partition: {file}")
 
 
@@ -307,12 +302,8 @@ def _report(console: Console, folders: Sequence[Path], out: Path) -> list[RunRec
     from fedftg.report.load import load_run
 
     runs = [load_run(folder) for folder in folders]
-    _make(out)
     file = out / "table.md"
-    try:
-        file.write_text(table.markdown_table(runs), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write {file}: {error.strerror}; make the folder writable") from None
+    _write(file, table.markdown_table(runs))
     console.print(table.terminal_table(runs))
     _print(console, f"table: {file}")
     _print(console, f"plot: {plots.accuracy_plot(runs, out / 'accuracy.png')}")
@@ -325,11 +316,14 @@ def _progress(console: Console) -> Progress:
     return progress.for_console(console)
 
 
-def _make(folder: Path) -> None:
+def _write(file: Path, text: str) -> None:
+    from fedftg.rundir import records
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        records.write_atomically(file, text.encode())
     except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}; choose another folder by --out") from None
+        raise InputError(f"cannot write {file}: {error.strerror}; choose another folder by --out") from None
 
 
 def _print(console: Console, text: str) -> None:

@@ -9,24 +9,17 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tomli_w
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SerializeAsAny,
-    ValidationError,
-    ValidationInfo,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, ValidationInfo
 
 from fedftg.algorithms.base import AlgorithmConfig, RefinerConfig
 from fedftg.algorithms.registry import ALGORITHMS, REFINERS
-from fedftg.data.config import MANY_CLASSES, DataConfig, PartitionConfig
+from fedftg.data.config import DataConfig, PartitionConfig
+from fedftg.data.sources import SOURCES
 from fedftg.engine.evaluate import EvaluationConfig
 from fedftg.engine.executors import INTERCHANGEABLE, ExecutorConfig
 from fedftg.engine.local_train import LocalConfig
 from fedftg.engine.sampling import CohortConfig
-from fedftg.errors import InputError, explain, unknown
+from fedftg.errors import InputError, explain, flat, unknown
 from fedftg.models.registry import ModelConfig
 from fedftg.registry import import_user_module
 
@@ -45,9 +38,7 @@ def _named(key: str, table: Mapping[str, type[Section]], default: str, given: An
     """Parses ``{name = "fedprox", mu = 0.1}`` by the settings class registered under the name, or the default's."""
     if not isinstance(given, Mapping):
         return given
-    name = given.get("name", default)
-    if not isinstance(name, str):
-        raise InputError(f"{key}.name must be one of {', '.join(sorted(table))}, got {name!r}")
+    name = str(given.get("name", default))
     if name not in table:
         raise unknown(f"{key}.name", name, table)
     return parse(table[name], given, key)
@@ -61,7 +52,8 @@ def _refiner(given: Any, info: ValidationInfo) -> Any:
     data = info.data.get("data")  # validated before; missing where it is wrong
     name = given.get("name", "fedftg") if isinstance(given, Mapping) else None
     if data is not None and isinstance(name, str) and name in REFINERS:
-        given = {**REFINERS[name].defaults(MANY_CLASSES.get(data.name)), **given}
+        source = SOURCES.get(data.name)
+        given = {**REFINERS[name].defaults(given, source.num_classes if source else None), **given}
     return _named("refiner", REFINERS, "fedftg", given)
 
 
@@ -130,61 +122,42 @@ def from_mapping(given: Mapping[str, Any]) -> RunConfig:
         try:
             import_user_module(module)
         except Exception as error:
+            why = f"{type(error).__name__}: {error}"
             raise InputError(
-                f"plugin {module!r} cannot be imported ({type(error).__name__}: {error}); "
-                "install it, or start in the folder it is in"
+                f"plugin {module!r} cannot be imported ({why}); install it, or start in its folder"
             ) from error
     return parse(RunConfig, given)
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
+def read_recipe(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Returns the settings of a recipe; ``extends = "other.toml"`` lays them over those of a recipe beside it.
 
     The run's ``name`` is that of the file, unless the recipe gives one.
     """
-    chain, seen = [path], {path.resolve()}
-    layers = [read_toml(path)]
-    while "extends" in layers[-1]:
-        parent = chain[-1].parent / str(layers[-1].pop("extends"))
-        if parent.resolve() in seen:
-            raise InputError(f"recipe {chain[-1]}: extends leads in a circle by {parent.name}; name another recipe")
-        seen.add(parent.resolve())
-        chain.append(parent)
-        layers.append(read_toml(parent))
-    given: dict[str, Any] = {}
-    for layer in reversed(layers):
-        pairs = [
-            (f"{key}.{leaf}", value)
-            for key, part in layer.items()
-            if isinstance(part, dict)
-            for leaf, value in part.items()
-        ]
-        pairs += [(key, value) for key, value in layer.items() if not isinstance(value, dict)]
-        given = _lay_over(given, pairs)
-    given["name"] = layers[0].get("name", path.stem)
-    return given
+    if path.resolve() in seen:
+        raise InputError(f"recipe {path}: extends leads in a circle; name another recipe")
+    layer = {"name": path.stem, **read_toml(path)}
+    if "extends" not in layer:
+        return layer
+    base = read_recipe(path.parent / str(layer.pop("extends")), (*seen, path.resolve()))
+    pairs = [
+        (f"{key}.{leaf}", value) for key in layer if isinstance(layer[key], dict) for leaf, value in layer[key].items()
+    ]
+    return _lay_over(base, pairs + [(key, value) for key, value in layer.items() if not isinstance(value, dict)])
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Returns the content of a TOML file.
-
-    Raises:
-        InputError: no such file, or no TOML.
-    """
+    """Returns the content of a TOML file; raises `InputError` where there is none."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(
-            f"cannot read recipe {path}: {error.strerror}; give a path or a name from 'fedftg list'"
-        ) from None
+        raise InputError(f"cannot read recipe {path}: {error.strerror}; 'fedftg list' has the names") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"recipe {path} is not valid TOML: {error}") from None
 
 
 def apply(given: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Returns nested settings with ``a.b=value`` applied; values are TOML where they parse, else plain strings."""
-    if isinstance(overrides, str):
-        raise InputError(f"overrides must be a list of 'key=value', got {overrides!r}; pass [{overrides!r}]")
     return _lay_over(given, [_split(override) for override in overrides])
 
 
@@ -199,7 +172,9 @@ def _lay_over(given: Mapping[str, Any], pairs: Sequence[tuple[str, Any]]) -> dic
         refiner = result.get("refiner")
         if key.startswith("refiner.") and isinstance(refiner, dict):
             chosen = REFINERS.get(str(refiner.get("name", "fedftg")), RefinerConfig)
-            result["refiner"] = chosen.kept(refiner, key.removeprefix("refiner."))
+            old = chosen.defaults(refiner)
+            if chosen.defaults({**refiner, key.removeprefix("refiner."): value}) != old:
+                result["refiner"] = {k: v for k, v in refiner.items() if k not in old or old[k] != v}
         other = {"cohort.size": "probability", "cohort.probability": "size"}.get(key)
         if other and isinstance(result.get("cohort"), dict):
             result["cohort"].pop(other, None)
@@ -226,19 +201,11 @@ def _split(override: str) -> tuple[str, Any]:
 
 
 RESUME_MAY_CHANGE = (
-    "name",
-    "rounds",
-    "device",
-    "data.root",
-    "data.cache",
-    "checkpoint",
-    "evaluation.targets",
-    "threads",
-)
-"""What may differ when a run is resumed: its length, where files are, and where it runs.
+    "name", "rounds", "device", "data.root", "data.cache", "checkpoint", "evaluation.targets", "threads",
+)  # fmt: skip
+"""What may differ when a run is resumed, besides executors with the same numbers.
 
-Another device or number of threads rounds differently: the resumed run then differs in the last bits. Executors with
-the same numbers (`INTERCHANGEABLE`) may replace each other.
+Another device or number of threads rounds differently: the resumed run then differs in the last bits.
 """
 
 
@@ -246,10 +213,8 @@ def check_resumable(before: RunConfig, now: RunConfig) -> None:
     """Raises InputError where resuming with ``now`` would make another experiment of the run."""
     key = first_difference(before, now)
     if key is not None:
-        raise InputError(
-            f"--resume cannot change {key}; only {', '.join(RESUME_MAY_CHANGE)} may change; "
-            "start a new run for the rest"
-        )
+        may = ", ".join(RESUME_MAY_CHANGE)
+        raise InputError(f"--resume cannot change {key}; only {may} may change; start a new run for the rest")
 
 
 def first_difference(before: RunConfig, now: RunConfig) -> str | None:
@@ -262,11 +227,3 @@ def first_difference(before: RunConfig, now: RunConfig) -> str | None:
         if not allowed and left.get(key) != right.get(key):
             return key
     return None
-
-
-def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested settings as ``{"local.lr": 0.1, ...}``."""
-    found: dict[str, Any] = {}
-    for key, value in nested.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found

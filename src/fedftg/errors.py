@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -21,14 +22,18 @@ class ClientError(RuntimeError):
         super().__init__(f"round {round}, client {client}, {stage}: {type(cause).__name__}: {cause}")
 
 
-_MOST_NAMES = 40
-"""A longer list is not printed in one line."""
-
-
 def first_line(error: BaseException) -> str:
     """Returns the class and the first line of an error's message: ``KeyError: 'head'``."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": ")
+
+
+def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested settings as ``{"local.lr": 0.1, ...}``."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
 
 
 def unknown(kind: str, got: str, allowed: Iterable[str]) -> InputError:
@@ -36,11 +41,8 @@ def unknown(kind: str, got: str, allowed: Iterable[str]) -> InputError:
     names = sorted(allowed)
     # Only what comes after the last point is compared: 'algorithm.mu' is not like 'algorithm.name'.
     leaves = {name.rpartition(".")[2]: name for name in names} if "." in got else {name: name for name in names}
-    close = difflib.get_close_matches(got.rpartition(".")[2], leaves, n=1, cutoff=0.5)
-    near = [leaves[name] for name in close]
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    if len(names) > _MOST_NAMES:
-        return InputError(f"unknown {kind} {got!r}; {hint}'fedftg list' shows all {len(names)}")
+    near = difflib.get_close_matches(got.rpartition(".")[2], leaves, n=1, cutoff=0.5)
+    hint = f"did you mean {leaves[near[0]]!r}? " if near else ""
     return InputError(f"unknown {kind} {got!r}; {hint}allowed: {', '.join(names)}")
 
 
@@ -49,7 +51,7 @@ def explain(error: ValidationError, cls: type[BaseModel], prefix: str = "") -> I
     problems = error.errors(include_url=False)
     first = problems[0]
     cause = first.get("ctx", {}).get("error")
-    path = ".".join([*([prefix] if prefix else []), *(str(part) for part in first["loc"])])
+    path = ".".join(str(part) for part in (prefix, *first["loc"]) if part != "")
     if isinstance(cause, InputError):
         return cause
     if isinstance(cause, Exception):
@@ -91,10 +93,8 @@ def _allowed(problem: ErrorDetails) -> str:
         sign, key = _COMPARISONS[kind]
         bound = problem["ctx"][key]
         return f"{sign} {bound:g}" if isinstance(bound, float) else f"{sign} {bound}"
-    word = next((word for type_, word in _TYPES.items() if kind.startswith(f"{type_}_")), None)
-    if word is not None:
-        return word
-    return problem["msg"].removeprefix("Input should be ")
+    plain = problem["msg"].removeprefix("Input should be ")
+    return next((word for type_, word in _TYPES.items() if kind.startswith(f"{type_}_")), plain)
 
 
 def _owner(cls: type[BaseModel], location: tuple[int | str, ...]) -> tuple[type[BaseModel], FieldInfo | None]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from fedftg.algorithms.base import Algorithm, ClientResult, LocalTask, Metrics, Refiner, ServerState, rejection
 from fedftg.config import RunConfig
-from fedftg.data.federated import Federation
+from fedftg.data.federated import FederatedData
 from fedftg.engine import sampling
 from fedftg.engine.evaluate import Measured, evaluate, evaluate_clients
 from fedftg.engine.executors import Executor, Rejected
@@ -32,7 +32,7 @@ class Experiment:
     """The objects that a config names, and the state after the last completed round."""
 
     config: RunConfig
-    data: Federation
+    data: FederatedData
     model: FunctionalModel
     algorithm: Algorithm
     refiner: Refiner
@@ -76,7 +76,6 @@ class Experiment:
         return record | ({"rolled_back": "; ".join(reasons)} if reasons else {})
 
     def _cohort(self, number: int) -> list[int]:
-        """Returns the clients of a round, ascending."""
         return sampling.cohort(self.config.cohort, self._candidates, self.config.seed, number)
 
     @property
@@ -115,11 +114,8 @@ class Experiment:
 
     def _aggregate(self, results: list[ClientResult]) -> tuple[ServerState, Metrics, str | None]:
         if len(results) < self.min_results:
-            got = (
-                f"only {len(results)} of at least {self.min_results} client updates were"
-                if results
-                else "no client update was"
-            )
+            few = f"only {len(results)} of at least {self.min_results} client updates were"
+            got = few if results else "no client update was"
             return self.state, {}, f"{got} usable; the global model stays as it was"
         state, metrics = self.algorithm.server.step(self.state, results)
         bad = _non_finite(state)
@@ -150,10 +146,8 @@ class Experiment:
         models: Models = {"selected": (selected.params, selected.buffers)}
         if clients.tracks_uploads:
             average = to_device(clients.average(), self.data.device)
-            models["all"] = (
-                {name: average[name] for name in selected.params},
-                {name: average[name] for name in selected.buffers},
-            )
+            params, buffers = ({name: average[name] for name in of} for of in (selected.params, selected.buffers))
+            models["all"] = params, buffers
         if refined is not selected:
             models["refined"] = (refined.params, refined.buffers)
         measured = Measured()
@@ -178,16 +172,11 @@ class Experiment:
 
 
 def _non_finite(state: ServerState) -> str | None:
-    for part in (state.params, state.buffers, state.server, state.refiner):
-        name = first_non_finite(part)
-        if name is not None:
-            return name
-    return None
+    parts = (state.params, state.buffers, state.server, state.refiner)
+    return next((name for part in parts if (name := first_non_finite(part)) is not None), None)
 
 
 class _Clock:
-    """Sums seconds per phase."""
-
     def __init__(self) -> None:
         self.seconds: dict[str, float] = dict.fromkeys(records.PHASES, 0.0)
 

@@ -29,7 +29,6 @@ from fedftg.rundir.folder import RunFolder, summarise
 from fedftg.rundir.records import Record
 
 RUNS = Path("runs")
-"""Where runs without a folder of their own go."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +76,7 @@ def run(
     if folder is None:
         found = newest(config, RUNS) if resume else None
         if resume and found is None:
-            raise InputError(
-                f"no run of {config.name!r} with these settings is in {RUNS}/; leave --resume out to start one, "
-                "or name its folder by --out"
-            )
+            raise InputError(f"no run of {config.name!r} with these settings is in {RUNS}/; name its folder by --out")
         folder = found or unused(RUNS, config.name)
     progress = progress or Progress()
     return execute(config, folder, lambda: build(config, dataset, progress), resume=resume, progress=progress)
@@ -96,14 +92,10 @@ def _config(recipe: RunConfig | Mapping[str, Any] | str | Path | None, overrides
 
 def _with_dataset(config: RunConfig, dataset: ImageDataset, overrides: Sequence[str]) -> RunConfig:
     if not isinstance(dataset, ImageDataset):
-        raise InputError(
-            f"dataset must be an ImageDataset, got {type(dataset).__name__}; make one by "
-            "fedftg.ImageDataset.from_tensors(...)"
-        )
-    if unused_settings := [item for item in overrides if item.partition("=")[0].strip().split(".")[0] == "data"]:
-        raise InputError(
-            f"{unused_settings[0]!r} has no effect beside dataset=...; leave it out, or change the dataset itself"
-        )
+        raise InputError(f"dataset must come from fedftg.ImageDataset.from_tensors(...), got {type(dataset).__name__}")
+    for item in overrides:
+        if item.partition("=")[0].strip().split(".")[0] == "data":
+            raise InputError(f"{item!r} has no effect beside dataset=...; leave it out, or change the dataset itself")
     return config.model_copy(update={"data": DataConfig(name=sources.TENSORS)})
 
 
@@ -142,9 +134,9 @@ def execute(
     uninterrupted run on the same machine with the same number of threads.
 
     Args:
-        folder: where the run's files go; must not hold another run unless ``resume``.
+        folder: must not hold another run unless ``resume``.
         prepare: builds the experiment; called once ``folder`` is known to be usable.
-        resume: continue after the last checkpoint in ``folder``; finished runs are returned as they are.
+        resume: continue after the last checkpoint; finished runs are returned as they are.
 
     Raises:
         InputError: wrong input; nothing was written, and an existing run is as it was.
@@ -171,8 +163,14 @@ def execute(
             else:
                 run_folder.create(config.to_toml(), session, experiment.partition_record)
             _run_rounds(experiment, run_folder, progress)
-    header = _header(config)
     if not run_folder.finished:
+        refiner, preset = config.refiner.name, getattr(config.refiner, "preset", None)
+        header = {
+            "name": config.name,
+            "algorithm": config.algorithm.name,
+            "refiner": f"{refiner} ({preset})" if preset else refiner,
+            "seed": config.seed,
+        }
         rows = records.read(run_folder.rounds_file)
         summary = summarise(header, rows, config.evaluation.targets, peak_memory_mb())
         records.write_json(run_folder.summary_file, summary)
@@ -225,23 +223,18 @@ def modes(converted: Mapping[str, int]) -> str:
 
 def _restore(experiment: Experiment, folder: RunFolder, session: Record) -> None:
     config = experiment.config
-    before = folder.read_partition()
-    if before != experiment.partition_record:
+    if folder.read_partition() != experiment.partition_record:
         raise InputError(
             f"{folder.path} was started on other data or another partition of it (see its partition.json); "
             "give the same data, or start a new run"
         )
-    kept = checkpoint.load(folder.checkpoint)
-    done = 0
+    kept = checkpoint.load(experiment.clients)
+    done = kept.round if kept is not None else 0
+    if done > config.rounds:
+        raise InputError(f"{folder.path} is at round {done} already; rounds must be at least that, got {config.rounds}")
     if kept is not None:
-        done = kept.state.round
-        if done > config.rounds:
-            raise InputError(
-                f"{folder.path} is at round {done} already; rounds must be at least that, got {config.rounds}"
-            )
-        _check_model(experiment.state, kept.state, folder.checkpoint)
-        experiment.state = _on(kept.state, experiment.data.device)
-        experiment.clients.restore(kept.clients, kept.change_sum)
+        _check_model(experiment.state, kept, folder.checkpoint)
+        experiment.state = _on(kept, experiment.data.device)
     folder.check_records(done)
     if folder.finished and done == config.rounds:
         return
@@ -250,29 +243,16 @@ def _restore(experiment: Experiment, folder: RunFolder, session: Record) -> None
 
 
 def _check_model(own: ServerState, kept: ServerState, folder: Path) -> None:
-    """Raises InputError where a checkpoint is of another model."""
-    shapes, found = (
-        {name: tuple(value.shape) for name, value in {**state.params, **state.buffers}.items()} for state in (own, kept)
-    )
+    """Raises InputError where a checkpoint is of another model, as after its class was edited."""
+    shapes, found = ({name: value.shape for name, value in {**s.params, **s.buffers}.items()} for s in (own, kept))
     if found != shapes:
         wrong = next(name for name in {**shapes, **found} if shapes.get(name) != found.get(name))
         raise InputError(
-            f"the checkpoint in {folder} is of another model: its {wrong} is {found.get(wrong, 'missing')}, the run's "
-            f"{shapes.get(wrong, 'missing')}; put the run's own files back, or start a new run with another --out"
+            f"the checkpoint in {folder} is of another model: {wrong} differs; put the run's own files back, or start "
+            "a new run with another --out"
         )
 
 
 def _on(state: ServerState, device: torch.device) -> ServerState:
     parts = {part: to_device(getattr(state, part), device) for part in ("params", "buffers", "server", "refiner")}
     return ServerState(round=state.round, **parts)
-
-
-def _header(config: RunConfig) -> Record:
-    refiner = config.refiner.name
-    preset = getattr(config.refiner, "preset", None)
-    return {
-        "name": config.name,
-        "algorithm": config.algorithm.name,
-        "refiner": f"{refiner} ({preset})" if preset else refiner,
-        "seed": config.seed,
-    }

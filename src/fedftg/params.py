@@ -1,8 +1,6 @@
-"""Arithmetic on model parameters held as ``dict[str, Tensor]``.
+"""Arithmetic on model parameters held as ``dict[str, Tensor]``: new tensors, with the keys of the first argument.
 
-Every function returns new tensors and leaves its arguments as they are. Keys and their order are those of the first
-argument; a missing key raises ``KeyError``. Integer tensors (BatchNorm's ``num_batches_tracked``) take part in
-`weighted_mean` and are rounded back to their type.
+Integer tensors (BatchNorm's ``num_batches_tracked``) take part in `weighted_mean`, rounded back to their type.
 """
 
 from __future__ import annotations
@@ -87,11 +85,7 @@ def _number(tensor: Tensor) -> Tensor:
 
 
 def _pieces(*tensors: Tensor) -> Iterator[Sequence[Tensor]]:
-    """Views of short stretches of all tensors together; writing to one writes to its tensor.
-
-    On a CPU, sums over many trees then stay in its cache, which makes them several times faster than going over whole
-    tensors; the values are the same.
-    """
+    """Returns views of short stretches of all tensors together: sums over many trees stay in a CPU's cache."""
     if any(tensor.device.type != "cpu" or not tensor.is_contiguous() for tensor in tensors):
         return iter([tensors])
     # As many elements as torch gives to one thread of an elementwise operation.

@@ -77,11 +77,11 @@ class PlainLines(Progress):
         self._console.print(line, soft_wrap=True, highlight=False)
 
 
-class Live(Progress):
+class Live(PlainLines):
     """Shows a bar with round, phase, accuracies and time left, for terminals."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
+        super().__init__(console)
         self._bar = bars.Progress(
             bars.TextColumn("{task.description}"),
             bars.BarColumn(bar_width=None),
@@ -91,24 +91,11 @@ class Live(Progress):
             transient=True,
         )
         self._task: bars.TaskID | None = None
-        self._loading: bars.TaskID | None = None
-        self._rounds = 0
-
-    def loading(self, done: int, total: int) -> None:
-        """Shows a bar of its own until all images are decoded."""
-        if self._loading is None and total >= _SLOW_TO_DECODE:
-            self._loading = self._bar.add_task("decoding images", total=total, phase="")
-            self._bar.start()
-        if self._loading is not None:
-            self._bar.update(self._loading, completed=done, total=total, phase=f"{done}/{total}")
-            if done >= total:
-                self._bar.remove_task(self._loading)
-                self._loading = None
 
     def start(self, config: RunConfig, done: int, clients: int) -> None:
         """Shows the bar."""
         self._rounds = config.rounds
-        self._console.print(_headline(config, done, clients), highlight=False)
+        self._print(_headline(config, done, clients))
         self._task = self._bar.add_task(f"round {done}/{config.rounds}", total=config.rounds, completed=done, phase="")
         self._bar.start()
 
@@ -127,7 +114,7 @@ class Live(Progress):
         """Shows the accuracies of the round; warnings stay above the bar."""
         number = record["round"]
         for warning in _warnings(record):
-            self._bar.console.print(warning, highlight=False)
+            self._print(warning)
         if self._task is not None:
             text = f"round {number}/{self._rounds}  {_accuracies(record)}"
             self._bar.update(self._task, completed=number, description=text)
@@ -137,7 +124,7 @@ class Live(Progress):
         self._bar.stop()
         for task in self._bar.task_ids:
             self._bar.remove_task(task)
-        self._task = self._loading = None
+        self._task = None
 
 
 def for_console(console: Console) -> Progress:

@@ -28,12 +28,7 @@ def import_user_module(name: str) -> ModuleType:
 
 
 class Registry(MutableMapping[str, Value], Generic[Value]):
-    """A dictionary whose values may be given as ``"module:attribute"``; these are imported when read.
-
-    Args:
-        kind: the word for one entry in messages, such as ``algorithm``.
-        built_in: the entries that come with the package.
-    """
+    """A dictionary whose values may be given as ``"module:attribute"``; these are imported when read."""
 
     def __init__(self, kind: str, built_in: Mapping[str, str]) -> None:
         self._kind = kind
@@ -49,11 +44,7 @@ class Registry(MutableMapping[str, Value], Generic[Value]):
         return entry
 
     def __setitem__(self, name: str, value: Value) -> None:
-        """Registers a value.
-
-        Raises:
-            InputError: another value has the name.
-        """
+        """Registers a value; raises `InputError` where another one has the name."""
         if name in self._entries and self[name] is not value:
             known = self[name]
             home = f"{getattr(known, '__module__', '')}.{getattr(known, '__qualname__', known)}"

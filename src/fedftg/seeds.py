@@ -1,7 +1,6 @@
-"""All randomness of a run comes from seeds derived here, so no random state has to be carried from round to round.
+"""All randomness of a run comes from seeds derived here: no random state is carried from round to round.
 
-A seed depends on what it is for (run, round, client, purpose) and on nothing else: not on the order of execution, the
-executor, the number of processes, or on whether the run was interrupted.
+A seed depends on what it is for (run, round, client, purpose), not on order, executor, processes or interruptions.
 """
 
 from __future__ import annotations
@@ -38,10 +37,7 @@ def numpy_rng(run_seed: int, round: int, client: int, purpose: str) -> np.random
 
 @contextmanager
 def forked(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds torch's global generators, which dropout and initialisation draw from, and puts them back afterwards.
-
-    Only the CPU's and, where it is one, the GPU of ``device`` are touched.
-    """
+    """Seeds torch's global generators (CPU, and ``device`` if a GPU), and puts them back afterwards."""
     on_cuda = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if on_cuda else []):
         torch.default_generator.manual_seed(seed)

@@ -1,27 +1,25 @@
 """The refiner: which models teach, with which class counts, and what it remembers."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedftg.algorithms.base import ClientResult, RefinerContext, ServerState
-from fedftg.algorithms.fedftg import FedFTG, FedFTGConfig, PreviousRounds
-from fedftg.distill.distiller import Distiller
+from fedftg.algorithms.fedftg import FedFTG, FedFTGConfig, absent_counts, known_counts
+from fedftg.distill.distiller import distil
 from fedftg.distill.teachers import stack_or_list
 from fedftg.models.functional import FunctionalModel, values
-from fedftg.params import Params, clone
+from fedftg.params import clone
 
 SMALL: dict[str, Any] = {"iterations": 2, "generator_steps": 1, "student_steps": 2, "batch_size": 6, "noise_dim": 4}
 
 
 @pytest.fixture(scope="module")
-def model() -> FunctionalModel:
+def model():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return FunctionalModel(
@@ -29,34 +27,34 @@ def model() -> FunctionalModel:
         )
 
 
-def make(model: FunctionalModel, **settings: Any) -> FedFTG:
+def make(model, **settings):
     config = FedFTGConfig(**{**SMALL, "generator_width": 4, **settings})
     built = config.build(RefinerContext(model, 3, (1, 8, 8), torch.device("cpu")))
     assert isinstance(built, FedFTG)
     return built
 
 
-def start(model: FunctionalModel, refiner: FedFTG) -> ServerState:
+def start(model, refiner):
     params, buffers = model.init()
     return ServerState(0, params, buffers, {}, refiner.init(params, torch.Generator().manual_seed(1)))
 
 
-def upload(model: FunctionalModel, client: int, counts: list[int], round: int = 1) -> ClientResult:
+def upload(model, client, counts, round=1):
     params, buffers = model.init()
     rng = torch.Generator().manual_seed(10 * round + client)
     moved = {name: tensor + 0.3 * torch.randn(tensor.shape, generator=rng) for name, tensor in params.items()}
     return ClientResult(client, sum(counts), torch.tensor(counts), moved, buffers, {}, {}, 0.0)
 
 
-def rng(number: int) -> torch.Generator:
+def rng(number):
     return torch.Generator().manual_seed(number)
 
 
-def same(left: Params, right: Params) -> bool:
+def same(left, right):
     return set(left) == set(right) and all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_the_absent_are_taught_by_the_model_before(model: FunctionalModel) -> None:
+def test_the_absent_are_taught_by_the_model_before(model):
     """Round 1 has clients 0 (classes 0, 1) and 1 (class 2), round 2 clients 1 and 3: client 0 is absent, so its
     counts (5, 1, 0), halved, go with the model that round 1 ended with."""
     refiner = make(model, absent_weight=0.5)
@@ -67,8 +65,8 @@ def test_the_absent_are_taught_by_the_model_before(model: FunctionalModel) -> No
     second = [upload(model, 3, [0, 2, 2], round=2), upload(model, 1, [0, 0, 4], round=2)]
     ours, _ = refiner.refine(aggregate, second, rng(6))
 
-    distiller = Distiller(refiner.config, refiner._distiller(0).generator)
-    distiller.load_memory(after.refiner)
+    images = refiner._images(0)
+    images.load_memory(after.refiner)
     student = model.module(aggregate.params, aggregate.buffers)
     taught = [second[1], second[0]]
     teachers = stack_or_list(
@@ -77,14 +75,14 @@ def test_the_absent_are_taught_by_the_model_before(model: FunctionalModel) -> No
         [*(result.buffers for result in taught), after.buffers],
     )
     counts = torch.tensor([[0, 0, 4], [0, 2, 2], [2.5, 0.5, 0]])
-    distiller.refine(student, teachers, counts, rng=rng(6), lr_scale=refiner.config.lr_decay)
+    distil(refiner.config, images, student, teachers, counts, rng=rng(6), lr_scale=refiner.config.lr_decay)
     assert same(ours.params, values(student)[0])
 
     without, _ = replace(refiner, absent_weight=0.0).refine(aggregate, second, rng(6))
     assert not same(ours.params, without.params)
 
 
-def test_where_all_take_part_nobody_is_absent(model: FunctionalModel) -> None:
+def test_where_all_take_part_nobody_is_absent(model):
     """The numbers are those without the extra teacher, bit for bit."""
     ends = []
     for weight in (0.0, 1.0):
@@ -97,7 +95,7 @@ def test_where_all_take_part_nobody_is_absent(model: FunctionalModel) -> None:
     assert same(*ends)
 
 
-def test_memory_is_all_that_the_next_round_needs(model: FunctionalModel) -> None:
+def test_memory_is_all_that_the_next_round_needs(model):
     refiner = make(model, absent_weight=0.3)
     state, _ = refiner.refine(start(model, refiner), [upload(model, 0, [3, 3, 0]), upload(model, 2, [0, 1, 3])], rng(1))
     next_results = [upload(model, 2, [0, 1, 3], 2)]
@@ -109,29 +107,23 @@ def test_memory_is_all_that_the_next_round_needs(model: FunctionalModel) -> None
     assert not any(name.startswith("past.") for name in make(model, preset="paper").init(state.params, rng(0)))
 
 
-def test_past_keeps_the_last_counts_of_every_client(model: FunctionalModel) -> None:
+def test_the_last_counts_of_every_client_are_kept(model):
     """Client 4 first gives (1, 0, 0), then (0, 7, 0): with 2 present, the absent hold (0, 7, 0) + (0, 0, 5)."""
-    past = PreviousRounds()
-    assert past.class_counts([]) is None
-    past = past.after([upload(model, 9, [0, 0, 5]), upload(model, 4, [1, 0, 0])], {"w": torch.ones(1)})
-    past = past.after([upload(model, 4, [0, 7, 0]), upload(model, 2, [1, 1, 1])], {"w": torch.zeros(1)})
-    assert list(past.counts) == [2, 4, 9]
-    absent = past.class_counts([2])
-    assert isinstance(absent, Tensor)
+    refiner = make(model, absent_weight=0.3)
+    state, _ = refiner.refine(start(model, refiner), [upload(model, 9, [0, 0, 5]), upload(model, 4, [1, 0, 0])], rng(1))
+    state, _ = refiner.refine(state, [upload(model, 4, [0, 7, 0]), upload(model, 2, [1, 1, 1])], rng(2))
+    assert state.refiner["past.clients"].tolist() == [2, 4, 9]
+    assert state.refiner["past.counts"].tolist() == [[1, 1, 1], [0, 7, 0], [0, 0, 5]]
+    known = known_counts(state.refiner)
+    absent = absent_counts(known, [upload(model, 2, [1, 1, 1])])
+    assert absent is not None
     assert absent.tolist() == [0, 7, 5]
-    assert past.class_counts([2, 4, 9]) is None
-    again = PreviousRounds.of(past.memory())
-    assert {client: counts.tolist() for client, counts in again.counts.items()} == {
-        2: [1, 1, 1], 4: [0, 7, 0], 9: [0, 0, 5]
-    }  # fmt: skip
-    assert again.model["w"].item() == 0
+    assert absent_counts(known, [upload(model, client, [1, 1, 1]) for client in (2, 4, 9)]) is None
+    assert absent_counts({3: torch.zeros(3)}, []) is None
+    assert known_counts({}) == {}
 
 
-def test_clients_that_hold_nothing_are_no_reason_for_a_teacher(model: FunctionalModel) -> None:
-    assert PreviousRounds().after([upload(model, 0, [0, 0, 0])], {}).class_counts([1]) is None
-
-
-def test_presets_say_whether_the_absent_count() -> None:
+def test_presets_say_whether_the_absent_count():
     assert FedFTGConfig(preset="paper").absent_weight == 0
     assert FedFTGConfig(preset="official").absent_weight == 0
     assert FedFTGConfig().absent_weight > 0

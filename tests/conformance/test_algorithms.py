@@ -1,6 +1,5 @@
 """Every registered algorithm passes every check; a third party's algorithm gets them by registering itself."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -8,11 +7,10 @@ import torch
 from torch import nn
 
 from fedftg import params as tree
-from fedftg.algorithms.base import Algorithm, ClientResult, LocalTask, ServerState
+from fedftg.algorithms.base import LocalTask, ServerState
 from fedftg.algorithms.registry import ALGORITHMS
 from fedftg.engine.local_train import LocalConfig, train
 from fedftg.models.functional import FunctionalModel
-from fedftg.params import Params
 
 NUM_CLIENTS, CLASSES = 5, 3
 SETTINGS = LocalConfig(lr=0.1, epochs=1, batch_size=4)
@@ -20,7 +18,7 @@ SETTINGS = LocalConfig(lr=0.1, epochs=1, batch_size=4)
 every_algorithm = pytest.mark.parametrize("name", sorted(ALGORITHMS))
 
 
-def make_model() -> FunctionalModel:
+def make_model():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return FunctionalModel(
@@ -31,43 +29,26 @@ def make_model() -> FunctionalModel:
 MODEL = make_model()
 
 
-def make(name: str, **settings: object) -> Algorithm:
-    return ALGORITHMS[name](**settings).build(NUM_CLIENTS)  # type: ignore[arg-type]
+def make(name, **settings):
+    return ALGORITHMS[name](**settings).build(NUM_CLIENTS)
 
 
-def initial(algorithm: Algorithm) -> ServerState:
+def initial(algorithm):
     params, buffers = MODEL.init()
     return ServerState(0, params, buffers, algorithm.server.init(params), {})
 
 
-def batches(client: int, round: int, steps: int = 3) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def batches(client, round, steps=3):
     rng = torch.Generator().manual_seed(100 * round + client)
     return [(torch.randn(4, 2, 2, 2, generator=rng), torch.randint(CLASSES, (4,), generator=rng)) for _ in range(steps)]
 
 
-def make_task(
-    algorithm: Algorithm, state: ServerState, client: int, memory: Params, num_samples: int = 12
-) -> LocalTask:
-    return LocalTask(
-        round=state.round + 1,
-        client=client,
-        params=state.params,
-        buffers=state.buffers,
-        memory=memory,
-        message=algorithm.server.message(state),
-        num_samples=num_samples,
-        relative_size=1.0,
-        lr=SETTINGS.lr,
-        seed=0,
-    )
+def make_task(algorithm, state, client, memory, num_samples=12):
+    model, message = (state.params, state.buffers), algorithm.server.message(state)
+    return LocalTask(state.round + 1, client, *model, memory, message, num_samples, 1.0, SETTINGS.lr, 0)
 
 
-Sizes = Callable[[int], int]
-
-
-def rounds(
-    algorithm: Algorithm, state: ServerState, memories: dict[int, Params], numbers: range, sizes: Sizes = lambda _: 12
-) -> tuple[ServerState, dict[int, Params]]:
+def rounds(algorithm, state, memories, numbers, sizes=lambda _: 12):
     """Some rounds with two clients each, memories carried along."""
     memories = dict(memories)
     for number in numbers:
@@ -83,13 +64,13 @@ def rounds(
     return state, memories
 
 
-def assert_same(left: Params, right: Params) -> None:
+def assert_same(left, right):
     assert list(left) == list(right)
     for name in left:
         assert torch.equal(left[name], right[name]), name
 
 
-def some_results(algorithm: Algorithm, state: ServerState) -> list[ClientResult]:
+def some_results(algorithm, state):
     found = []
     for client in range(3):
         task = make_task(algorithm, state, client, algorithm.local.init_memory(*MODEL.init()), 10 + client)
@@ -98,7 +79,7 @@ def some_results(algorithm: Algorithm, state: ServerState) -> list[ClientResult]
 
 
 @every_algorithm
-def test_inputs_stay_as_they_are(name: str) -> None:
+def test_inputs_stay_as_they_are(name):
     algorithm = make(name)
     state, memories = rounds(algorithm, initial(algorithm), {}, range(1, 3))
     client, memory = next(iter(memories.items()))
@@ -112,7 +93,7 @@ def test_inputs_stay_as_they_are(name: str) -> None:
 
 
 @every_algorithm
-def test_a_copied_state_continues_to_the_same_bits(name: str) -> None:
+def test_a_copied_state_continues_to_the_same_bits(name):
     algorithm = make(name)
     half, memories = rounds(algorithm, initial(algorithm), {}, range(1, 4))
     whole, _ = rounds(algorithm, half, memories, range(4, 8))
@@ -123,7 +104,7 @@ def test_a_copied_state_continues_to_the_same_bits(name: str) -> None:
 
 
 @every_algorithm
-def test_order_of_clients_does_not_matter(name: str) -> None:
+def test_order_of_clients_does_not_matter(name):
     algorithm = make(name)
     state = initial(algorithm)
     results = some_results(algorithm, state)
@@ -135,7 +116,7 @@ def test_order_of_clients_does_not_matter(name: str) -> None:
 
 
 @every_algorithm
-def test_empty_client_is_harmless(name: str) -> None:
+def test_empty_client_is_harmless(name):
     algorithm = make(name)
     state = initial(algorithm)
     results = some_results(algorithm, state)
@@ -149,7 +130,7 @@ def test_empty_client_is_harmless(name: str) -> None:
 
 
 @every_algorithm
-def test_the_model_moves(name: str) -> None:
+def test_the_model_moves(name):
     algorithm = make(name)
     start = initial(algorithm)
     state, _ = rounds(algorithm, start, {}, range(1, 2))
@@ -158,7 +139,7 @@ def test_the_model_moves(name: str) -> None:
     assert state.buffers["2.num_batches_tracked"].item() == 3
 
 
-def params_after(name: str, last: int, sizes: Sizes = lambda _: 12, **settings: object) -> Params:
+def params_after(name, last, sizes=lambda _: 12, **settings):
     return rounds(make(name, **settings), initial(make(name)), {}, range(1, last + 1), sizes)[0].params
 
 
@@ -166,16 +147,13 @@ def params_after(name: str, last: int, sizes: Sizes = lambda _: 12, **settings: 
     ("name", "settings"),
     [("fedprox", {"mu": 0}), ("moon", {"mu": 0}), ("feddyn", {"alpha": 0, "weighting": "samples"})],
 )
-def test_identity_with_fedavg(name: str, settings: dict[str, object]) -> None:
+def test_identity_with_fedavg(name, settings):
     """Over several rounds, with clients of different sizes, bit for bit."""
-
-    def sizes(client: int) -> int:
-        return 5 + 3 * client
-
+    sizes = [5, 8, 11, 14, 17].__getitem__
     assert_same(params_after(name, 4, sizes, **settings), params_after("fedavg", 4, sizes))
 
 
-def test_identity_with_fedavg_equal_sizes() -> None:
+def test_identity_with_fedavg_equal_sizes():
     """Uniform weights are those by size where sizes are equal; SCAFFOLD's control variates are zero in round 1."""
     assert_same(params_after("feddyn", 4, alpha=0), params_after("fedavg", 4))
     assert_same(params_after("scaffold", 1), params_after("fedavg", 1))
@@ -183,13 +161,8 @@ def test_identity_with_fedavg_equal_sizes() -> None:
 
 @pytest.mark.parametrize(
     ("name", "last", "settings"),
-    [
-        ("fedprox", 7, {"mu": 0.5}),
-        ("moon", 7, {"mu": 5.0, "temperature": 0.1}),
-        ("feddyn", 7, {"alpha": 0.1}),
-        ("scaffold", 2, {}),
-    ],
+    [("fedprox", 7, {"mu": 0.5}), ("moon", 7, {"mu": 5.0}), ("feddyn", 7, {"alpha": 0.1}), ("scaffold", 2, {})],
 )
-def test_differs_from_fedavg_where_it_should(name: str, last: int, settings: dict[str, object]) -> None:
+def test_differs_from_fedavg_where_it_should(name, last, settings):
     ours, fedavg = params_after(name, last, **settings), params_after("fedavg", last)
     assert not torch.equal(ours["1.weight"], fedavg["1.weight"])

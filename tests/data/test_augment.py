@@ -39,19 +39,14 @@ def test_equals_the_slow_way(shape, dtype):
 
 
 @pytest.mark.parametrize("size", [8, 28, 64])
-def test_crop_mirrors_nothing(size):
+def test_crop_mirrors_nothing_and_flip_shifts_nothing(size):
     images = torch.randint(1, 255, (20, 1, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    chosen = torch.rand(20, generator=torch.Generator().manual_seed(3))[:, None, None, None] < 0.5
+    mirrored = augment(images, "flip", torch.Generator().manual_seed(3))
+    assert torch.equal(mirrored, torch.where(chosen, images.flip(-1), images))
     changed = augment(images, "crop", torch.Generator().manual_seed(3))
     assert torch.equal(changed, slow(images, torch.Generator().manual_seed(3), flips=False))
     assert not torch.equal(changed, images)
-
-
-def test_flip_mirrors_half_and_shifts_nothing():
-    images = torch.arange(1, 65, dtype=torch.uint8).view(1, 1, 8, 8).repeat(1000, 1, 1, 1)
-    changed = augment(images, "flip", torch.Generator().manual_seed(0))
-    mirrored = (changed == images.flip(-1)).all(dim=(1, 2, 3))
-    assert bool((mirrored | (changed == images).all(dim=(1, 2, 3))).all())
-    assert mirrored.float().mean() == pytest.approx(0.5, abs=0.05)
 
 
 def test_none_draws_nothing():
@@ -59,19 +54,3 @@ def test_none_draws_nothing():
     before = rng.get_state()
     assert augment(images, "none", rng) is images
     assert torch.equal(rng.get_state(), before)
-
-
-def test_half_are_flipped_and_half_cropped():
-    images = torch.arange(1, 65, dtype=torch.uint8).view(1, 1, 8, 8).repeat(4000, 1, 1, 1)
-    changed = flip_crop(images, torch.Generator().manual_seed(0))
-    same = (changed == images).all(dim=(1, 2, 3)).float().mean()
-    mirrored = (changed == images.flip(-1)).all(dim=(1, 2, 3)).float().mean()
-    # Each: 1/2 * (1/2 uncropped + 1/2 cropped at no shift, 1/9) = 0.2778; 3 sigma of 4000 draws is 0.021.
-    assert same == pytest.approx(0.2778, abs=0.021)
-    assert mirrored == pytest.approx(0.2778, abs=0.021)
-
-
-def test_leaves_the_global_random_state():
-    state = torch.get_rng_state()
-    flip_crop(torch.zeros(4, 3, 8, 8), torch.Generator().manual_seed(0))
-    assert torch.equal(state, torch.get_rng_state())

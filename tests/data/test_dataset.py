@@ -39,36 +39,21 @@ def test_a_tensor_is_not_copied():
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"train_images": np.zeros((6, 3, 8, 8))}, "train images must be unsigned bytes .* got torch.float64"),
-        ({"train_images": np.zeros((6, 8), np.uint8)}, r"must be unsigned bytes of shape \(N, D, H, W\)"),
-        ({"train_labels": np.array([0, 1, 3, 0, 1, 3])}, "no training row has label 2, though labels go up to 3"),
-        ({"class_names": ["a", "b", "a"]}, "class_names: the class name 'a' occurs twice"),
+        ({"train_images": np.zeros((6, 3, 8, 8))}, r"train images must be unsigned bytes .*torch.float64"),
+        ({"train_images": np.zeros((6, 8, 8, 3), np.uint8)}, r"train images must be .*\(6, 8, 8, 3\)"),
+        ({"test_images": np.zeros((0, 3, 8, 8), np.uint8)}, "test images must be .*, N at least 1"),
+        ({"test_images": np.zeros((2, 3, 9, 9), np.uint8)}, r"one shape, got \[\(3, 8, 8\), \(3, 9, 9\)\]"),
+        ({"train_labels": np.array([0, 1, 3, 0, 1, 3])}, "train row 2: label 3 comes after a gap"),
+        ({"train_labels": np.arange(5)}, r"train labels must be 6 integers, one an image, got int64 of shape \(5,\)"),
+        ({"class_names": ["a", "b", "a"]}, "class_names: classes 'a' and 'a' have one name"),
         ({"mean": (0.5,)}, r"mean must be 3 numbers from 0 to 1, one a channel, got \(0.5,\)"),
         ({"mean": (120.0, 120.0, 120.0)}, "mean must be 3 numbers from 0 to 1"),
-        ({"mean": 0.5}, "mean must be 3 numbers from 0 to 1, one a channel, got 0.5"),
         ({"std": (0.5, 0.0, 0.5)}, "std must be 3 numbers from 0.00391 to 1"),
         ({"augment": "rotate"}, "augment must be one of none, flip, crop, flip_crop, got 'rotate'"),
-        ({"train_images": np.zeros((6, 8, 8, 3), np.uint8)}, "put the channels before height and width"),
-        (
-            {"test_images": np.zeros((0, 3, 8, 8), np.uint8), "test_labels": np.zeros(0, int)},
-            "there are no test images",
-        ),
-        (
-            {"test_images": np.zeros((2, 3, 9, 9), np.uint8)},
-            r"test images have shape \(3, 9, 9\), training .* give both",
-        ),
-        ({"train_labels": np.arange(5)}, "train labels must be 6 integers, one an image, got torch.int64"),
-        ({"train_labels": np.zeros(6)}, "train labels must be 6 integers"),
-        (
-            {"train_labels": np.array([0, 1, 2, -1, 0, 0])},
-            r"train row 3: label -1 is outside 0\.\.2; number the classes",
-        ),
-        ({"test_labels": np.array([0, 7])}, r"test row 1: label 7 is outside 0\.\.2"),
-        ({"class_names": ["a"]}, r"train row 1: label 1 is outside 0\.\.0"),
-        ({"columns": {"writer": [1]}}, r"column 'writer' has shape \(1,\); it needs one value a training row, 6"),
+        ({"columns": {"writer": [1]}}, r"column 'writer' must have 6 values, got shape \(1,\)"),
     ],
 )
-def test_what_does_not_fit_is_told(change, expected):
+def test_what_does_not_fit_is_refused(change, expected):
     with pytest.raises(InputError, match=expected):
         ImageDataset.from_tensors(**(arrays() | change))
 
@@ -82,21 +67,8 @@ def test_normalisation_by_hand():
     assert std == pytest.approx((0.5, 1 / 255))
 
 
-def test_normalisation_in_parts_is_that_of_the_whole(monkeypatch):
-    images = np.random.default_rng(1).integers(0, 256, (10, 1, 3, 3), dtype=np.uint8)
-    whole = measured_normalisation(images)
-    monkeypatch.setattr("fedftg.data.dataset._NORMALISED_AT_ONCE", 3)
-    assert measured_normalisation(images) == whole
-
-
 def test_grey_without_a_channel_and_small_unsigned_labels():
     given = arrays(shape=(8, 8)) | {"train_labels": torch.tensor([0, 1, 2, 0, 1, 2], dtype=torch.uint16)}
     data = ImageDataset.from_tensors(**given)
     assert data.image_shape == (1, 8, 8)
     assert data.train_labels.dtype == torch.int64
-
-
-def test_shows_itself_in_a_line():
-    assert repr(ImageDataset.from_tensors(**arrays())) == (
-        "ImageDataset(6 training and 2 test images of 3x8x8, 3 classes, augment='none')"
-    )

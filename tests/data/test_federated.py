@@ -58,23 +58,16 @@ def test_an_epoch_is_every_sample_once_in_a_new_order(data):
     assert first != second
 
 
-def test_same_seed_same_batches(data):
+def test_same_seed_same_batches_and_global_state_untouched(data):
+    state = torch.get_rng_state()
     assert draw(data, 0, seed=1) == draw(data, 0, seed=1)
     assert draw(data, 0, seed=1) != draw(data, 0, seed=2)
+    assert torch.equal(state, torch.get_rng_state())
 
 
-def test_labels_belong_to_images(data):
-    for images, labels in data.batches(3, num_epochs=1, num_steps=None, batch_size=4, rng=torch.Generator()):
-        held = ((images[:, 0, 0, 0] * 0.25 + 0.5) * 255).round().long()
-        assert torch.equal(held % 3, labels)
-
-
-def test_min_batch_drops_the_last(data):
+def test_the_last_batch_of_an_epoch(data):
     assert [len(batch) for batch in draw(data, 3, min_batch=2)] == [4, 4]
     assert [len(batch) for batch in draw(data, 3, min_batch=1)] == [4, 4, 1]
-
-
-def test_large_batch_is_all_samples(data):
     assert [len(batch) for batch in draw(data, 0, batch_size=64, min_batch=2)] == [10]
 
 
@@ -98,23 +91,19 @@ def test_fractions_of_an_epoch(data, epochs, steps):
 
 @pytest.mark.parametrize("batch_size", [0, 1])
 def test_batches_too_small_for_the_model(data, batch_size):
-    with pytest.raises(InputError, match=f"batch_size must be >= 2, got {batch_size}"):
+    with pytest.raises(InputError, match=f"batch_size must be >= 2 .* got {batch_size}"):
         data.batches(0, num_epochs=1, num_steps=None, batch_size=batch_size, rng=torch.Generator(), min_batch=2)
 
 
-def test_normalise():
-    data = FederatedData(make_dataset(depth=3), [np.arange(20)])
-    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).repeat(1, 3, 8, 8)
-    normalised = data.normalise(images)
-    assert normalised.dtype == torch.float32
-    assert normalised[0].unique().tolist() == [-2.0]
-    assert normalised[1].unique().tolist() == [2.0]
-
-
-def test_augmentation_pads_with_black_before_normalisation():
-    dataset = replace(make_dataset(augment="flip_crop"), train_images=torch.full((20, 1, 8, 8), 255).byte())
+@pytest.mark.parametrize("depth", [1, 3])
+def test_augmentation_pads_with_black_before_normalisation(depth):
+    """0 and 255 of mean 0.5 and deviation 0.25 are -2 and 2."""
+    dataset = replace(
+        make_dataset(depth=depth, augment="flip_crop"), train_images=torch.full((20, depth, 8, 8), 255).byte()
+    )
     data = FederatedData(dataset, [np.arange(20)])
     ((images, _),) = data.batches(0, num_epochs=1, num_steps=None, batch_size=20, rng=torch.Generator().manual_seed(0))
+    assert images.dtype == torch.float32
     assert images.unique().tolist() == [-2.0, 2.0]
 
 
@@ -124,18 +113,6 @@ def test_test_batches_are_never_augmented():
     assert [len(labels) for _, labels in batches] == [3, 3, 1]
     assert torch.equal(torch.cat([labels for _, labels in batches]), torch.arange(7) % 3)
     assert all((images == 2.0).all() for images, _ in batches)
-
-
-@pytest.mark.parametrize("parts", [[], [np.array([20])], [np.array([-1])]])
-def test_refuses_parts_that_cannot_be(parts):
-    with pytest.raises(ValueError, match="client"):
-        FederatedData(make_dataset(), parts)
-
-
-def test_global_random_state_is_untouched(data):
-    state = torch.get_rng_state()
-    draw(data, 0, num_epochs=2)
-    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_held_back_samples_are_tested_on_and_never_trained_on():
@@ -150,19 +127,6 @@ def test_held_back_samples_are_tested_on_and_never_trained_on():
     assert torch.cat([owners for _, _, owners in batches]).tolist() == [0, 0, 1, 1, 1, 1, 1]
     found = samples([(images, labels) for images, labels, _ in batches])
     assert list(chain(*found)) == [8, 9, 14, 15, 16, 17, 18]
-
-
-def test_nothing_is_held_back_unless_asked(data):
-    assert not data.holds_back
-    assert data.num_held_back(3) == 0
-    assert list(data.held_back_batches(4)) == []
-
-
-def test_held_back_needs_a_list_a_client():
-    with pytest.raises(ValueError, match="one list of rows per client, 2, got 1"):
-        FederatedData(make_dataset(), [[0], [1]], held_back=[[2]])
-    with pytest.raises(ValueError, match="outside the 20 training samples"):
-        FederatedData(make_dataset(), [[0]], held_back=[[20]])
 
 
 def test_noise_of_each_client_has_its_level():
@@ -220,18 +184,8 @@ def test_digest_tells_apart_whatever_training_would_see():
     assert len({digest(), *others}) == 10
 
 
-def test_digest_reads_past_its_first_chunk():
-    dataset = make_dataset(train=2100)
-    images = dataset.train_images.clone()
-    images[2050] ^= 1
-    plain, changed = (
-        FederatedData(data, [np.arange(5)]).digest for data in (dataset, replace(dataset, train_images=images))
-    )
-    assert plain != changed
-
-
-def test_digest_of_large_sets_reads_evenly_spaced_images(monkeypatch):
-    dataset = make_dataset()
+def test_digest_of_large_sets_reads_evenly_spaced_images_past_the_first_chunk(monkeypatch):
+    dataset = make_dataset(train=4500)
     monkeypatch.setattr(federated, "_DIGESTED_BYTES", dataset.train_images.nbytes // 3)
 
     def digest(row):
@@ -240,7 +194,4 @@ def test_digest_of_large_sets_reads_evenly_spaced_images(monkeypatch):
         return FederatedData(replace(dataset, train_images=images), [np.arange(5)]).digest
 
     plain = FederatedData(dataset, [np.arange(5)]).digest
-    seen = [row for row in range(len(dataset.train_images)) if digest(row) != plain]
-    step = seen[1] - seen[0]
-    assert step in (3, 4)
-    assert seen == list(range(0, len(dataset.train_images), step))
+    assert [row for row in (0, 1, 2, 3, 4, 3071, 3072, 3073, 4497, 4498) if digest(row) != plain] == [0, 3, 3072, 4497]

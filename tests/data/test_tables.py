@@ -119,19 +119,6 @@ def test_arrow_files_of_both_formats_and_with_views(tmp_path, hub, name, opened,
     assert (data.class_names, data.train_labels.tolist()) == (("a", "b"), [0, 1] * 3)
 
 
-def test_subsets_are_stratified_and_the_same_in_every_run(tmp_path, hub):
-    images, labels = hub.colour(40, size=8), [0] * 20 + [1] * 12 + [2] * 8
-    hub.write_set(tmp_path, images, labels, row_group_size=7)
-    data = read(tmp_path, max_train=10, max_test=5)
-    assert data.train_labels.bincount().tolist() == [5, 3, 2]
-    assert len(data.test_labels) == 5
-    assert torch.equal(data.train_images, read(tmp_path, max_train=10).train_images)
-    originals = {image.tobytes(): label for image, label in zip(images, labels, strict=True)}
-    for image, label in zip(data.train_images, data.train_labels, strict=True):
-        assert originals[image.permute(1, 2, 0).contiguous().numpy().tobytes()] == label
-    assert len(read(tmp_path, max_train=1000).train_labels) == 40
-
-
 def test_columns_are_chosen_by_type_or_by_name(tmp_path, hub):
     write_both(
         hub, tmp_path, hub.grey(2), {"fine": [0, 1], "coarse": [1, 1]}, names={"fine": ["a", "b"], "coarse": ["c", "d"]}
@@ -139,9 +126,9 @@ def test_columns_are_chosen_by_type_or_by_name(tmp_path, hub):
     assert read(tmp_path, label_column="coarse").class_names == ("c", "d")
     assert "several columns could hold labels (fine, coarse); set data.label_column" in error_of(tmp_path)
     message = error_of(tmp_path, image_column="picture")
-    assert "no column 'picture' for images; the columns are img, fine, coarse" in message
-    message = error_of(tmp_path, image_column="fine", label_column="fine")
-    assert "column 'fine' holds integers; images must be {bytes, path} or bytes" in message
+    listed = "the columns are img (images), fine (integers), coarse (integers)"
+    assert f"no column 'picture' of images for images; {listed}" in message
+    assert "no column 'fine' of images" in error_of(tmp_path, image_column="fine", label_column="fine")
     # A column of class labels goes before other integers.
     write_both(hub, tmp_path, hub.grey(2), {"id": [7, 8], "label": [0, 1]}, names={"label": ["a", "b"]})
     assert read(tmp_path).class_names == ("a", "b")
@@ -149,17 +136,16 @@ def test_columns_are_chosen_by_type_or_by_name(tmp_path, hub):
 
 def test_columns_that_hold_no_labels(tmp_path, hub):
     write_both(hub, tmp_path, [b""], {"text": pa.array(["cat"]), "score": pa.array([0.5])}, metadata=False)
-    assert "no label column; the columns are img, text, score" in error_of(tmp_path)
-    assert "'score' holds double; labels must be integers from 0, or words" in error_of(tmp_path, label_column="score")
+    listed = "the columns are img (images), text (words), score (double); set data.image_column or data.label_column"
+    assert f"no column of integers or words for labels; {listed}" in error_of(tmp_path)
+    assert f"no column 'score' of integers or words for labels; {listed}" in error_of(tmp_path, label_column="score")
     # A row number, though the only integer column, is no label; a column that is called label may be.
     write_both(hub, tmp_path, hub.grey(4), {"image_id": [0, 1, 2, 3]}, metadata=False)
     assert "'image_id' has another value in every row: no label" in error_of(tmp_path)
     assert read(tmp_path, label_column="image_id").num_classes == 4
-    write_both(hub, tmp_path, hub.grey(2), [0, 10**12])
-    assert "label 1000000000000 is outside 0..65535; column 'label' may not hold classes" in error_of(tmp_path)
     for split in ("train", "test"):
         pq.write_table(pa.table({"a": ["x"], "label": [0]}), tmp_path / f"{split}.parquet")
-    assert "train.parquet has no image column; the columns are a, label" in error_of(tmp_path)
+    assert "train.parquet has no column of images for images; the columns are a (words), label" in error_of(tmp_path)
 
 
 def test_booleans_and_words_are_labels(tmp_path, hub):
@@ -168,8 +154,8 @@ def test_booleans_and_words_are_labels(tmp_path, hub):
     content = [hub.encode(image) for image in hub.colour(3, size=8)]
     hub.write(tmp_path / "train.parquet", content, {"label": pa.array(["dog", "ape", "dog"])}, metadata=False)
     for words, expected in (
-        (["ape", "cow"], "test.parquet, row 1: label 'cow' occurs in no training row"),
-        (["ape", None], "test.parquet, row 1: the label is missing"),
+        (["ape", "cow"], "test.parquet, row 1: label 'cow' is none of the 2 classes"),
+        (["ape", None], "test.parquet, row 1: 'label' has no value"),
     ):
         hub.write(tmp_path / "test.parquet", content[:2], {"label": pa.array(words)}, metadata=False)
         assert expected in error_of(tmp_path)
@@ -181,16 +167,16 @@ def test_booleans_and_words_are_labels(tmp_path, hub):
 def test_missing_folder_files_and_splits(tmp_path, hub):
     with pytest.raises(InputError, match=r"needs data\.root: the folder with train-"):
         load(DataConfig(name="parquet"))
-    assert "is not a folder" in error_of(tmp_path / "nowhere")
+    assert f"got {tmp_path / 'nowhere'}" in error_of(tmp_path / "nowhere")
     assert "no train-*.parquet in" in error_of(tmp_path)
     with pytest.raises(InputError, match="parquet files of zh-plus/tiny-imagenet; the authors' own files are not read"):
         load(DataConfig(name="tiny_imagenet", root=tmp_path))
     hub.write(tmp_path / "train.parquet", [hub.encode(hub.grey(1)[0])], {"label": [0]})
     message = error_of(tmp_path)
     assert "has no split test, valid, validation, val; the splits are: train; set data.test_split" in message
-    assert "or data.test_share (such as 0.2)" in message
+    assert "or data.test_share to hold out" in message
+    assert "has 0 training and 1 test images; add some" in error_of(tmp_path, test_share=0.5)
     assert "has no split fit; the splits are: train; set data.train_split" in error_of(tmp_path, train_split="fit")
-    assert "data.test_share 0.5 holds out none of 1 images" in error_of(tmp_path, test_share=0.5)
     hub.write_set(tmp_path / "set", hub.grey(4), [0, 1, 2, 0])
     message = "data.test_share is for sets without a test split, and this one has 4 test images"
     assert message in error_of(tmp_path / "set", test_share=0.1)
@@ -214,7 +200,7 @@ def test_a_split_that_is_not_one_whole_set_of_shards(tmp_path, hub, more):
     shard.write_bytes(content)
     (tmp_path / f"{more}.parquet").write_bytes(content)
     assert f"3 shard(s) beside {tmp_path}" in error_of(tmp_path)
-    assert "complete the download, or remove files that do not belong" in error_of(tmp_path)
+    assert "complete the download, or remove those of another set" in error_of(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["pointer", "pages"])
@@ -239,35 +225,16 @@ def test_bad_image_names_file_and_row(tmp_path, hub, damage):
     hub.write(tmp_path / "test-00000-of-00001.parquet", good, {"label": [0, 0]})
     message = error_of(tmp_path)
     assert "train-00001-of-00002.parquet, row 3: the image" in message
-    assert ("has no bytes" if damage in ("empty", "null") else "is corrupt") in message
-
-
-def test_null_struct_is_a_missing_image(tmp_path):
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    for split in ("train", "test"):
-        pq.write_table(pa.table({"image": pa.array([None], kind), "label": [0]}), tmp_path / f"{split}.parquet")
-    assert "row 0: the image has no bytes" in error_of(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("labels", "expected"),
-    [
-        ([0, 3], "row 1: label 3 is outside 0..2; column 'label' may not hold classes"),
-        ([-1, 0], "row 0: label -1 is outside 0..2; an unlabelled split? set data.test_split (such as validation)"),
-    ],
-)
-def test_label_out_of_range(tmp_path, hub, labels, expected):
-    hub.write_set(tmp_path, hub.grey(2), [0, 1])
-    path = tmp_path / "test-00000-of-00001.parquet"
-    hub.write(path, [hub.encode(hub.grey(1)[0])] * 2, {"label": labels}, names={"label": ["x", "y", "z"]})
-    assert f"{path}, {expected}" in error_of(tmp_path)
+    assert ("has no bytes" if damage in ("empty", "null") else "cannot be decoded") in message
 
 
 def test_labels_that_are_missing_or_have_a_gap(tmp_path, hub):
     hub.write_set(tmp_path, hub.grey(4), [0, 1, None, 2])
-    assert "train-00001-of-00002.parquet, row 0: the label is missing" in error_of(tmp_path)
+    assert "train-00001-of-00002.parquet, row 0: 'label' has no value" in error_of(tmp_path)
     hub.write_set(tmp_path, hub.grey(6), [0, 1, 1, 0, 7, 3], names=None)
-    assert "train-00001-of-00002.parquet, row 2: label 3, but no training row has label 2" in error_of(tmp_path)
+    assert "train-00001-of-00002.parquet, row 2: label 3 comes after a gap: no training row has label 2" in error_of(
+        tmp_path
+    )
     data = read(tmp_path, renumber_labels=True)
     assert (data.class_names, data.train_labels.tolist()) == (("0", "1", "3", "7"), [0, 1, 1, 0, 3, 2])
 
@@ -278,7 +245,7 @@ def test_splits_and_shards_without_rows(tmp_path, hub):
     hub.write(tmp_path / "train-00000-of-00002.parquet", [], {"label": []}, names=names)
     assert len(read(tmp_path).train_labels) == 1
     hub.write(tmp_path / "test-00000-of-00001.parquet", [], {"label": []}, names=names)
-    assert "has no test rows; a split needs at least one image" in error_of(tmp_path)
+    assert "has 1 training and 0 test images; add some" in error_of(tmp_path)
 
 
 def test_class_names(tmp_path, hub):
@@ -288,11 +255,7 @@ def test_class_names(tmp_path, hub):
     hub.write(tmp_path / "test-00000-of-00001.parquet", content, {"label": [0, 1]}, names={"label": ["y", "x", "z"]})
     assert "the class names differ" in error_of(tmp_path)
     hub.write_set(tmp_path, hub.grey(2), [0, 1], names=("x", "y", "x"))
-    assert "the class name 'x' occurs twice" in error_of(tmp_path)
-    table = pa.table({"img": [b"x"], "label": [0]}).replace_schema_metadata({"huggingface": "{not json"})
-    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
-        pq.write_table(table, tmp_path / f"{name}.parquet")
-    assert "the 'huggingface' schema metadata cannot be read" in error_of(tmp_path)
+    assert "classes 'x' and 'x' have one name" in error_of(tmp_path)
 
 
 def test_further_columns_follow_the_rows_in_use(tmp_path, hub):
@@ -311,7 +274,7 @@ def test_further_columns_follow_the_rows_in_use(tmp_path, hub):
     for image, writer, day in zip(data.train_images, data.columns["writer"], data.columns["day"], strict=True):
         assert writer == f"w{day}"
         assert torch.equal(image, torch.from_numpy(images[day]).permute(2, 0, 1))
-    with pytest.raises(InputError, match="has no column 'hand'; the columns are img, label, writer, day, score"):
+    with pytest.raises(InputError, match="has no column 'hand' of integers or words; the columns are img"):
         load(config, columns=["hand"])
-    with pytest.raises(InputError, match="column 'score' holds double; only integers and words"):
+    with pytest.raises(InputError, match="has no column 'score' of integers or words; the columns"):
         load(config, columns=["score"])

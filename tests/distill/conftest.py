@@ -1,18 +1,12 @@
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import nn
 
-from fedftg.distill.config import DistillConfig, preset
+from fedftg.distill.config import preset
 from fedftg.distill.generator import Generator
 
 
-def _classifier(
-    seed: int = 0, *, classes: int = 3, norm: bool = True, width: int = 4, dropout: float = 0.0
-) -> nn.Module:
+def _classifier(seed=0, *, classes=3, norm=True, width=4, dropout=0.0):
     """A small classifier of 1x8x8 images in evaluation mode, the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -27,33 +21,33 @@ def _classifier(
     return model.eval()
 
 
-def _generator(seed: int = 0, *, classes: int = 3, noise_dim: int = 6, width: int = 4) -> Generator:
+def _generator(seed=0, *, classes=3, noise_dim=6, width=4):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Generator(noise_dim, classes, (1, 8, 8), width)
 
 
-def _config(name: str = "fedftg", **overrides: object) -> DistillConfig:
+def _config(name="fedftg", **overrides):
     small = {"iterations": 2, "batch_size": 6, "noise_dim": 6, "generator_width": 4, "student_steps": 2}
     return preset(name, **{**small, **overrides})
 
 
 @pytest.fixture
-def classifier() -> Callable[..., nn.Module]:
+def classifier():
     return _classifier
 
 
 @pytest.fixture
-def generator() -> Callable[..., Generator]:
+def generator():
     return _generator
 
 
 @pytest.fixture
-def config() -> Callable[..., DistillConfig]:
+def config():
     return _config
 
 
 @pytest.fixture
-def counts() -> torch.Tensor:
+def counts():
     """Three teachers, three classes."""
     return torch.tensor([[8, 1, 0], [0, 5, 3], [2, 2, 4]])

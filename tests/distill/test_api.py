@@ -1,22 +1,14 @@
-from __future__ import annotations
-
-import copy
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedftg.distill.api import refine
-from fedftg.distill.config import DistillConfig
-from fedftg.distill.generator import Generator
 from fedftg.errors import InputError
 
 SHAPE = (1, 8, 8)
 
 
-def snapshot(module: nn.Module) -> tuple[Any, ...]:
+def snapshot(module):
     return (
         {name: tensor.clone() for name, tensor in module.state_dict().items()},
         [layer.training for layer in module.modules()],
@@ -24,22 +16,20 @@ def snapshot(module: nn.Module) -> tuple[Any, ...]:
     )
 
 
-def unchanged(module: nn.Module, before: tuple[Any, ...]) -> bool:
+def unchanged(module, before):
     state, modes, flags = snapshot(module)
     equal = all(torch.equal(tensor, before[0][name]) for name, tensor in state.items())
     return equal and modes == before[1] and str(flags) == str(before[2])
 
 
 @pytest.fixture
-def models(classifier: Callable[..., nn.Module]) -> list[nn.Module]:
+def models(classifier):
     """A student and teachers of three architectures, in mixed modes."""
     flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     return [classifier(0), classifier(1).train(), classifier(2, norm=False, width=3), flat]
 
 
-def test_nothing_that_is_given_changes(
-    models: list[nn.Module], counts: Tensor, config: Callable[..., DistillConfig], generator: Callable[..., Generator]
-) -> None:
+def test_nothing_that_is_given_changes(models, counts, config, generator):
     models[0].train()
     models[0](torch.ones(2, *SHAPE)).sum().backward()
     models[1].requires_grad_(False)
@@ -55,14 +45,11 @@ def test_nothing_that_is_given_changes(
     assert len(result.metrics.student) == 2
 
 
-@pytest.mark.parametrize("name", ["paper", "official", "fedftg"])
-def test_deterministic(
-    models: list[nn.Module], counts: Tensor, config: Callable[..., DistillConfig], name: str
-) -> None:
+def test_deterministic(models, counts, config):
     states, images = [], []
     for seed in (3, 3, 4):
         torch.manual_seed(len(states))
-        result = refine(models[0], models[1:], counts, config=config(name), image_shape=SHAPE, seed=seed)
+        result = refine(models[0], models[1:], counts, config=config(), image_shape=SHAPE, seed=seed)
         states.append(torch.cat([t.flatten() for t in result.model.state_dict().values()]))
         images.append(result.sample(4))
     assert torch.equal(states[0], states[1])
@@ -70,7 +57,7 @@ def test_deterministic(
     assert torch.equal(images[0][0], images[1][0])
 
 
-def test_presets_by_name(models: list[nn.Module], counts: Tensor) -> None:
+def test_presets_by_name(models, counts):
     """At the presets' own sizes."""
     done: list[tuple[int, int]] = []
     result = refine(models[0], models[1:], counts.tolist(), image_shape=SHAPE, progress=lambda *pair: done.append(pair))
@@ -78,7 +65,7 @@ def test_presets_by_name(models: list[nn.Module], counts: Tensor) -> None:
     assert result.generator.noise_dim == 100
 
 
-def test_sample(models: list[nn.Module], config: Callable[..., DistillConfig]) -> None:
+def test_sample(models, config):
     counts = torch.tensor([[1, 0, 3]] * 3)
     result = refine(models[0], models[1:], counts, config=config(), image_shape=SHAPE)
     images, labels = result.sample(200)
@@ -90,12 +77,10 @@ def test_sample(models: list[nn.Module], config: Callable[..., DistillConfig]) -
     assert result.sample(3, [2, 1, 0])[1].tolist() == [2, 1, 0]
     for n, wrong in ((0, None), (2, [1]), (1, [3]), (1, [0.5]), (1, -1)):
         with pytest.raises(InputError, match="must be"):
-            result.sample(n, wrong)  # type: ignore[arg-type]
+            result.sample(n, wrong)
 
 
-def test_a_generator_is_continued(
-    models: list[nn.Module], counts: Tensor, config: Callable[..., DistillConfig], generator: Callable[..., Generator]
-) -> None:
+def test_a_generator_is_continued(models, counts, config, generator):
     given = generator(noise_dim=9)
     result = refine(models[0], models[1:], counts, config=config(), image_shape=(3, 32, 32), generator=given)
     assert result.generator is not given
@@ -104,13 +89,10 @@ def test_a_generator_is_continued(
         refine(models[0], models[1:], counts, config=config(), generator=generator(classes=4))
 
 
-def test_non_finite_result_is_rolled_back(
-    models: list[nn.Module], counts: Tensor, config: Callable[..., DistillConfig], generator: Callable[..., Generator]
-) -> None:
+def test_non_finite_result_is_rolled_back(models, counts, config, generator):
     given, before = generator(), snapshot(models[0])
-    result = refine(
-        models[0], models[1:], counts, config=config("paper", student_lr=1e30, iterations=4), generator=given
-    )
+    settings = config("paper", student_lr=1e30, iterations=4)
+    result = refine(models[0], models[1:], counts, config=settings, generator=given)
     assert result.rolled_back is not None
     assert "not finite; lower student_lr" in result.rolled_back
     assert unchanged(result.model, before)
@@ -120,16 +102,16 @@ def test_non_finite_result_is_rolled_back(
 class KeepsFeatures(nn.Module):
     """Keeps its last features, with their graph, as an attribute."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.body, self.head = nn.Linear(64, 5), nn.Linear(5, 3)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images):
         self.features = self.body(images.flatten(1)).relu()
         return self.head(self.features)
 
 
-def test_what_callers_really_pass(counts: Tensor, config: Callable[..., DistillConfig]) -> None:
+def test_what_callers_really_pass(counts, config):
     """Inside ``no_grad``, models that keep their features, teachers as a generator, counts as a list of tensors."""
     models = [KeepsFeatures() for _ in range(4)]
     for model in models:
@@ -143,7 +125,7 @@ def test_what_callers_really_pass(counts: Tensor, config: Callable[..., DistillC
     assert all(parameter.grad is None for parameter in result.model.parameters())
 
 
-def test_the_students_type_is_kept(classifier: Callable[..., nn.Module], counts: Tensor, config: Any) -> None:
+def test_the_students_type_is_kept(classifier, counts, config):
     teachers = [classifier(seed).double() for seed in (1, 2, 3)]
     settings = config(generator_warmup=1)
     result = refine(classifier(4).double(), teachers, counts, config=settings, image_shape=SHAPE)
@@ -153,13 +135,12 @@ def test_the_students_type_is_kept(classifier: Callable[..., nn.Module], counts:
 
 
 class Pair(KeepsFeatures):
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, images):
         return images, super().forward(images)
 
 
-def test_wrong_inputs(models: list[nn.Module], counts: Tensor, classifier: Callable[..., nn.Module]) -> None:
+def test_wrong_inputs(models, counts, classifier):
     student, teachers = models[0], models[1:]
-    frozen = copy.deepcopy(student).requires_grad_(False)
     broken = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     nn.init.constant_(broken[1].bias, float("nan"))
     for arguments, changed, message in (
@@ -167,30 +148,17 @@ def test_wrong_inputs(models: list[nn.Module], counts: Tensor, classifier: Calla
         ((student, [], counts), {}, "at least 1"),
         ((student, teachers[0], counts), {}, "must be a list of classifiers"),
         ((student, teachers, counts[:2]), {}, r"\(3, C\), got \(2, 3\)"),
-        ((student, teachers, torch.zeros(3, 3)), {}, "all 0"),
         ((student, teachers, [[1, 2], [3]]), {}, "class_counts must be a table"),
         ((student, teachers, counts[:, :2]), {}, r"student must return logits of shape .* = \(2, 2\), got \(2, 3\)"),
-        ((nn.Flatten(), teachers, counts), {}, "has no parameters"),
-        ((frozen, teachers, counts), {}, "requires_grad_"),
+        ((nn.Flatten(), teachers, counts), {}, "requires_grad_"),
         ((student, teachers, counts), {"image_shape": (3, 32, 32)}, "student does not take images of shape"),
         ((student, teachers, counts), {"image_shape": (1, 4, 4)}, r"8 to 224 pixels a side, got \(1, 4, 4\)"),
-        ((student, teachers, counts), {"image_shape": "8x8"}, r"image_shape must be three whole numbers .*, got '8x8'"),
-        ((student, teachers, counts), {"image_shape": 8}, "image_shape must be three whole numbers .*, got 8"),
         ((student, [*teachers[:2], broken], counts), {}, r"teacher 2 has values in 1\.bias that are not finite"),
         ((broken, teachers, counts), {}, r"student has values in 1\.bias that are not finite"),
-        (
-            (student, [*teachers[:2], broken.state_dict()], counts),
-            {},
-            "teacher 2 must be a classifier, got OrderedDict",
-        ),
-        ((classifier(0, classes=4), teachers, counts), {}, r"student must return logits .* got \(2, 4\)"),
+        ((student, [{}, *teachers[:2]], counts), {}, "teacher 0 must be a classifier, got dict"),
         ((Pair(), teachers, counts), {}, r"student must return logits .* got tuple"),
-        (
-            (student, [classifier(0), classifier(1), classifier(2, classes=4)], counts),
-            {},
-            "teacher 2 must return .* same classes",
-        ),
+        ((student, [*teachers[:2], classifier(2, classes=4)], counts), {}, "teacher 2 must return .* same classes"),
     ):
         with pytest.raises(InputError, match=message) as error:
-            refine(*arguments, **{"image_shape": SHAPE, **changed})  # type: ignore[arg-type]
+            refine(*arguments, **{"image_shape": SHAPE, **changed})
         assert "\n" not in str(error.value)

@@ -1,37 +1,28 @@
 """The presets and their fields; the values of ``fedftg`` are measured, not tested."""
 
-from __future__ import annotations
-
-from typing import Any
+import subprocess
+import sys
 
 import pytest
 
-from fedftg.distill.config import PRESETS, DistillConfig, preset
+from fedftg.distill.config import DistillConfig, preset
 from fedftg.errors import InputError
 
 
-def differences(left: DistillConfig, right: DistillConfig) -> dict[str, tuple[Any, Any]]:
-    pairs = {name: (getattr(left, name), getattr(right, name)) for name in DistillConfig.model_fields}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def test_the_paper_is_the_class_default() -> None:
-    assert preset("paper") == DistillConfig()
-    assert set(PRESETS) == {"paper", "official", "fedftg"}
-
-
-def test_values_of_the_paper() -> None:
+def test_values_of_the_paper():
     """METHOD section 3."""
     paper = preset("paper")
+    assert paper == DistillConfig()
     assert (paper.iterations, paper.generator_steps, paper.student_steps, paper.batch_size) == (10, 1, 5, 50)
     assert (paper.student_lr, paper.student_weight_decay, paper.student_momentum) == (0.1, 1e-3, 0.0)
     assert (paper.generator_lr, paper.lr_decay, paper.generator_optimizer_state) == (0.01, 0.998, "reset")
     assert (paper.lambda_md, paper.lambda_cls, paper.lambda_dis, paper.noise_dim) == (1.0, 1.0, 1.0, 100)
-    assert (paper.student_mode, paper.restore_buffers, paper.discrepancy_mask) == ("train", False, "none")
+    assert (paper.student_mode, paper.discrepancy_mask) == ("train", "none")
 
 
-def test_official_differs_from_the_paper_in_these_fields_only() -> None:
-    assert differences(preset("paper"), preset("official")) == {
+def test_official_differs_from_the_paper_in_these_fields_only():
+    pairs = zip(preset("paper"), preset("official"), strict=True)
+    assert {name: (paper, official) for (name, paper), (_, official) in pairs if paper != official} == {
         "discrepancy": ("kl", "l1_logits"),
         "teacher_gradient": ("full", "detached"),
         "fidelity_weighting": ("sample", "batch_mean"),
@@ -42,12 +33,6 @@ def test_official_differs_from_the_paper_in_these_fields_only() -> None:
     }
 
 
-def test_every_field_says_what_it_is() -> None:
-    for name, field in DistillConfig.model_fields.items():
-        assert field.description, name
-        assert "\n" not in field.description
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -55,19 +40,15 @@ def test_every_field_says_what_it_is() -> None:
         ({"iteratons": 3}, "unknown key 'iteratons'; did you mean 'iterations'"),
         ({"batch_size": 1}, "batch_size must .*got 1"),
         ({"student_lr": -0.1}, "student_lr must .*got -0.1"),
-        ({"student_lr": float("nan")}, "student_lr must .*got nan"),
-        ({"temperature": 0.0}, "temperature must .*got 0.0"),
-        ({"student_momentum": 1.0}, "student_momentum must .*got 1.0"),
         ({"discrepancy": "js"}, "discrepancy must .*'kl' or 'l1_logits'.*got 'js'"),
-        ({"student_mode": "test"}, "student_mode must .*got 'test'"),
     ],
 )
-def test_wrong_values_give_one_line(overrides: dict[str, Any], message: str) -> None:
+def test_wrong_values_give_one_line(overrides, message):
     with pytest.raises(InputError, match=message) as caught:
         preset("fedftg", **overrides)
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_preset_names_the_nearest() -> None:
-    with pytest.raises(InputError, match="unknown preset 'offical'; did you mean 'official'"):
-        preset("offical")
+def test_the_presets_are_known_without_torch():
+    code = "import sys, fedftg.distill.config; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,12 +1,8 @@
 """The seam: another source of images, the same student's steps."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedftg.distill.config import DistillConfig
 from fedftg.distill.distiller import distil
@@ -19,13 +15,13 @@ PATTERNS = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 """The three classes, to which their images add noise."""
 
 
-def labelled(number: int, seed: int) -> tuple[Tensor, Tensor]:
+def labelled(number, seed):
     rng = torch.Generator().manual_seed(seed)
     labels = torch.randint(3, (number,), generator=rng)
     return PATTERNS[labels] + torch.randn(number, 1, 8, 8, generator=rng), labels
 
 
-def knows(*classes: int) -> Callable[[Tensor], Tensor]:
+def knows(*classes):
     """A teacher that compares images with the patterns of these classes; the others have logit 0."""
     known = torch.zeros(3, 64)
     known[list(classes)] = PATTERNS[list(classes)].flatten(1)
@@ -35,19 +31,19 @@ def knows(*classes: int) -> Callable[[Tensor], Tensor]:
 TEACHERS = ListedTeachers([knows(0, 1), knows(1, 2)])
 
 
-def student() -> nn.Module:
+def student():
     with torch.random.fork_rng():
         torch.manual_seed(1)
         return nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(64, 3))
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module) -> float:
+def accuracy(model):
     images, labels = labelled(500, seed=7)
     return float((model.eval()(images).argmax(dim=1) == labels).float().mean())
 
 
-def test_a_student_learns_from_unlabelled_images_reproducibly() -> None:
+def test_a_student_learns_from_unlabelled_images_reproducibly():
     """Each teacher knows two of three classes and is at most 2/3 right; the student has seen no label."""
     images, _ = labelled(200, seed=3)
     config = DistillConfig(iterations=40, student_steps=1, student_lr=0.05, student_momentum=0.9, ensemble="samples")
@@ -67,27 +63,21 @@ def test_a_student_learns_from_unlabelled_images_reproducibly() -> None:
     assert not torch.equal(ends[0]["2.weight"], ends[2]["2.weight"])
 
 
-def call(iterations: int, **given: Tensor) -> Call:
+def test_every_proxy_image_is_shown_once_per_pass():
+    numbered = torch.arange(7.0).reshape(7, 1, 1, 1).expand(7, 1, 8, 8)
     ensemble = Ensemble(TEACHERS, COUNTS.double(), DistillConfig(), torch.zeros(()))
-    return Call(student(), ensemble, iterations, torch.Generator().manual_seed(0), 1.0, given)
+    source = ProxyImages(numbered, batch_size=3)
+    draws = source.start(Call(student(), ensemble, 5, torch.Generator().manual_seed(0), 1.0))
+    images, labels = zip(*(source.make(draw) for draw in draws), strict=True)
+    assert labels == (None,) * 5
+    shown = torch.cat(images)[:, 0, 0, 0].tolist()
+    assert len(shown) == 15
+    assert sorted(shown[:7]) == sorted(shown[7:14]) == list(range(7))
+    assert shown[:7] != shown[7:14]
 
 
-def test_every_proxy_image_is_shown_once_per_pass() -> None:
-    source = ProxyImages(torch.arange(7.0).reshape(7, 1, 1, 1).expand(7, 1, 8, 8), batch_size=3)
-    rows = torch.cat(list(source.start(call(iterations=5))))
-    assert len(rows) == 15
-    assert sorted(rows[:7].tolist()) == sorted(rows[7:14].tolist()) == list(range(7))
-    assert rows[:7].tolist() != rows[7:14].tolist()
-    given = source.start(call(iterations=1, rows=torch.tensor([[6, 6, 2]])))
-    images, labels = source.make(given[0])
-    assert images[:, 0, 0, 0].tolist() == [6, 6, 2]
-    assert labels is None
-
-
-@pytest.mark.parametrize(
-    ("kind", "expected"), [("class", [0.4, 0.6]), ("samples", [0.4, 0.6]), ("uniform", [0.5, 0.5])]
-)
-def test_a_teachers_weight_on_an_image_of_unknown_class(kind: str, expected: list[float]) -> None:
+@pytest.mark.parametrize(("kind", "expected"), [("class", [0.4, 0.6]), ("uniform", [0.5, 0.5])])
+def test_a_teachers_weight_on_an_image_of_unknown_class(kind, expected):
     """Its share of all samples, 40 and 60 of 100; teachers that are certain of different classes show it."""
     certain = [lambda images: torch.tensor([[99.0, 0, 0]] * len(images)), lambda images: torch.tensor([[0, 99.0, 0]])]
     for chunk in (0, 1):
@@ -100,21 +90,21 @@ def test_a_teachers_weight_on_an_image_of_unknown_class(kind: str, expected: lis
 class Bright:
     """A source of one's own: images that `improve` makes brighter, with labels."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.level = 0.0
 
-    def start(self, call: Call) -> Sequence[int]:
+    def start(self, call):
         return range(call.iterations)
 
-    def improve(self, call: Call, draw: int) -> dict[str, Tensor]:
+    def improve(self, call, draw):
         self.level += 1
         return {"level": torch.tensor(self.level)}
 
-    def make(self, draw: int) -> tuple[Tensor, Tensor]:
+    def make(self, draw):
         return self.level * PATTERNS, torch.tensor([0, 1, 0])
 
 
-def test_a_source_is_three_methods() -> None:
+def test_a_source_is_three_methods():
     """The ensemble takes images of class 2 to be class 2, so two of three labels agree."""
     rng, config = torch.Generator().manual_seed(0), DistillConfig(iterations=3)
     metrics = distil(config, Bright(), student(), TEACHERS, COUNTS, rng=rng)

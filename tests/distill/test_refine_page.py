@@ -3,13 +3,9 @@
 After a change of a preset or a field: ``python tests/distill/test_refine_page.py`` rewrites the table.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from fedftg.distill.api import RefineResult
 from fedftg.distill.config import PRESETS, DistillConfig
@@ -19,7 +15,7 @@ FIELDS = re.compile(r"(<!-- fields: .*? -->\n)(.*)(<!-- end of fields -->)", re.
 NAMES = ("paper", "official", "fedftg")
 
 
-def table() -> str:
+def table():
     """A row per field; bold is what differs from the paper."""
     lines = [f"| field | {' | '.join(f'`{name}`' for name in NAMES)} | what |", "|---|---|---|---|---|"]
     for name, field in DistillConfig.model_fields.items():
@@ -29,22 +25,17 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def shown(value: object) -> str:
+def shown(value):
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
-def test_the_table_is_what_the_presets_say() -> None:
+def test_the_table_is_what_the_presets_say():
     found = FIELDS.search(PAGE.read_text())
     assert found is not None
     assert found[2] == table(), "run: python tests/distill/test_refine_page.py"
 
 
-def test_every_field_has_a_row() -> None:
-    rows = re.findall(r"^\| `(\w+)` \|", FIELDS.search(PAGE.read_text())[2], re.MULTILINE)
-    assert rows == list(DistillConfig.model_fields)
-
-
-def test_the_code_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_runs(capsys, monkeypatch):
     small = PRESETS["fedftg"].model_copy(update={"generator_width": 4, "iterations": 2})
     monkeypatch.setitem(PRESETS, "fedftg", small)
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
@@ -58,7 +49,7 @@ def test_the_code_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     assert "teacher_agreement" in capsys.readouterr().out
 
 
-def test_the_page_names_what_a_result_has() -> None:
+def test_the_page_names_what_a_result_has():
     text = PAGE.read_text()
     public = [name for name in RefineResult.__dataclass_fields__ if not name.startswith("_")]
     for name in [*public, "sample("]:

@@ -131,7 +131,19 @@ def classifiers() -> dict[str, Any]:
     return {"fedftg": fedftg, "torch": torch, "student": classifier(0), "teachers": teachers, "class_counts": counts}
 
 
+def own_images() -> dict[str, Any]:
+    """Returns what code about own data takes for granted."""
+    import numpy as np
+
+    import fedftg
+
+    images, labels = np.random.default_rng(0).integers(0, 256, (200, 8, 8), dtype=np.uint8), np.arange(200) % 10
+    names = {f"{split}_images": images for split in ("train", "test")}
+    return {"fedftg": fedftg, **names, **{f"{split}_labels": labels for split in ("train", "test")}}
+
+
 @pytest.fixture
 def page_names() -> Callable[[str], dict[str, Any]]:
     """Returns the names that the code blocks of a page may use without defining them."""
-    return lambda page: classifiers() if page in ("README.md", "docs/refine.md") else {}
+    pages = {"README.md": classifiers, "docs/refine.md": classifiers, "docs/data.md": own_images}
+    return lambda page: pages.get(page, dict)()

@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 
@@ -27,78 +25,22 @@ def fails(done: Any, tmp_path: Path, *expected: str) -> None:
     [
         (["run", "nothing.toml"], "nothing"),
         (["run", "defualt"], "did you mean 'default'?"),
-        (["run", "some/where.toml"], "does not exist"),
         (["run", "--set", "partition.alpha=-1"], "partition.alpha must be > 0, got -1; "),
-        (["run", "--set", "rounds=0"], "rounds must be >= 1, got 0"),
-        (["run", "--set", "local.lrr=1"], "did you mean 'local.lr'?"),
         (["run", "--set", "partition.num_clients=5000"], "partition.num_clients"),
         (["run", "--set", "cohort.size=21"], "cohort.size must be at most"),
-        (["run", "--set", "data.name=cifar10"], "data.root"),
         (["run", "--set", "data.name=cifar10", "--set", "data.root=nowhere"], "nowhere"),
-        (["run", "--set", "model.name=resnet19"], "did you mean 'resnet18'?"),
-        (["run", "--set", "model.name=not_a.Module"], "not_a"),
+        (["run", "--set", "model.name=lenet_bn", "--set", "local.batch_size=1"], "local.batch_size must be >= 2"),
         (["run", "--resume", "--out", "nothing"], "holds no run"),
         (["rnu"], "run"),
-        (["run", "--fast"], "--fast"),
-        (["report", "nothing"], "nothing"),
         (["compare", "default"], "two or more"),
-        (["run", "--set", "model.name=lenet_bn", "--set", "local.batch_size=1"], "local.batch_size must be >= 2"),
-        (["run", "--set", "local.lr=inf"], "local.lr must be a finite number"),
-        (["run", "--set", "plugins=3"], "plugins must be a list"),
-        (["run", "--set", "refiner.preset=3"], "unknown preset '3'"),
-        (["run", "--set", "name=.."], "name must be"),
-        (["compare", "default", "defualt"], "did you mean 'default'?"),
         (["export", "nothing", "--to", "x.safetensors"], "holds no run"),
-        (["export", "nothing"], "--to"),
+        (["partition", "default", "--set", "partition.law=file"], "needs partition.file"),
+        (["partition", "default", "--out", "/proc/nowhere"], "choose another folder by --out"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_wrong_input(fedftg: Any, tmp_path: Path, arguments: list[str], expected: str) -> None:
     fails(fedftg(*arguments), tmp_path, expected)
-
-
-def parquet(folder: Path, images: list[bytes], labels: list[int], column: str = "img") -> None:
-    folder.mkdir(exist_ok=True)
-    features = {"img": {"_type": "Image"}, "label": {"names": ["a", "b"], "_type": "ClassLabel"}}
-    columns = {column: [{"bytes": data, "path": None} for data in images], "label": labels}
-    schema = pa.table(columns).schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    for split in ("train", "test"):
-        pq.write_table(pa.table(columns, schema=schema), folder / f"{split}-00000-of-00001.parquet")
-
-
-def png(value: int) -> bytes:
-    import io
-
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (value, 0, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-GOOD = [png(value) for value in range(8)]
-
-
-@pytest.mark.parametrize(
-    ("images", "labels", "column", "expected"),
-    [
-        (GOOD, [0, 1] * 4, "picture_id", ["image"]),
-        (GOOD, [0, 1, 0, 1, 0, 7, 0, 1], "img", ["train-00000-of-00001.parquet", "row 5", "7"]),
-        ([*GOOD[:3], GOOD[3][:40], *GOOD[4:]], [0, 1] * 4, "img", ["train-00000-of-00001.parquet", "row 3"]),
-    ],
-    ids=["no image column", "label out of range", "corrupt image"],
-)
-def test_bad_parquet(
-    fedftg: Any, tmp_path: Path, images: list[bytes], labels: list[int], column: str, expected: list[str]
-) -> None:
-    parquet(tmp_path / "data", images, labels, column)
-    if column != "img":  # not even one that looks like images
-        table = pa.table({column: list(range(8)), "label": labels})
-        for split in ("train", "test"):
-            pq.write_table(table, tmp_path / "data" / f"{split}-00000-of-00001.parquet")
-    done = fedftg("run", "--set", "data.name=parquet", "--set", "data.root=data", "--set", "partition.num_clients=2",
-                  "--set", "cohort.size=1")  # fmt: skip
-    fails(done, tmp_path, *expected)
 
 
 def test_run_writes_what_the_contract_says(fedftg: Any, tiny: list[str], tmp_path: Path) -> None:
@@ -134,14 +76,7 @@ def test_base_logs_the_aggregate_as_deployed(fedftg: Any, no_refiner: list[str],
 
 
 def test_compare_runs_what_is_missing_only(fedftg: Any, tmp_path: Path) -> None:
-    small = [
-        "data.max_train=200",
-        "data.max_test=60",
-        "rounds=2",
-        "partition.num_clients=4",
-        "cohort.size=2",
-        "threads=1",
-    ]
+    small = ["data.max_train=200", "data.max_test=60", "rounds=2", "partition.num_clients=4", "cohort.size=2"]
     settings = [part for item in small for part in ("--set", item)]
     first = fedftg("compare", "default_base", "default", *settings)
     assert first.returncode == 0, first.stderr
@@ -189,46 +124,15 @@ def test_saved_partition_is_used_again(fedftg: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
-def test_partition_by_shards(fedftg: Any, tmp_path: Path) -> None:
-    done = fedftg("partition", "default", "--set", "partition.law=shards", "--out", "p")
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    assert len(json.loads((tmp_path / "p" / "partition.json").read_text())["indices"]) == 20
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["--set", "partition.law=shards", "--set", "partition.num_clients=1000"], "partition.shards_per_client"),
-        (["--set", "partition.law=file"], "needs partition.file"),
-        (["--set", "partition.law=file", "--set", "partition.file=none.json"], "cannot read partition.file"),
-        (["--set", "partition.law=domain"], "needs partition.column"),
-        (["--out", "/proc/nowhere"], "choose another folder by --out"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_partition_with_wrong_input(fedftg: Any, tmp_path: Path, arguments: list[str], expected: str) -> None:
-    fails(fedftg("partition", "default", *arguments), tmp_path, expected)
-
-
 def test_list_names_everything(python_m_fedftg: Any) -> None:
     done = python_m_fedftg("list")
     assert done.returncode == 0
-    for name in (
-        "digits",
-        "resnet18_gn",
-        "scaffold",
-        "official",
-        "pathological",
-        "paper_base",
-        "default",
-    ):
+    for name in ("digits", "resnet18_gn", "scaffold", "official", "pathological", "paper_base", "default"):
         assert f"  {name}\n" in done.stdout
 
 
-@pytest.mark.parametrize("algorithm", ["scaffold", "feddyn"])
 def test_interrupt_is_130_and_resumes_to_the_same(
-    fedftg: Any, tiny: list[str], read_records: Any, tmp_path: Path, algorithm: str
+    fedftg: Any, tiny: list[str], read_records: Any, tmp_path: Path
 ) -> None:
     """Ctrl-C in the evaluation of round 2, when its clients are done; it makes the only checkpoint."""
     (tmp_path / "stopper.py").write_text(
@@ -247,7 +151,7 @@ def test_interrupt_is_130_and_resumes_to_the_same(
         "    return evaluate(*arguments)\n"
         "experiment.evaluate = watched\n"
     )
-    settings = [*tiny, "--set", "checkpoint.every=50", "--set", f"algorithm.name={algorithm}"]
+    settings = [*tiny, "--set", "checkpoint.every=50", "--set", "algorithm.name=scaffold"]
     stopped = fedftg("run", *settings, "--set", 'plugins=["stopper"]', "--out", "r", path=tmp_path)
     assert stopped.returncode == 130, stopped.stderr
     assert len(stopped.stderr.strip().splitlines()) == 1
@@ -272,7 +176,7 @@ def test_compare_never_turns_a_base_into_a_copy(fedftg: Any, tiny: list[str], tm
     assert "are the same run with these settings; compare different ones" in copies.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["run", "defualt"], ["partition", "defualt"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "defualt"], ["partition", "defualt"]])
 def test_no_torch_where_nothing_is_computed(tmp_path: Path, arguments: list[str]) -> None:
     """Importing torch takes a second and more: these answer before it."""
     code = f"import sys\nfrom fedftg import cli\nsys.argv = ['fedftg', *{arguments}]\n"

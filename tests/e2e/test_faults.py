@@ -1,6 +1,7 @@
 """Clients and fine-tunings that go wrong are named, recorded, and cost nothing."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,8 @@ import torch
 
 import fedftg
 from fedftg import build, experiment
-from fedftg.algorithms.base import ClientResult, ServerState, rejection
+from fedftg.algorithms.base import ClientResult, ServerState
 from fedftg.engine import executors
-from fedftg.errors import ClientError
 from fedftg.params import Params
 from fedftg.progress import Progress
 from fedftg.rundir import records
@@ -36,14 +36,6 @@ def spoil(monkeypatch: pytest.MonkeyPatch, clients: Sequence[int], round: int) -
         return result
 
     monkeypatch.setattr(executors, "train", spoiled)
-
-
-def test_rejection_names_the_tensor() -> None:
-    parts: dict[str, Params] = {part: {"w": torch.ones(2)} for part in ("params", "buffers", "extra", "memory")}
-    assert rejection(ClientResult(0, 1, torch.ones(2), **parts, loss=0.0)) is None
-    for part, kind in (("params", "parameter"), ("buffers", "buffer"), ("extra", "upload"), ("memory", "memory")):
-        bad = {**parts, part: {"w": torch.ones(2), "c": torch.tensor([1.0, float("inf")])}}
-        assert rejection(ClientResult(0, 1, torch.ones(2), **bad, loss=0.0)) == f"non-finite {kind} c"
 
 
 def test_non_finite_update_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,11 +97,7 @@ def test_non_finite_aggregate_is_not_taken(tmp_path: Path, monkeypatch: pytest.M
     def overflow(self, state: ServerState, results: Sequence[ClientResult]):  # type: ignore[no-untyped-def]
         after, metrics = step(self, state, results)
         bad: Params = {name: tensor * float("inf") for name, tensor in after.params.items()}
-        return (
-            (ServerState(after.round, bad, after.buffers, {}, after.refiner), metrics)
-            if state.round == 1
-            else (after, metrics)
-        )
+        return (replace(after, params=bad) if state.round == 1 else after), metrics
 
     monkeypatch.setattr(fedavg.AverageServer, "step", overflow)
     config = fedftg.RunConfig(**{**SETTINGS, "algorithm": {"name": "moon"}})
@@ -125,29 +113,3 @@ def test_non_finite_aggregate_is_not_taken(tmp_path: Path, monkeypatch: pytest.M
     assert "the aggregate was not finite" in rows[1]["rolled_back"]
     assert "rolled_back" not in rows[2]
     assert all(torch.isfinite(tensor).all() for tensor in run.state.params.values())
-
-
-def test_a_failing_client_names_round_client_and_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train = executors.train
-
-    def failing(model, rule, task, *rest):  # type: ignore[no-untyped-def]
-        if (task.round, task.client) == (2, 1):
-            raise ZeroDivisionError("by hand")
-        return train(model, rule, task, *rest)
-
-    monkeypatch.setattr(executors, "train", failing)
-    with pytest.raises(ClientError, match="round 2, client 1, local training: ZeroDivisionError: by hand"):
-        fedftg.run(SETTINGS, out=tmp_path / "run")
-    monkeypatch.setattr(executors, "train", train)
-    resumed = fedftg.run(None, out=tmp_path / "run", resume=True)
-    whole = fedftg.run(SETTINGS, out=tmp_path / "whole")
-    assert all(torch.equal(resumed.state.params[name], whole.state.params[name]) for name in whole.state.params)
-
-
-def test_run_from_python_returns_the_deployed_model(tmp_path: Path) -> None:
-    run = fedftg.run(SETTINGS, overrides=["rounds=1"], out=tmp_path / "run")
-    experiment_ = build.build(fedftg.RunConfig(**SETTINGS))
-    images, labels = next(experiment_.data.test_batches(1000))
-    accuracy = (run.model(images).argmax(dim=1) == labels).float().mean().item()
-    assert accuracy == pytest.approx(run.summary["accuracy"]["refined"]["final"])
-    assert not run.model.training

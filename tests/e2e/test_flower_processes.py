@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import ipaddress
+import importlib.util
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,10 +19,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from sklearn.datasets import load_digits
 
 from fedftg import config as configs
@@ -30,6 +27,7 @@ from fedftg.rundir import records
 BOUND = 420.0
 """Seconds for anything to happen; only a machine that hangs takes so long."""
 CLIENTS = 3
+EXAMPLE = Path(__file__).parents[2] / "examples" / "flower_app"
 SETTINGS = [
     f"partition.num_clients={CLIENTS}", "cohort.size=2", "seed=0", "model.name=lenet_gn", "rounds=3", "threads=1",
     "local.epochs=2", "local.batch_size=20", "local.lr=0.05", "refiner.iterations=2", "refiner.batch_size=8",
@@ -45,6 +43,20 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
+def environment(folder: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "FLWR_HOME": str(folder / "flwr"),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "OMP_NUM_THREADS": "1",
+        "NO_COLOR": "1",
+    }
+
+
 class Loopback:
     """Processes in groups of their own, so that nothing of them is left."""
 
@@ -52,16 +64,7 @@ class Loopback:
         self.folder, self.tls = folder, tls
         self.link, *self.ports = free_ports(CLIENTS + 2)
         self._running: list[subprocess.Popen[bytes]] = []
-        self._environment = {
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "FLWR_HOME": str(folder / "flwr"),
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-            "OMP_NUM_THREADS": "1",
-            "NO_COLOR": "1",
-        }
+        self._environment = environment(folder)
         (folder / "flwr").mkdir()
         trust = f'root-certificates = "{folder / "ca.crt"}"' if tls else "insecure = true"
         (folder / "flwr" / "config.toml").write_text(
@@ -164,6 +167,8 @@ def loopback(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Loopbac
         machines.stop()
 
 
+@takes_minutes
+@pytest.mark.skipif(not (shutil.which("openssl") and shutil.which("ssh-keygen")), reason="makes keys by them")
 @pytest.mark.parametrize("loopback", [True], ids=["tls"], indirect=True)
 def test_three_nodes_train_as_in_the_simulator(loopback: Loopback, tmp_path: Path) -> None:
     certify(tmp_path)
@@ -218,7 +223,7 @@ def test_a_killed_server_and_a_killed_node_go_on_from_what_is_on_disk(loopback: 
     assert not any("rejected" in row for row in rows)
 
 
-def processes_of(folder: Path, name: str) -> list[int]:
+def processes_of(folder: Path, name: str = "") -> list[int]:
     """Those that have this folder's FLWR_HOME, with ``name`` in their command."""
     mark = f"FLWR_HOME={folder / 'flwr'}".encode()
     found = []
@@ -243,60 +248,46 @@ def simulated(recipe: Path, out: Path) -> list[dict[str, Any]]:
 
 
 def key_pair(folder: Path, name: str) -> Path:
-    """An ECDSA key as ``ssh-keygen -t ecdsa -b 384`` makes it; the public half lies beside it."""
-    key = ec.generate_private_key(ec.SECP384R1())
-    openssh = serialization.PrivateFormat.OpenSSH
-    private = key.private_bytes(serialization.Encoding.PEM, openssh, serialization.NoEncryption())
-    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    path = folder / name
-    path.write_bytes(private)
-    path.chmod(0o600)
-    path.with_name(f"{name}.pub").write_bytes(public)
-    return path
+    subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", folder / name], check=True)
+    return folder / name
 
 
 def certify(folder: Path) -> None:
-    """A certificate authority, and a certificate for 127.0.0.1 that it signed."""
-    authority, server = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
-    issuer, subject = (x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]) for name in ("test CA", "localhost"))
-    start = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
-    end = start + datetime.timedelta(days=30)
+    """A certificate authority, and a certificate for 127.0.0.1 that it signed, by the commands of docs/flower.md."""
+    curve = "-newkey ec -pkeyopt ec_paramgen_curve:secp384r1 -nodes"
+    (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
+    for command in (
+        f"req -x509 {curve} -days 365 -subj /CN=CA -keyout ca.key -out ca.crt",
+        f"req {curve} -subj /CN=localhost -keyout server.key -out server.csr",
+        "x509 -req -in server.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 365 -extfile names -out server.pem",
+    ):
+        subprocess.run(["openssl", *command.split()], cwd=folder, check=True, capture_output=True)
 
-    def builder(name: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
-        return (
-            x509.CertificateBuilder()
-            .subject_name(name)
-            .issuer_name(issuer)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(start)
-            .not_valid_after(end)
-        )
 
-    basic = x509.BasicConstraints(ca=True, path_length=None)
-    usage = x509.KeyUsage(
-        digital_signature=True, content_commitment=False, key_encipherment=False, data_encipherment=False,
-        key_agreement=False, key_cert_sign=True, crl_sign=True, encipher_only=False, decipher_only=False,
-    )  # fmt: skip
-    identifier = x509.SubjectKeyIdentifier.from_public_key(authority.public_key())
-    root = (
-        builder(issuer, authority)
-        .add_extension(basic, critical=True)
-        .add_extension(usage, critical=True)
-        .add_extension(identifier, critical=False)
-        .sign(authority, hashes.SHA256())
-    )
-    names = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    leaf = (
-        builder(subject, server)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(names, critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()), critical=False)
-        .sign(authority, hashes.SHA256())
-    )
-    pem = serialization.Encoding.PEM
-    (folder / "ca.crt").write_bytes(root.public_bytes(pem))
-    (folder / "server.pem").write_bytes(leaf.public_bytes(pem))
-    plain = serialization.PrivateFormat.PKCS8
-    (folder / "server.key").write_bytes(server.private_bytes(pem, plain, serialization.NoEncryption()))
-    (folder / "server.key").chmod(0o600)
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs flwr[simulation]")
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes to end in /proc")
+@pytest.mark.parametrize(("strategy", "at_least"), [("fedadam", 0.4), ("krum", 0.3)])
+def test_the_example_in_flower_s_simulation(strategy: str, at_least: float, tmp_path: Path) -> None:
+    """Three rounds on four clients: the refined model classifies; 0.1 is chance. Krum takes one client's a round."""
+    app = tmp_path / "app"
+    shutil.copytree(EXAMPLE, app)
+    port = {"FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_ports(1)[0])}
+    command = ["flwr", "run", ".", "--stream", "--federation-config", "num-supernodes=4 client-resources-num-cpus=1"]
+    command += ["-c", f'strategy="{strategy}" num-clients=4 alpha=0.5 checkpoint="{tmp_path / "state"}"']
+    given: dict[str, Any] = {"cwd": app, "env": environment(tmp_path) | port, "timeout": BOUND}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, **given)
+    finally:  # `flwr run` leaves a SuperLink behind, and Ray its own
+        while left := processes_of(tmp_path):
+            for process in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    assert output.count("refined with 4 teachers") == 3, output
+    accuracies = dict(re.findall(r"^round (\d): accuracy ([01]\.\d+)", output, re.MULTILINE))
+    assert sorted(accuracies) == ["0", "1", "2", "3"], output
+    assert float(accuracies["3"]) > max(at_least, float(accuracies["0"])), output
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["refined.safetensors"]
+    assert (app / "pyproject.toml").read_text() == (EXAMPLE / "pyproject.toml").read_text()

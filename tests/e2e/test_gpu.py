@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU, where there is one: every algorithm and preset runs there, and goes on after a stop."""
+"""On an NVIDIA GPU, where there is one: every algorithm and preset runs, and resumes."""
 
 import json
 from collections.abc import Callable

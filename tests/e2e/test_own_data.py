@@ -81,5 +81,3 @@ def test_what_needs_no_data_is_told_before_any_is_loaded(tmp_path: Path, monkeyp
     (tmp_path / "full" / "thesis.txt").write_text("")
     with pytest.raises(fedftg.InputError, match="exists already"):
         fedftg.run("default", out=tmp_path / "full")
-    with pytest.raises(fedftg.InputError, match=r"cannot read partition\.file"):
-        fedftg.run("default", overrides=["partition.law=file", "partition.file=no.json"], out=tmp_path / "run")

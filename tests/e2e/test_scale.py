@@ -1,6 +1,7 @@
 """Ten thousand clients: memory is that of a cohort, and not of all clients."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,18 +30,18 @@ fedftg.run("default", overrides=[*settings, f"rounds={rounds + 2}"], out=out, da
 """
 
 
-@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("FEDFTG_TEST_ALL"), reason="takes half a minute; make test-all")
 def test_memory_does_not_grow_with_the_clients_that_took_part(tmp_path: Path) -> None:
-    """Two rounds and twelve, and two more each; 14 rounds of 100 clients of SCAFFOLD keep 240 MB altogether."""
+    """Two rounds and eight, and two more each; 10 rounds of 100 clients of SCAFFOLD keep 170 MB altogether."""
     peaks, kept = [], 0.0
-    for rounds in (2, 12):
+    for rounds in (2, 8):
         out = tmp_path / str(rounds)
         command = [sys.executable, "-c", RUN, str(rounds), str(out)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
         assert done.returncode == 0, done.stderr
         peaks.append(json.loads((out / "summary.json").read_text())["peak_memory_mb"])
-        kept = (out / "checkpoint" / "clients-0.bin").stat().st_size / 1e6
+        kept = (out / "checkpoint" / "clients.bin").stat().st_size / 1e6
         assert len((out / "rounds.jsonl").read_text().splitlines()) == rounds + 2
-    assert kept > 200
+    assert kept > 150
     assert peaks[1] < peaks[0] + 50
     assert peaks[1] < 600

@@ -4,13 +4,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
 
 import fedftg
-from fedftg.data.sources import DEBIAN_FASHION_MNIST
 
 SMALL = [
     "rounds=1", "threads=1", "partition.num_clients=2", "cohort={size=2}", "model.name=convnet", "model.args={width=8}",
@@ -66,11 +64,3 @@ def test_a_round_on_real_images(folder: str, name: str, shared_data: Path, tmp_p
     assert run.summary["rounds"] == 1
     partition = json.loads((tmp_path / "run" / "partition.json").read_text())
     assert sum(map(sum, partition["class_counts"])) == 200
-
-
-@pytest.mark.skipif(not DEBIAN_FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
-def test_a_round_on_fashion_mnist_of_debian(fedftg: Any, tmp_path: Path) -> None:
-    settings = [*SMALL, "data.name=fashion_mnist", "data.max_train=200", "data.max_test=100"]
-    done = fedftg("run", *[part for setting in settings for part in ("--set", setting)], "--out", "run")
-    assert done.returncode == 0, done.stderr
-    assert "Ankle boot" in json.loads((tmp_path / "run" / "partition.json").read_text())["class_names"]

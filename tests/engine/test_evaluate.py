@@ -54,10 +54,3 @@ def test_clients_that_hold_nothing_back_do_not_count() -> None:
     data = make([4] + [0] * (CLIENTS - 1))
     only_first = FederatedData(data.dataset, [[9], [14]], held_back=[[0, 1, 2, 3], []])
     assert evaluate_clients(model, *model.init(), only_first, 2) == {"mean": 0.0, "worst_10": 0.0, "std": 0.0}
-
-
-def test_nobody_holds_back() -> None:
-    model = FunctionalModel(SaysWhatThePixelSays())
-    data = FederatedData(make([0] * CLIENTS).dataset, [[0]])
-    with pytest.raises(ValueError, match=r"partition\.test_share > 0"):
-        evaluate_clients(model, *model.init(), data, 2)

@@ -12,19 +12,22 @@ import torch
 from torch import nn
 
 import fedftg
-from fedftg import build
 from fedftg.algorithms.base import Algorithm, Batch, ClientResult, LocalTask
 from fedftg.algorithms.registry import ALGORITHMS
 from fedftg.data.dataset import ImageDataset
 from fedftg.data.federated import FederatedData
-from fedftg.engine import choice, cuda_graph
-from fedftg.engine.choice import SHARED_FROM, choose, local_steps
-from fedftg.engine.client_slots import groups
+from fedftg.engine import executors
 from fedftg.engine.cuda_graph import CudaGraphExecutor
-from fedftg.engine.executors import ExecutorConfig, SequentialExecutor
+from fedftg.engine.executors import (
+    WORKERS_FROM,
+    ExecutorConfig,
+    RunRecipe,
+    SequentialExecutor,
+    choose,
+    local_steps,
+)
 from fedftg.engine.local_train import LocalConfig
-from fedftg.engine.workers import RunRecipe
-from fedftg.errors import InputError
+from fedftg.errors import ClientError, InputError
 from fedftg.models import registry
 from fedftg.models.functional import FunctionalModel
 from fedftg.params import Params
@@ -108,7 +111,7 @@ class Again:
     def __init__(self) -> None:
         self.recorded: list[int] = []
 
-    def record(self, parts: Sequence[Part]) -> Part:
+    def __call__(self, parts: Sequence[Part]) -> Part:
         def replay() -> None:
             for part in parts:
                 part()
@@ -195,56 +198,13 @@ def test_other_names_or_shapes_are_recorded_anew() -> None:
     assert len(recorder.recorded) == 23
 
 
-def test_the_least_recently_used_recordings_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clients have batches of 5 and 2, 5 and 4, 5 and 2, 5, 1. Of two, that of 5 stays; the others take turns."""
-    monkeypatch.setattr(cuda_graph, "MOST_RECORDINGS", 2)
-    settings = SETTINGS.model_copy(update={"batch_size": 5})
-    model, recorder = make_model("lenet"), Again()
-    executor = CudaGraphExecutor(model, DATA, settings, 1, recorder=recorder)
-    rule = Declared(lambda _: 0.0)
-    for round, count in ((1, 5), (2, 9)):
-        assert_like_sequential(executor, rule, own_tasks(model, round), settings)
-        assert len(recorder.recorded) == count
-
-
-def test_recordings_make_room_for_another() -> None:
-    """Once: a step for which that is not enough cannot be recorded."""
-
-    class Full(Again):
-        def record(self, parts: Sequence[Part]) -> Part:
-            if executor._recorded is not None and executor._recorded.recordings:
-                parts[0]()
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-            return super().record(parts)
-
-    class Never(Again):
-        def record(self, parts: Sequence[Part]) -> Part:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-
-    model, rule = make_model("lenet"), Declared(lambda _: 0.0)
-    executor = CudaGraphExecutor(model, DATA, SETTINGS, 3, recorder=Full())
-    assert_like_sequential(executor, rule, own_tasks(model, 1))
-    executor = CudaGraphExecutor(model, DATA, SETTINGS, 3, recorder=Never())
-    with pytest.raises(InputError, match="too little memory for the steps of 3 clients at a time; take"):
-        list(executor.run(rule, own_tasks(model, 1)))
-
-
-def test_only_clients_that_fit_go_together() -> None:
-    """Memories of other names, or another received model, end a group."""
-    model = make_model()
-    tasks = make_tasks(make_algorithm(), model)
-    tasks[2] = replace(tasks[2], memory={"x": torch.ones(1)})
-    tasks[5] = replace(tasks[5], params=dict(tasks[5].params))
-    assert [[task.client for task in group] for group in groups(tasks, 2)] == [[0, 1], [2], [3, 4], [5]]
-
-
 class Refuses:
-    def record(self, parts: Sequence[Part]) -> Part:
+    def __call__(self, parts: Sequence[Part]) -> Part:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
 
 class Wrong:
-    def record(self, parts: Sequence[Part]) -> Part:
+    def __call__(self, parts: Sequence[Part]) -> Part:
         return lambda: None
 
 
@@ -257,19 +217,37 @@ def test_what_cannot_be_recorded_falls_back_or_is_an_error(recorder: Any, reason
     with pytest.raises(InputError, match=reason) as caught:
         list(CudaGraphExecutor(model, DATA, SETTINGS, 2, recorder=recorder).run(algorithm.local, tasks))
     assert "\n" not in str(caught.value)
-    reference = SequentialExecutor(model, DATA, SETTINGS)
-    executor = CudaGraphExecutor(model, DATA, SETTINGS, 2, recorder=recorder, fallback=reference)
+    executor = CudaGraphExecutor(model, DATA, SETTINGS, 2, recorder=recorder, may_fall_back=True)
     assert_like_sequential(executor, algorithm.local, tasks)
     assert executor.description.startswith("sequential (cuda_graph: ")
     assert_like_sequential(executor, algorithm.local, tasks)
 
 
+@pytest.mark.parametrize(
+    ("raised", "seen", "message"),
+    [
+        (ZeroDivisionError, ClientError, "round 1, client 0, local training: ZeroDivisionError: by hand"),
+        (InputError, InputError, "by hand"),
+    ],
+)
+def test_a_client_that_fails_is_named(raised: type[Exception], seen: type[Exception], message: str) -> None:
+    def fail(_: LocalTask) -> None:
+        raise raised("by hand")
+
+    model = make_model()
+    for executor in (
+        SequentialExecutor(model, DATA, SETTINGS),
+        CudaGraphExecutor(model, DATA, SETTINGS, 1, recorder=Again()),
+    ):
+        with pytest.raises(seen, match=message):
+            list(executor.run(Own(fail), own_tasks(model, 1)))
+
+
 def test_the_environment_says_what_the_clients_ran_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def build(_: Any, model: FunctionalModel, data: FederatedData, settings: LocalConfig, *__: Any) -> Any:
-        reference = SequentialExecutor(model, data, settings)
-        return CudaGraphExecutor(model, data, settings, 2, recorder=Refuses(), fallback=reference)
+        return CudaGraphExecutor(model, data, settings, 2, recorder=Refuses(), may_fall_back=True)
 
-    monkeypatch.setattr(choice, "build", build)
+    monkeypatch.setattr(executors, "build", build)
     settings = ["rounds=2", "data.name=digits", "data.max_train=60", "data.max_test=20", "partition.num_clients=3",
                 "model.name=lenet", "refiner.name=none", "local.epochs=1", "cohort.probability=1"]  # fmt: skip
     fedftg.run("default", overrides=settings, out=tmp_path / "run")
@@ -279,7 +257,7 @@ def test_the_environment_says_what_the_clients_ran_on(tmp_path: Path, monkeypatc
 
 def test_cuda_graph_says_what_it_needs() -> None:
     with pytest.raises(InputError, match=r"executor\.name=cuda_graph needs an NVIDIA GPU and device is 'cpu'"):
-        choice.build(ExecutorConfig(name="cuda_graph"), make_model(), DATA, SETTINGS)
+        executors.build(ExecutorConfig(name="cuda_graph"), make_model(), DATA, SETTINGS, recipe())
     dropping = FunctionalModel(nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 3)))
     with pytest.raises(InputError, match="dropout masks"):
         CudaGraphExecutor(dropping, DATA, SETTINGS, 1, recorder=Again())
@@ -297,36 +275,35 @@ def recipe(**changed: Any) -> RunRecipe:
 def test_auto_takes_processes_where_they_pay() -> None:
     model = make_model()
     assert local_steps(DATA, SETTINGS, recipe()) == pytest.approx(60 * 4 * 2 * 12 / 5)
-    assert local_steps(DATA, SETTINGS, recipe()) > SHARED_FROM
+    assert local_steps(DATA, SETTINGS, recipe()) > WORKERS_FROM
     assert local_steps(DATA, SETTINGS.model_copy(update={"steps": 7}), recipe()) == 60 * 4 * 7
-    taken = choose(model, DATA, SETTINGS, recipe(), 8)
-    assert (taken.name, taken.workers) == ("workers", 4), "no more processes than clients a round"
-    assert choose(model, DATA, SETTINGS, recipe(threads=3), 8).workers == 3
+    name, _, count = choose(model, DATA, SETTINGS, recipe(), 8)
+    assert (name, count) == ("workers", 4), "no more processes than clients a round"
+    assert choose(model, DATA, SETTINGS, recipe(threads=3), 8)[2] == 3
 
     class Local(ALGORITHMS["fedavg"]):  # type: ignore[misc]
         pass
 
-    for given, most, reason in (
+    for given, most, expected in (
         (recipe(rounds=50), 8, "about 960 local steps, workers from 1000"),
         (recipe(), 1, "one core"),
         (recipe(cohort=1), 8, "one client a round"),
-        (None, 8, "device cpu"),
         (recipe(algorithm=Local()), 8, "put it into a module"),
     ):
-        taken = choose(model, DATA, SETTINGS, given, most)
-        assert taken.name == "sequential"
-        assert reason in taken.reason
-    built = choice.build(ExecutorConfig(), model, DATA, SETTINGS, recipe(rounds=2))
+        name, reason, _ = choose(model, DATA, SETTINGS, given, most)
+        assert name == "sequential"
+        assert expected in reason
+    built = executors.build(ExecutorConfig(), model, DATA, SETTINGS, recipe(rounds=2))
     assert built.description == "sequential (auto: about 38 local steps, workers from 1000)"
-    with pytest.raises(InputError, match="a model and an algorithm that a config names"):
-        choice.build(ExecutorConfig(name="workers"), model, DATA, SETTINGS)
 
 
-def test_the_default_recipe_stays_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its documented numbers depend on it only through the time it takes."""
-    from fedftg import recipes
-    from fedftg.config import load
-
-    monkeypatch.setattr(choice, "cores", lambda: 8)
-    run = build.build(load(recipes.find("default")))
-    assert run.executor.description.startswith("sequential (auto: about ")
+def test_auto_by_device() -> None:
+    for device, dropout, expected in (
+        ("cuda", 0.0, ("cuda_graph", "device cuda")),
+        ("cuda", 0.5, ("sequential", "a model with dropout cannot be recorded")),
+        ("mps", 0.0, ("sequential", "device mps")),
+    ):
+        data = make_data()
+        data.device = torch.device(device)
+        model = FunctionalModel(nn.Sequential(nn.Flatten(), nn.Dropout(dropout), nn.Linear(64, 3)))
+        assert choose(model, data, SETTINGS, recipe(), 8)[:2] == expected

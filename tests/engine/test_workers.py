@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ from fedftg import config as configs
 from fedftg.algorithms.fedavg import FedAvgConfig
 from fedftg.algorithms.registry import ALGORITHMS
 from fedftg.data.dataset import ImageDataset
+from fedftg.engine import workers
+from fedftg.engine.workers import WorkersExecutor
 from fedftg.errors import ClientError, InputError
+from fedftg.models.registry import ModelConfig
 from fedftg.progress import Progress
 from fedftg.rundir import records
 
@@ -141,57 +145,47 @@ def test_a_process_that_is_killed_is_named_and_replaced(plugin: str) -> None:
     run.executor.close()
 
 
-def test_a_plugin_that_cannot_be_imported_there(tmp_path: Path, plugin: str) -> None:
-    run = build.build(configs.from_mapping(failing(plugin, "nothing")))
-    (tmp_path / f"{plugin}.py").unlink()
-    with pytest.raises(ClientError, match=rf"round 1, client [01], start of a worker process: .*{plugin}"):
-        run.run_round(Progress())
-
-
-def test_a_generator_that_is_closed_early_leaves_nothing_behind() -> None:
-    run = build.build(fedftg.RunConfig(**{**SETTINGS, "cohort": {}}))
-
-    def results(round: int) -> Any:
-        return run.executor.run(run.algorithm.local, run._tasks(round, [0, 1, 2, 3]))
-
-    whole = list(results(2))
-    started = results(1)
-    next(started)
-    started.close()
-    for left, right in zip(whole, results(2), strict=True):
-        assert left.client == right.client
-        assert all(torch.equal(left.params[name], right.params[name]) for name in left.params)
-    run.executor.close()
-    run.executor.close()
-
-
-@pytest.mark.parametrize("obstacle", ["class", "model", "daemon"])
-def test_what_other_processes_cannot_train(obstacle: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_other_processes_cannot_train() -> None:
     class Local(FedAvgConfig):
         pass
 
-    class Model(torch.nn.Sequential):
-        def __init__(self) -> None:
-            super().__init__(torch.nn.Flatten(), torch.nn.Linear(64, 10))
-
-    settings, reason = dict(SETTINGS), "put it into a module, or take"
-    if obstacle == "class":
-        settings["algorithm"] = Local()
-    elif obstacle == "model":
-        monkeypatch.setattr(sys.modules["__main__"], "Own", Model, raising=False)
-        settings["model"] = {"name": "__main__:Own"}
-    else:
-        monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # type: ignore[attr-defined]
-        reason = "may not start others"
-    with pytest.raises(InputError, match=rf"executor\.name=workers.* {reason}"):
-        build.build(fedftg.RunConfig(**settings))
-
-
-def test_workers_train_on_the_cpu() -> None:
     run = build.build(fedftg.RunConfig(**SETTINGS))
+
+    def refusal(**changed: Any) -> str:
+        with pytest.raises(InputError) as caught:
+            WorkersExecutor(replace(run.executor._recipe, **changed), run.data, run.config.local, 2)  # type: ignore
+        return str(caught.value)
+
+    advice = "; put it into a module, or take executor.name=sequential"
+    assert refusal(algorithm=Local()).endswith(f"Local is defined in the started script{advice}")
+    assert f"model __main__:Own is defined in the started script{advice}" in refusal(
+        model=ModelConfig(name="__main__:Own")
+    )
     run.data.device = torch.device("meta")  # type: ignore[misc]
-    with pytest.raises(InputError, match="trains on the CPU and device is 'meta'; take device=cpu"):
-        type(run.executor)(run.executor._recipe, run.data, run.config.local, 2)  # type: ignore
+    assert "trains on the CPU and device is 'meta'; take device=cpu" in refusal()
+
+
+def test_sent_tensors_keep_strides_and_identity() -> None:
+    image = torch.randn(3, 8, 8, 1).permute(0, 3, 1, 2)
+    tensors = {
+        "image": image,
+        "turned": torch.randn(4, 5).t().requires_grad_(),
+        "gaps": torch.arange(12.0)[::2],
+        "part": torch.arange(12.0)[3:9],
+        "count": torch.tensor(7),
+        "none": torch.empty(0, 3),
+        "half": torch.randn(3, dtype=torch.bfloat16),
+        "flags": torch.tensor([True, False]),
+    }
+    ours, theirs = multiprocessing.Pipe()
+    with workers._shared_file() as file:
+        workers._Channel(ours, file).send({"a": tensors, "b": image})
+        found = workers._Channel(theirs, file).receive()
+    for name, tensor in tensors.items():
+        assert torch.equal(found["a"][name], tensor), name
+        assert found["a"][name].dtype == tensor.dtype
+        assert name == "gaps" or found["a"][name].stride() == tensor.stride()
+    assert found["b"] is found["a"]["image"]
 
 
 def test_a_script_without_a_guard_runs_once(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 
 os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", RAY_USAGE_STATS_ENABLED="0")
@@ -20,10 +21,12 @@ from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+from small_federation import FaultyGrid
+
 from fedftg import config as configs
 from fedftg.flower.client import client_app
 from fedftg.flower.server import serve
-from fedftg.flower.testing import LocalGrid
 from fedftg.progress import Progress
 from fedftg.rundir import records
 
@@ -52,12 +55,12 @@ class Federation:
     def node(self, client: int, **more: Any) -> dict[str, Any]:
         return {"partition-id": client, "state-dir": str(self.folder / f"node-{client}"), **more}
 
-    def grid(self, clients: Any = None, **settings: Any) -> LocalGrid:
+    def grid(self, clients: Any = None, **settings: Any) -> FaultyGrid:
         clients = range(self.config.partition.num_clients) if clients is None else clients
         given = {**self.settings, **settings}
-        return LocalGrid(client_app(self.recipe), {client + 1: self.node(client) for client in clients}, given)
+        return FaultyGrid(client_app(self.recipe), {client + 1: self.node(client) for client in clients}, given)
 
-    def serve(self, grid: LocalGrid, out: str = "served", **settings: Any) -> Any:
+    def serve(self, grid: FaultyGrid, out: str = "served", **settings: Any) -> Any:
         given = {**self.settings, "out": str(self.folder / out), **settings}
         return serve(grid, self.recipe, given, Progress())
 
@@ -71,6 +74,12 @@ class Federation:
         for row in rows:
             row.pop("seconds")
         return rows
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where clients keep their memory without ``state_dir``."""
+    monkeypatch.setenv("HOME", str(tmp_path))
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -92,22 +92,39 @@ def client_app(shards: FederatedData, *, counts: bool = True, partition_id: bool
     return app
 
 
-def grid_of(
-    app: ClientApp, num_clients: int, changes: Mapping[int, Callable[[RecordDict], None]] | None = None
-) -> LocalGrid:
+class FaultyGrid(LocalGrid):
+    """Replies of some nodes are changed or lost before they arrive, and messages are seen before they are handled."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.faults: dict[int, Callable[[Message], Message | None]] = {}
+        self.before_push: Callable[[list[Message]], Any] = lambda _: None
+        super().__init__(*arguments)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        given = list(messages)
+        self.before_push(given)
+        return super().push_messages(given)
+
+    def answer(self, message: Message) -> Message | None:
+        reply, fault = super().answer(message), self.faults.get(message.metadata.dst_node_id)
+        return reply if fault is None or reply is None else fault(reply)
+
+
+def changed(act: Callable[[RecordDict], Any], kind: str = "train") -> Callable[[Message], Message]:
+    """What arrives of one kind of message is the reply with its content changed."""
+
+    def fault(reply: Message) -> Message:
+        if reply.has_content() and reply.metadata.message_type == kind:
+            act(reply.content)
+        return reply
+
+    return fault
+
+
+def grid_of(app: ClientApp, num_clients: int, changes: Mapping[int, Callable[[RecordDict], Any]]) -> FaultyGrid:
     """A grid on which the replies of some nodes are changed before they arrive."""
-    grid = LocalGrid.of(app, num_clients)
-
-    def changed(change: Callable[[RecordDict], None]) -> Callable[[Message], Message]:
-        def fault(reply: Message) -> Message:
-            if reply.metadata.message_type.startswith("train"):
-                change(reply.content)
-            return reply
-
-        return fault
-
-    for node, change in changes.items():
-        grid.faults[node] = changed(change)
+    grid = FaultyGrid(app, {i + 1: {"partition-id": i} for i in range(num_clients)})
+    grid.faults.update({node: changed(change) for node, change in changes.items()})
     return grid
 
 

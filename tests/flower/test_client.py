@@ -1,37 +1,21 @@
 """A client's memory moves on only with rounds that counted, whatever was killed when."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from flwr.app import Context, RecordDict
 
 import fedftg
-from fedftg.flower.client import ClientMemory, memory_of, take
+from fedftg.flower.client import ClientMemory
 
 INITIAL = {"c": torch.zeros(2), "count": torch.tensor(0)}
 
 
-def memory(folder: Path | None) -> ClientMemory:
-    return memory_of(Context(1, 1, {}, RecordDict(), {}), "run", 1, folder)
-
-
-@pytest.fixture(params=["disk", "context"])
-def kept(request: pytest.FixtureRequest, tmp_path: Path) -> ClientMemory:
-    return memory(tmp_path if request.param == "disk" else None)
-
-
 def trained(kept: ClientMemory, round: int, last: int, floor: int) -> float:
     """Takes the memory of ``last`` and keeps one after ``round``; returns what was taken."""
-    taken = take(kept, last, floor, INITIAL, reset=False)
+    taken = kept.take(last, floor, INITIAL, reset=False)
     kept.write(round, {"c": torch.full((2,), float(round)), "count": torch.tensor(round)})
     return float(taken["c"][0])
-
-
-def test_a_client_that_never_took_part_has_the_initial_memory(kept: ClientMemory) -> None:
-    assert take(kept, 0, 0, INITIAL, reset=False) is INITIAL
-    assert take(kept, 5, 5, {}, reset=False) == {}
 
 
 @pytest.mark.parametrize(
@@ -45,26 +29,22 @@ def test_a_client_that_never_took_part_has_the_initial_memory(kept: ClientMemory
     ],
 )
 def test_memories_follow_the_rounds_that_counted(
-    kept: ClientMemory, steps: list[tuple[int, int, int]], taken: list[float], left: list[int]
+    tmp_path: Path, steps: list[tuple[int, int, int]], taken: list[float], left: list[int]
 ) -> None:
+    kept = ClientMemory(tmp_path, "run", 1)
+    assert kept.take(5, 5, {}, reset=False) == {}
     assert [trained(kept, *step) for step in steps] == taken
     assert kept.rounds() == left
 
 
-def test_what_is_gone_or_does_not_fit_is_an_error_or_a_new_start(kept: ClientMemory) -> None:
-    kept.write(1, {"c": torch.zeros(3)})
-    for last, problem in ((1, "memory of round 1 is damaged or of another model"), (7, "no memory of round 7")):
-        with pytest.raises(fedftg.InputError, match=problem):
-            take(kept, last, last, INITIAL, reset=False)
-        assert take(kept, last, last, INITIAL, reset=True) is INITIAL
-
-
-def test_a_torn_file_and_a_folder_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
-    kept: Any = memory(tmp_path)
+def test_what_is_gone_or_damaged_is_an_error_or_a_new_start(tmp_path: Path) -> None:
+    kept = ClientMemory(tmp_path, "run", 1)
     trained(kept, 1, 0, 0)
     (path,) = tmp_path.rglob("*.safetensors")
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(fedftg.InputError, match="damaged"):
-        take(kept, 1, 1, INITIAL, reset=False)
-    with pytest.raises(fedftg.InputError, match="give a folder by --node-config state-dir"):
-        memory(path).write(1, INITIAL)
+    for last in (1, 7):
+        with pytest.raises(fedftg.InputError, match=f"no memory of round {last} of its client, or a damaged one"):
+            kept.take(last, last, INITIAL, reset=False)
+        assert kept.take(last, last, INITIAL, reset=True) is INITIAL
+    with pytest.raises(fedftg.InputError, match="give another state-dir"):
+        ClientMemory(path, "run", 1).write(1, INITIAL)

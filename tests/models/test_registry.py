@@ -2,7 +2,6 @@ import sys
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from fedftg.errors import InputError
@@ -37,22 +36,14 @@ def test_parameter_counts_on_cifar10(name, parameters):
     assert size(make(name)) == parameters
 
 
-def test_cnn_by_hand():
-    """64 * (3 * 25 + 1) + 64 * (64 * 25 + 1) + 384 * (64 * 5 * 5 + 1) + 192 * 385 + 10 * 193 = 797,962."""
-    shapes = [tuple(weight.shape) for weight in make("cnn").parameters() if weight.dim() > 1]
-    assert shapes == [(64, 3, 5, 5), (64, 64, 5, 5), (384, 1600), (192, 384), (10, 192)]
-
-
 @pytest.mark.parametrize("name", sorted(MODELS))
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 11, 17), (1, 28, 28), (3, 64, 64)])
-def test_any_image_size(name, shape):
-    if name.startswith("resnet") and shape in [(1, 28, 28), (3, 64, 64)]:
-        shape = (shape[0], 20, 20)
-    model = make(name, 7, shape)
-    logits = model(torch.randn(2, *shape))
-    assert logits.shape == (2, 7)
-    logits.sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
+def test_any_image_size(name):
+    for shape in [(1, 8, 8), (3, 11, 17), *(() if name.startswith("resnet") else ((1, 28, 28), (3, 64, 64)))]:
+        model = make(name, 7, shape)
+        logits = model(torch.randn(2, *shape))
+        assert logits.shape == (2, 7)
+        logits.sum().backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
@@ -68,46 +59,30 @@ def test_initial_values_depend_on_the_seed_alone(name):
     assert any(not torch.equal(first[key], other[key]) for key in first)
 
 
-def test_the_check_leaves_statistics_alone_and_the_model_training():
-    model = make("resnet18", image_shape=(1, 8, 8))
-    assert model.training
-    statistics = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
-    assert len(statistics) == 20
-    assert all(int(layer.num_batches_tracked) == 0 and not layer.running_mean.any() for layer in statistics)
-
-
-def test_kaiming_fan_out():
-    """Deviation sqrt(2 / (512 * 9)) = 0.0208 for the last 3x3 convolution."""
-    weight = make("resnet18").blocks[-1].conv2.weight
-    assert float(weight.detach().std()) == pytest.approx(0.02083, rel=0.01)
-
-
 @pytest.mark.parametrize(
-    ("name", "kind"), [("lenet_gn", nn.GroupNorm), ("lenet_bn", nn.BatchNorm2d), ("resnet18_gn", nn.GroupNorm)]
+    ("name", "args", "kind"),
+    [
+        ("lenet_gn", {"channels": [4, 8], "groups": 2}, nn.GroupNorm),
+        ("resnet18_gn", {}, nn.GroupNorm),
+        ("convnet", {"normalisation": "batch"}, nn.BatchNorm2d),
+    ],
 )
-def test_normalisation(name, kind):
-    layers = [layer for layer in make(name).modules() if isinstance(layer, nn.GroupNorm | nn.BatchNorm2d)]
-    assert layers
-    assert all(isinstance(layer, kind) for layer in layers)
+def test_normalisation(name, args, kind):
+    norms = (nn.GroupNorm, nn.BatchNorm2d)
+    layers = [layer for layer in make(name, image_shape=(1, 8, 8), **args).modules() if isinstance(layer, norms)]
+    assert {type(layer) for layer in layers} == {kind}
     assert all(layer.num_groups == 2 for layer in layers if isinstance(layer, nn.GroupNorm))
 
 
-@pytest.mark.parametrize("name", sorted(MODELS))
-def test_works_under_vmap(name):
+@pytest.mark.parametrize("name", ["lenet_gn", "convnet", "resnet18"])
+def test_teachers_can_be_stacked(name):
     model = FunctionalModel(make(name, image_shape=(1, 8, 8)))
     params, buffers = model.init()
     both = {key: torch.stack([value, value + 0.01]) for key, value in params.items()}
     images = torch.randn(2, 3, 1, 8, 8)
-    call = torch.func.vmap(lambda values, batch: model(values, buffers, batch, train=False))
-    logits = call(both, images)
+    logits = torch.func.vmap(lambda values, batch: model(values, buffers, batch, train=False))(both, images)
     alone = model({key: value[1] for key, value in both.items()}, buffers, images[1], train=False)
     torch.testing.assert_close(logits[1], alone, rtol=1e-3, atol=1e-4)
-
-
-def test_arguments():
-    model = make("lenet_gn", channels=[4, 8], hidden=[20, 10], groups=4)
-    assert model.classifier.in_features == 10
-    assert model.features[1].num_groups == 4
 
 
 @pytest.mark.parametrize(
@@ -115,17 +90,12 @@ def test_arguments():
     [
         ("restnet18", {}, "unknown model 'restnet18'; did you mean 'resnet18'"),
         ("lenet", {"width": 3}, "model 'lenet' takes no argument 'width'; allowed in model.args: channels, hidden"),
-        ("lenet_gn", {"groups": 5}, "model 'lenet_gn' cannot be built with {'groups': 5}: ValueError"),
         ("cnn", {"normalisation": "layer"}, "must be 'none', 'group' or 'batch', got 'layer'"),
-        ("nowhere.Net", {}, "cannot import 'nowhere'"),
-        (".Net", {}, "is no dotted path; write package.module.Class"),
-        ("torch.nn:", {}, "is no dotted path"),
-        ("torch.nn.Linaer", {}, "module 'torch.nn' has no class or function 'Linaer'"),
-        ("torch.pi", {}, "no class or function 'pi'"),
-        ("torch.nn.Linear", {"in_features": 4}, "cannot be built with {'in_features': 4}: TypeError"),
-        ("torch.nn.Flatten", {}, r"turns 2 images of shape (3, 32, 32) into (2, 3072); it must give logits"),
-        ("torch.nn.Linear", {"in_features": 5, "out_features": 10}, "fails on images of shape (3, 32, 32)"),
-        ("builtins.dict", {}, "gave a dict"),
+        ("nowhere.Net", {}, "model 'nowhere.Net' cannot be imported (ModuleNotFoundError: No module named 'nowhere')"),
+        ("torch.nn.Linaer", {}, "has no attribute 'Linaer'); check the spelling"),
+        ("torch.nn", {}, "is not a callable object); check the spelling"),
+        ("torch.nn.Linear", {"in_features": 4}, "fails on images of shape (3, 32, 32): TypeError"),
+        ("torch.nn.Flatten", {}, "turns 2 images of shape (3, 32, 32) into (2, 3072); it must give logits"),
     ],
 )
 def test_errors_are_one_line(name, args, expected):
@@ -133,11 +103,6 @@ def test_errors_are_one_line(name, args, expected):
         make(name, **args)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_images_too_small():
-    with pytest.raises(InputError, match="images must be at least 8x8, got 7x9"):
-        make("cnn", image_shape=(1, 7, 9))
 
 
 MODULE = """
@@ -148,39 +113,20 @@ class Own(nn.Sequential):
         super().__init__(nn.Flatten(), nn.Linear(3072, width), nn.Linear(width, num_classes))
 
 def make(image_shape, num_classes, **rest):
-    depth, height, width = image_shape
-    model = nn.Sequential(nn.Flatten(), nn.Linear(depth * height * width, num_classes))
-    model.rest = rest
-    return model
+    return Own(num_classes, **rest)
 """
 
 
 @pytest.fixture
 def own_module(tmp_path, monkeypatch):
     (tmp_path / "own_model_for_test.py").write_text(MODULE)
-    (tmp_path / "broken_model_for_test.py").write_text("1 / 0")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     yield
     sys.modules.pop("own_model_for_test", None)
 
 
-@pytest.mark.parametrize("separator", [".", ":"])
-def test_dotted_path_in_the_current_folder(own_module, separator):
-    model = make(f"own_model_for_test{separator}Own", num_classes=3, width=6)
+@pytest.mark.parametrize("path", [".Own", ":make"])
+def test_dotted_path_in_the_current_folder(own_module, path):
+    model = make(f"own_model_for_test{path}", num_classes=3, width=6)
     assert size(model) == 3072 * 6 + 6 + 6 * 3 + 3
-
-
-def test_factory_that_takes_anything(own_module):
-    model = make("own_model_for_test:make", num_classes=5, colour="red")
-    assert model.rest == {"colour": "red"}
-
-
-def test_module_that_fails(own_module):
-    with pytest.raises(InputError, match=r"cannot import 'broken_model_for_test' \(ZeroDivisionError"):
-        make("broken_model_for_test.Net")
-
-
-def test_config_is_strict():
-    with pytest.raises(ValidationError):
-        ModelConfig(nam="cnn")

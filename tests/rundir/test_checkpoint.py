@@ -18,7 +18,9 @@ def state(round: int) -> ServerState:
 
 
 def store(folder: Path) -> ClientStore:
-    return ClientStore(dict, {**PARAMS, **BUFFERS}, [1, 1, 1], track_uploads=True, folder=folder)
+    made = ClientStore(dict, {**PARAMS, **BUFFERS}, [1, 1, 1], track_uploads=True)
+    made.keep_in(folder)
+    return made
 
 
 def upload(client: int, value: float) -> ClientResult:
@@ -31,11 +33,10 @@ def names(folder: Path) -> set[str]:
 
 
 def loaded(folder: Path) -> tuple[ServerState, ClientStore]:
-    back = checkpoint.load(folder)
-    assert back is not None
     clients = store(folder)
-    clients.restore(back.clients, back.change_sum)
-    return back.state, clients
+    back = checkpoint.load(clients)
+    assert back is not None
+    return back, clients
 
 
 def test_round_trip_keeps_values_types_and_order(tmp_path: Path) -> None:
@@ -54,24 +55,15 @@ def test_round_trip_keeps_values_types_and_order(tmp_path: Path) -> None:
     assert torch.equal(again.change_sum["z.weight"], clients.change_sum["z.weight"])
 
 
-def test_older_states_go(tmp_path: Path) -> None:
-    clients = store(tmp_path)
+def test_files_that_no_checkpoint_names_are_removed(tmp_path: Path) -> None:
     for round in (1, 2):
-        clients = clients.updated([upload(round, 1.0)])
-        checkpoint.save(state(round), clients)
-        assert names(tmp_path) == {"checkpoint.json", f"state-00000{round}.safetensors", "clients-0.bin"}
-
-
-def test_what_a_killed_session_left_is_swept(tmp_path: Path) -> None:
-    checkpoint.save(state(1), store(tmp_path).updated([upload(0, 1.0)]))
-    for name in ("state-000002.safetensors", "state-000003.safetensors.part", "clients-1.bin"):
+        checkpoint.save(state(round), store(tmp_path).updated([upload(round, 1.0)]))
+    kept = {"checkpoint.json", "state-000002.safetensors", "clients.bin"}
+    assert names(tmp_path) == kept
+    for name in ("state-000003.safetensors", "state-000003.safetensors.part"):
         (tmp_path / name).touch()
     checkpoint.sweep(tmp_path)
-    assert names(tmp_path) == {"checkpoint.json", "state-000001.safetensors", "clients-0.bin"}
-    (tmp_path / "checkpoint.json").unlink()
-    checkpoint.sweep(tmp_path)
-    assert names(tmp_path) == set()
-    checkpoint.sweep(tmp_path / "nowhere")
+    assert names(tmp_path) == kept
 
 
 def test_a_crash_before_the_index_leaves_the_old_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,31 +85,22 @@ def test_a_crash_before_the_index_leaves_the_old_state(tmp_path: Path, monkeypat
     assert (back.round, again.memory(0)["m"].item()) == (2, 2.0)
 
 
-def test_nothing_there(tmp_path: Path) -> None:
-    assert checkpoint.load(tmp_path) is None
-    assert checkpoint.load_state(tmp_path) is None
-
-
 def test_another_format_is_not_resumed_but_its_state_is_read(tmp_path: Path) -> None:
+    assert checkpoint.load(store(tmp_path)) is None
+    assert checkpoint.load_state(tmp_path) is None
     checkpoint.save(state(1), store(tmp_path))
     index = tmp_path / "checkpoint.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "format": 2}))
     with pytest.raises(InputError, match="has format 2, this version resumes format 3; resume with the version that"):
-        checkpoint.load(tmp_path)
+        checkpoint.load(store(tmp_path))
     read = checkpoint.load_state(tmp_path)
     assert read is not None
     assert torch.equal(read.params["a.bias"], PARAMS["a.bias"])
 
 
-@pytest.mark.parametrize("damage", ["torn", "missing", "no json"])
-def test_damage_is_one_line(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize(("name", "content"), [("state-000001.safetensors", "torn"), ("checkpoint.json", "{")])
+def test_damage_is_one_line(tmp_path: Path, name: str, content: str) -> None:
     checkpoint.save(state(1), store(tmp_path))
-    file = tmp_path / "state-000001.safetensors"
-    if damage == "torn":
-        file.write_bytes(file.read_bytes()[:-5])
-    elif damage == "missing":
-        file.unlink()
-    else:
-        (tmp_path / "checkpoint.json").write_text("{")
+    (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=r"checkpoint file .* cannot be read .*; put the file back"):
-        checkpoint.load(tmp_path)
+        checkpoint.load(store(tmp_path))

@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import pytest
@@ -24,24 +23,12 @@ def test_cut_keeps_bytes(tmp_path: Path) -> None:
     assert path.read_bytes() == b'{"a": 1.10}\n'
 
 
-def test_atomic_write_leaves_no_part(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    records.write_json(path, {"x": 1})
-    records.write_json(path, {"x": 2})
-    assert json.loads(path.read_text()) == {"x": 2}
-    assert [item.name for item in tmp_path.iterdir()] == ["a.json"]
-
-
-def test_a_used_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="exists already"):
-        RunFolder(tmp_path).create("", {}, {})
-    assert [item.name for item in tmp_path.iterdir()] == ["notes.txt"]
-
-
-def test_what_a_dead_start_left_is_no_obstacle(tmp_path: Path) -> None:
+def test_a_used_folder_is_refused_and_what_a_dead_start_left_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "environment.json.part").write_text("{")
     RunFolder(tmp_path).create("rounds = 1\n", {"a": 1}, {})
+    assert RunFolder(tmp_path).read_config() == {"rounds": 1}
+    with pytest.raises(InputError, match="exists already"):
+        RunFolder(tmp_path).create("", {}, {})
     assert RunFolder(tmp_path).read_config() == {"rounds": 1}
 
 

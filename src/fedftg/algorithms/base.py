@@ -1,8 +1,4 @@
-"""The three slots (local rule, server rule, refiner) and the values that pass between them.
-
-Rules are pure: they get tensors and a small context and return new ones. Loops, devices, processes and files belong to
-the engine.
-"""
+"""The three slots (local rule, server rule, refiner), which are pure, and the values that pass between them."""
 
 from __future__ import annotations
 
@@ -39,10 +35,10 @@ class LocalTask:
     """Counted from 1."""
     client: int
     params: Params
-    """The global parameters that the client starts from: the anchor ``a`` of FedProx and FedDyn."""
+    """The received global parameters: the anchor ``a`` of FedProx and FedDyn."""
     buffers: Params
     memory: Memory
-    """What this client's rule kept since it last took part."""
+    """What `LocalRule.finish` returned when the client last took part."""
     message: Params
     """What the server rule sends besides the model: SCAFFOLD's ``c``."""
     num_samples: int
@@ -51,7 +47,7 @@ class LocalTask:
     lr: float
     """The local rate of this round, decay included."""
     seed: int
-    """For everything that is drawn while this client trains."""
+    """Of everything that is drawn while this client trains."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +68,10 @@ class ClientResult:
 
 
 def rejection(result: ClientResult) -> str | None:
-    """Returns why an update must not be averaged, which is its first tensor that is not finite; None if it may be."""
+    """Returns why an update must not be averaged: its first tensor that is not finite; None if it may be."""
     parts = {"parameter": result.params, "buffer": result.buffers, "upload": result.extra, "memory": result.memory}
-    for kind, tensors in parts.items():
-        name = first_non_finite(tensors)
-        if name is not None:
-            return f"non-finite {kind} {name}"
-    return None
+    found = ((kind, first_non_finite(tensors)) for kind, tensors in parts.items())
+    return next((f"non-finite {kind} {name}" for kind, name in found if name is not None), None)
 
 
 @dataclass(frozen=True)
@@ -102,54 +95,44 @@ class LocalRule(Protocol):
     """
 
     def upload_like(self, params: Params) -> Params:
-        """Zeros in the form of what `finish` uploads besides the model, for a model with these parameters."""
-        ...
+        """Returns zeros in the form of what `finish` uploads besides the model, given the model's parameters."""
 
     def init_memory(self, params: Params, buffers: Params) -> Memory:
-        """What a client that never took part remembers; given are the initial global values."""
-        ...
+        """Returns the memory of a client that never took part, from the initial global values."""
 
     def loss(self, model: FunctionalModel, params: Params, buffers: Params, batch: Batch, task: LocalTask) -> Tensor:
-        """The scalar loss of a batch; BatchNorm statistics in ``buffers`` move as a side effect of training mode."""
-        ...
+        """Returns the scalar loss of a batch; training mode updates BatchNorm statistics in ``buffers`` in place."""
 
     def correct(self, grads: Params, params: Params, task: LocalTask) -> Params:
-        """The gradients that the step uses, before clipping and weight decay."""
-        ...
+        """Returns the gradients that the step uses, before clipping and weight decay."""
 
     def finish(self, params: Params, buffers: Params, task: LocalTask, num_steps: int) -> tuple[Params, Memory]:
-        """What to upload besides the trained model, and the new memory, after ``num_steps`` steps."""
-        ...
+        """Returns what to upload besides the trained model, and the new memory, after ``num_steps`` steps."""
 
 
 class ServerRule(Protocol):
     """The server's part of an algorithm."""
 
     def init(self, params: Params) -> Memory:
-        """What the server remembers before the first round."""
-        ...
+        """Returns the server's memory before the first round."""
 
     def message(self, state: ServerState) -> Params:
-        """What every client is sent besides the model."""
-        ...
+        """Returns what every client is sent besides the model."""
 
     def step(self, state: ServerState, results: Sequence[ClientResult]) -> tuple[ServerState, Metrics]:
-        """The next state from at least one result with samples. Does not depend on the order of the results."""
-        ...
+        """Returns the next state, from at least one result with samples, whatever the order of the results."""
 
 
 class Refiner(Protocol):
     """Improves the aggregated model on the server."""
 
     def init(self, params: Params, rng: torch.Generator) -> Memory:
-        """What the refiner remembers before the first round, such as a generator's weights."""
-        ...
+        """Returns the refiner's memory before the first round, such as a generator's weights."""
 
     def refine(
         self, state: ServerState, results: Sequence[ClientResult], rng: torch.Generator
     ) -> tuple[ServerState, Metrics]:
-        """The state with better parameters and the new memory; ``state`` stays as it is."""
-        ...
+        """Returns the state with better parameters and the new memory; ``state`` stays as it is."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +151,7 @@ class AlgorithmConfig(BaseModel):
     name: str
 
     def build(self, num_clients: int) -> Algorithm:  # noqa: ARG002
-        """The rules for a federation of ``num_clients`` clients, of which a cohort takes part in each round."""
+        """Returns the rules for a federation of ``num_clients`` clients, of which a cohort takes part in each round."""
         raise TypeError(f"{type(self).__name__} does not define build(num_clients) -> Algorithm")
 
 
@@ -181,9 +164,8 @@ class RefinerContext:
     image_shape: tuple[int, int, int]
     device: torch.device
     mean: tuple[float, ...] = ()
-    """Of the images per channel, as they were normalised for the clients; empty where it is not known."""
+    """Per channel, as images were normalised for the clients; empty where it is not known (a strategy's server)."""
     std: tuple[float, ...] = ()
-    """Likewise."""
 
 
 class RefinerConfig(BaseModel):
@@ -194,25 +176,23 @@ class RefinerConfig(BaseModel):
     name: str
 
     @classmethod
-    def defaults(cls, num_classes: int | None) -> dict[str, Any]:  # noqa: ARG003
-        """Returns the defaults that depend on the data set; ``num_classes`` is None where only the data tell."""
+    def defaults(cls, given: Mapping[str, Any], num_classes: int | None = None) -> dict[str, Any]:  # noqa: ARG003
+        """Returns the defaults that other settings or the number of classes (None: not known yet) decide.
+
+        Where setting one key changes these defaults, settings equal to the old ones are dropped.
+        """
         return {}
 
     def build(self, context: RefinerContext) -> Refiner:  # noqa: ARG002
-        """The refiner for one experiment."""
+        """Returns the refiner for one experiment."""
         raise TypeError(f"{type(self).__name__} does not define build(context) -> Refiner")
-
-    @classmethod
-    def kept(cls, given: Mapping[str, Any], key: str) -> dict[str, Any]:  # noqa: ARG003
-        """Those of a recipe's settings that stay when ``--set`` or a recipe that extends it sets ``key``: all."""
-        return dict(given)
 
 
 class NoRefiner:
     """Returns the state as it is."""
 
     def init(self, params: Params, rng: torch.Generator) -> Memory:  # noqa: ARG002
-        """Nothing is remembered."""
+        """Remembers nothing."""
         return {}
 
     def refine(
@@ -221,7 +201,7 @@ class NoRefiner:
         results: Sequence[ClientResult],  # noqa: ARG002
         rng: torch.Generator,  # noqa: ARG002
     ) -> tuple[ServerState, Metrics]:
-        """The same state, no metrics."""
+        """Returns the same state, no metrics."""
         return state, {}
 
 

@@ -7,9 +7,7 @@ ICLR 2021, https://arxiv.org/abs/2111.04263.
     server:  h <- h - (alpha/N) sum_{k in S} (w_k - a);  w <- mean_{k in S} w_k - h / alpha
 
 State is kept as accumulated drift ``d_k = -h_k / alpha_k`` (the sum of all ``w_k - a``), so that ``alpha`` cancels on
-the server: ``w <- mean w_k + (1/N) sum_k d_k``. Differences: ``alpha_k`` is alpha divided by the client's relative
-size, as in the authors' and the FedFTG code. The corrected gradient is clipped as a whole. The active clients are
-averaged without weights. The correction acts on parameters; BatchNorm statistics are averaged only.
+the server: ``w <- mean w_k + (1/N) sum_k d_k``. Differences from the paper: docs/algorithms/feddyn.md.
 """
 
 from __future__ import annotations
@@ -21,15 +19,7 @@ from typing import Literal
 from pydantic import Field
 
 from fedftg import params as tree
-from fedftg.algorithms.base import (
-    Algorithm,
-    AlgorithmConfig,
-    ClientResult,
-    LocalTask,
-    Memory,
-    Metrics,
-    ServerState,
-)
+from fedftg.algorithms.base import Algorithm, AlgorithmConfig, ClientResult, LocalTask, Memory, Metrics, ServerState
 from fedftg.algorithms.fedavg import PlainLocal, Weighting, aggregate, update_norm
 from fedftg.params import Params
 
@@ -41,18 +31,18 @@ class DynamicLocal(PlainLocal):
     alpha: float
 
     def init_memory(self, params: Params, buffers: Params) -> Memory:  # noqa: ARG002
-        """No drift yet."""
+        """Returns no drift."""
         return tree.zeros_like(params)
 
     def correct(self, grads: Params, params: Params, task: LocalTask) -> Params:
-        """``g + alpha_k (w - a + d_k)``; ``alpha = 0`` gives FedAvg, bit for bit."""
+        """Returns ``g + alpha_k (w - a + d_k)``; ``alpha = 0`` gives FedAvg, bit for bit."""
         alpha = self.alpha / task.relative_size
         return {
             name: grad + alpha * (params[name] - task.params[name] + task.memory[name]) for name, grad in grads.items()
         }
 
     def finish(self, params: Params, buffers: Params, task: LocalTask, num_steps: int) -> tuple[Params, Memory]:  # noqa: ARG002
-        """``d_k <- d_k + w_k - a``."""
+        """Uploads nothing besides the model; remembers ``d_k <- d_k + w_k - a``."""
         return {}, {name: drift + params[name] - task.params[name] for name, drift in task.memory.items()}
 
 
@@ -65,15 +55,15 @@ class DynamicServer:
     weighting: Weighting = "uniform"
 
     def init(self, params: Params) -> Memory:
-        """The mean drift over all clients, zero."""
+        """Returns the mean drift over all clients: zero."""
         return tree.zeros_like(params)
 
     def message(self, state: ServerState) -> Params:  # noqa: ARG002
-        """Nothing besides the model."""
+        """Returns nothing besides the model."""
         return {}
 
     def step(self, state: ServerState, results: Sequence[ClientResult]) -> tuple[ServerState, Metrics]:
-        """``drift <- drift + (1/N) sum_k (w_k - a)``; ``w <- mean w_k + drift``.
+        """Sets ``drift <- drift + (1/N) sum_k (w_k - a)`` and ``w <- mean w_k + drift``.
 
         With ``alpha = 0`` there is no regulariser whose bias the drift could cancel, so it stays zero: FedAvg.
         """
@@ -98,5 +88,5 @@ class FedDynConfig(AlgorithmConfig):
     weighting: Weighting = "uniform"
 
     def build(self, num_clients: int) -> Algorithm:
-        """The drift is averaged over all ``num_clients``."""
+        """Returns the rules; the drift is averaged over all ``num_clients``."""
         return Algorithm(DynamicLocal(self.alpha), DynamicServer(self.alpha, num_clients, self.weighting))

@@ -6,8 +6,7 @@ https://arxiv.org/abs/1812.06127.
     client:  SGD on L_k(w) + mu/2 ||w - a||^2, a the global model it received
     server:  as FedAvg
 
-Differences: the public FedFTG code adds mu to the weight decay, which pulls to zero instead of to the global model;
-here it is the paper's term. The inexact local solver is SGD with a fixed number of epochs, as in its experiments.
+The public FedFTG code pulls to zero instead; docs/algorithms/fedprox.md.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class ProximalLocal(PlainLocal):
     mu: float
 
     def correct(self, grads: Params, params: Params, task: LocalTask) -> Params:
-        """``g + mu (w - a)``; ``mu = 0`` gives FedAvg, bit for bit."""
+        """Returns ``g + mu (w - a)``; ``mu = 0`` gives FedAvg, bit for bit."""
         return {name: grad + self.mu * (params[name] - task.params[name]) for name, grad in grads.items()}
 
 
@@ -43,5 +42,5 @@ class FedProxConfig(AlgorithmConfig):
     weighting: Weighting = "samples"
 
     def build(self, num_clients: int) -> Algorithm:  # noqa: ARG002
-        """FedProx does not depend on the number of clients."""
+        """Returns the rules, which do not depend on the number of clients."""
         return Algorithm(ProximalLocal(self.mu), AverageServer(self.weighting))

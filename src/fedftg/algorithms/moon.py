@@ -6,12 +6,8 @@ Li, He, Song, "Model-Contrastive Federated Learning", CVPR 2021, https://arxiv.o
              l_con = -log( e^{s(z, z_glob)/tau} / (e^{s(z, z_glob)/tau} + e^{s(z, z_prev)/tau}) )
     server:  as FedAvg
 
-s is the cosine similarity, z the representation by the model in training, z_glob that by the received global model,
-z_prev that by the client's previous upload.
-
-Differences: the representation is what enters the last linear layer (the authors add a projection head of their own,
-which changes the model under comparison). The two frozen models run in evaluation mode. A client that never took part
-compares with the initial global model, as in the authors' code.
+s is the cosine similarity; z, z_glob and z_prev enter the last linear layer of the model in training, of the received
+global model and of the client's previous upload, both in evaluation mode. Differences: docs/algorithms/moon.md.
 """
 
 from __future__ import annotations
@@ -34,7 +30,7 @@ _PARAMS, _BUFFERS = "params/", "buffers/"
 
 
 def contrastive(current: Tensor, positive: Tensor, negative: Tensor, temperature: float) -> Tensor:
-    """Mean over the batch of MOON's model-contrastive loss; all three representations are ``(B, F)``.
+    """Returns MOON's model-contrastive loss, mean over the batch; all three representations are ``(B, F)``.
 
     Equal similarities give ``log 2``. The lower the temperature, the more a small difference counts.
     """
@@ -51,11 +47,11 @@ class ContrastiveLocal(PlainLocal):
     temperature: float
 
     def init_memory(self, params: Params, buffers: Params) -> Memory:
-        """The initial global model stands for the previous upload."""
+        """Returns the initial global model, which stands for the previous upload."""
         return {**tree.prefixed(params, _PARAMS), **tree.prefixed(buffers, _BUFFERS)}
 
     def loss(self, model: FunctionalModel, params: Params, buffers: Params, batch: Batch, task: LocalTask) -> Tensor:
-        """Cross-entropy plus ``mu`` times the contrastive term; ``mu = 0`` gives FedAvg, bit for bit."""
+        """Returns cross-entropy plus ``mu`` times the contrastive term; ``mu = 0`` gives FedAvg, bit for bit."""
         logits, current = model.with_features(params, buffers, batch.images, train=True)
         with torch.no_grad():
             _, to_global = model.with_features(task.params, task.buffers, batch.images, train=False)
@@ -78,5 +74,5 @@ class MoonConfig(AlgorithmConfig):
     weighting: Weighting = "samples"
 
     def build(self, num_clients: int) -> Algorithm:  # noqa: ARG002
-        """MOON does not depend on the number of clients."""
+        """Returns the rules, which do not depend on the number of clients."""
         return Algorithm(ContrastiveLocal(self.mu, self.temperature), AverageServer(self.weighting))

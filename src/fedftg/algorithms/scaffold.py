@@ -6,9 +6,7 @@ ICML 2020, https://arxiv.org/abs/1910.06378.
     client:  g <- g + c - c_k;  option II: c_k+ = c_k - c + (a - w_k) / (steps * lr)
     server:  w <- a + server_lr * mean_{k in S} (w_k - a);  c <- c + (1/N) sum_{k in S} (c_k+ - c_k)
 
-Differences: the public FedFTG code takes the control variate against the un-fine-tuned average and at an undecayed
-rate; here ``a`` is the model that the client really received and ``lr`` the rate that it really used. Weight decay and
-clipping act inside the local steps, so the control variates contain them.
+Here ``a`` is the model that the client received and ``lr`` the rate that it used; docs/algorithms/scaffold.md.
 """
 
 from __future__ import annotations
@@ -20,15 +18,7 @@ from typing import Literal
 from pydantic import Field
 
 from fedftg import params as tree
-from fedftg.algorithms.base import (
-    Algorithm,
-    AlgorithmConfig,
-    ClientResult,
-    LocalTask,
-    Memory,
-    Metrics,
-    ServerState,
-)
+from fedftg.algorithms.base import Algorithm, AlgorithmConfig, ClientResult, LocalTask, Memory, Metrics, ServerState
 from fedftg.algorithms.fedavg import PlainLocal, Weighting, aggregate, update_norm
 from fedftg.params import Params
 
@@ -38,15 +28,15 @@ class ControlledLocal(PlainLocal):
     """Every step is corrected by the difference of the global and the client's own control variate."""
 
     def upload_like(self, params: Params) -> Params:
-        """The change of ``c_k`` has the form of the parameters."""
+        """Returns zeros for the change of ``c_k``, which has the form of the parameters."""
         return tree.zeros_like(params)
 
     def init_memory(self, params: Params, buffers: Params) -> Memory:  # noqa: ARG002
-        """``c_k = 0``, so round 1 is FedAvg."""
+        """Returns ``c_k = 0``, so round 1 is FedAvg."""
         return tree.zeros_like(params)
 
     def correct(self, grads: Params, params: Params, task: LocalTask) -> Params:  # noqa: ARG002
-        """``g + c - c_k``."""
+        """Returns ``g + c - c_k``."""
         return {name: grad + (task.message[name] - task.memory[name]) for name, grad in grads.items()}
 
     def finish(self, params: Params, buffers: Params, task: LocalTask, num_steps: int) -> tuple[Params, Memory]:  # noqa: ARG002
@@ -67,15 +57,15 @@ class ControlledServer:
     weighting: Weighting = "uniform"
 
     def init(self, params: Params) -> Memory:
-        """``c = 0``."""
+        """Returns ``c = 0``."""
         return tree.zeros_like(params)
 
     def message(self, state: ServerState) -> Params:
-        """The global control variate ``c``."""
+        """Returns the global control variate ``c``."""
         return state.server
 
     def step(self, state: ServerState, results: Sequence[ClientResult]) -> tuple[ServerState, Metrics]:
-        """``w <- a + server_lr (mean w_k - a)``, written so that rate 1 gives the mean bit for bit."""
+        """Sets ``w <- a + server_lr (mean w_k - a)``, written so that rate 1 gives the mean bit for bit."""
         mean, buffers = aggregate(results, self.weighting)
         params = tree.add(mean, tree.sub(mean, state.params), scale=self.server_lr - 1.0)
         active = sorted((r for r in results if r.num_samples > 0), key=lambda result: result.client)
@@ -93,5 +83,5 @@ class ScaffoldConfig(AlgorithmConfig):
     weighting: Weighting = "uniform"
 
     def build(self, num_clients: int) -> Algorithm:
-        """The control variate is averaged over all ``num_clients``."""
+        """Returns the rules; the control variate is averaged over all ``num_clients``."""
         return Algorithm(ControlledLocal(), ControlledServer(num_clients, self.server_lr, self.weighting))

@@ -13,13 +13,8 @@ def augment(images: Tensor, kind: Augmentation, rng: torch.Generator) -> Tensor:
     """Returns changed images ``(B, D, H, W)``, of the same type and on the same device.
 
     flip: each image is mirrored left-right with probability 0.5. crop: with probability 0.5 it becomes a window of the
-    original size at a uniform place in the image padded with black by an eighth of its longer side (rounded up; 4
-    pixels at 28x28 and 32x32, as in the paper's CIFAR experiments). flip_crop: both. none: the images themselves.
-
-    Args:
-        images: unsigned bytes or floats *before* normalisation, where 0 is black; not changed in place.
-        kind: what to do.
-        rng: a CPU generator, so every device makes the same batch.
+    original size at a uniform place in the image padded with black (0: before normalisation) by an eighth of its longer
+    side, rounded up. flip_crop: both. none: the images themselves. ``rng`` is a CPU generator on every device.
     """
     if kind == "none":
         return images
@@ -43,8 +38,5 @@ def augment(images: Tensor, kind: Augmentation, rng: torch.Generator) -> Tensor:
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """Returns a small CPU tensor on the device; non-blocking on CUDA only.
-
-    CUDA copies unpinned memory before the call returns; Apple's GPUs may read it later.
-    """
+    """Returns a small CPU tensor on the device; non-blocking on CUDA only, as Apple's GPUs may read it later."""
     return tensor.to(device, non_blocking=device.type == "cuda")

@@ -1,8 +1,6 @@
-"""Decoded images on disk, so that a data set is decoded once.
+"""Decoded images on disk: ``<key>.npy``, and ``<key>.json`` with what was found while decoding.
 
-An entry is ``<key>.npy``, the images, and ``<key>.json``, what was found out while decoding. The key is a digest of the
-source files' paths, sizes and times of change, and of all settings that decide the pixels. Both files are written aside
-and renamed, the images last: an interrupted start leaves no entry. Deleting the folder is safe.
+Both are written aside and renamed, the images last: an interrupted start leaves no entry.
 """
 
 from __future__ import annotations
@@ -10,10 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-import shutil
+import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -21,33 +17,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedftg.errors import InputError
+from fedftg.errors import InputError, first_line
 
 Images = NDArray[np.uint8]
 Entry = tuple[Images, dict[str, Any]]
+Allocate = Callable[[tuple[int, ...]], Images]  # from a shape to an array to fill, which replaces the one before
 
-FORMAT = 2
-"""Part of every key: raise it when the same files and settings give other pixels."""
-
-_ABANDONED = 24 * 3600.0
-"""Seconds after which a folder written aside belongs to a process that was killed."""
+FORMAT = 3  # part of every key: raise it when the same files and settings give other pixels
 
 
 def folder(setting: str) -> Path | None:
     """Returns the folder that ``data.cache`` means; None: nothing is cached."""
     if setting == "auto":
-        setting = os.environ.get("FEDFTG_CACHE") or "auto"
-    if setting == "auto":
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fedftg"
+        users = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        setting = os.environ.get("FEDFTG_CACHE") or f"{users}/fedftg"
     return None if setting == "none" else Path(setting).expanduser()
 
 
 def key_of(files: Iterable[Path], settings: object) -> str:
-    """Returns the key of files, in their order, and settings that JSON can hold.
-
-    Raises:
-        InputError: a file is missing.
-    """
+    """Returns a digest of settings and of the files' paths, sizes and times of change."""
     try:
         states = [(os.path.abspath(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in files]
     except OSError as error:
@@ -55,37 +43,35 @@ def key_of(files: Iterable[Path], settings: object) -> str:
     return hashlib.sha256(json.dumps([FORMAT, states, settings]).encode()).hexdigest()
 
 
-def open_or_make(root: Path, key: str, make: Callable[[Path], tuple[Path, dict[str, Any]]]) -> Entry:
-    """Returns the images of an entry, memory-mapped so that changes stay in memory, and what is known of them.
-
-    Args:
-        root: the cache's folder.
-        key: from `key_of`.
-        make: called where there is no whole entry; writes the images to an ``.npy`` file in the folder it is given and
-            returns its path, and what JSON can hold of them.
-
-    Raises:
-        InputError: the folder cannot be written, or the disk is full.
-    """
+def open_or_make(root: Path, key: str, make: Callable[[Allocate], Entry]) -> Entry:
+    """Returns an entry, memory-mapped so that changes stay in memory; ``make`` fills an array where there is none."""
     if (entry := _read(root, key)) is None:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            for part in root.glob("part-*"):
-                if time.time() - part.stat().st_mtime > _ABANDONED:
-                    shutil.rmtree(part, ignore_errors=True)
             with tempfile.TemporaryDirectory(prefix="part-", dir=root) as aside:
-                path, about = make(Path(aside))
-                (Path(aside) / "about.json").write_text(json.dumps(about))
-                os.replace(Path(aside) / "about.json", root / f"{key}.json")
-                os.replace(path, root / f"{key}.npy")
+                path, about = Path(aside, "images.npy"), Path(aside, "about.json")
+                about.write_text(json.dumps(make(lambda shape: _allocate(path, shape))[1]))
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+                about.replace(root / f"{key}.json")
+                path.replace(root / f"{key}.npy")
         except OSError as error:
             raise InputError(
-                f"decoded images cannot be kept in {root} ({first_line(error)}); free space or make it writable, or "
-                "set data.cache to another folder, or to none"
+                f"decoded images cannot be kept in {root} ({first_line(error)}); free space, or set data.cache to "
+                "another folder, or to none"
             ) from error
         entry = _read(root, key)
         assert entry is not None
     return entry
+
+
+def _allocate(path: Path, shape: tuple[int, ...]) -> Images:
+    path.unlink(missing_ok=True)
+    images: Images = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    if sys.platform == "linux":  # a full disk is then an error here, not a signal that kills the process later
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return images
 
 
 def _read(root: Path, key: str) -> Entry | None:
@@ -94,9 +80,3 @@ def _read(root: Path, key: str) -> Entry | None:
         return np.lib.format.open_memmap(root / f"{key}.npy", mode="c"), about
     except (OSError, ValueError):  # missing, or damaged: made again
         return None
-
-
-def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's text without addresses in memory, or its kind where it has no text."""
-    lines = str(error).strip().splitlines()
-    return re.sub(r" object at 0x[0-9a-f]+", "", lines[0]) if lines else type(error).__name__

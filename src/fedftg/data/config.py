@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-
-MANY_CLASSES = {"cifar100": 100, "food101": 101, "tiny_imagenet": 200, "compcars": 281}
-"""The named data sets of 100 classes or more, for settings that depend on their number."""
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class DataConfig(BaseModel):
@@ -16,68 +13,32 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    name: str = Field(
-        default="digits",
-        description="data set by name (see 'fedftg list'), or hub, parquet, folder or arrays for data of your own",
-    )
+    name: str = Field(default="digits", description="data set by name (see 'fedftg list')")
     root: Path | None = Field(
-        default=None,
-        description="folder (for arrays: file) that holds the data; unset: sets of the HuggingFace hub are downloaded "
-        "once; not used by the built-in sets digits and mnist5k",
+        default=None, description="folder (arrays: file) of the data; unset: downloads from the hub"
     )
-    hub_id: str | None = Field(
-        default=None, description="data.name = 'hub' only: the data set's id on the HuggingFace hub, as owner/name"
-    )
-    subset: str | None = Field(
-        default=None, description="the hub's configuration of a data set; needed only where it has several"
-    )
-    revision: str | None = Field(
-        default=None, description="branch, tag or commit of a data set on the hub; unset: the newest"
-    )
-    train_split: str | None = Field(default=None, description="name of the training split; unset: train")
-    test_split: str | None = Field(
-        default=None, description="name of the test split; unset: test, valid, validation or val"
-    )
-    test_share: float = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="for sets that have no test split: this share of each class is held out for testing, the same in "
-        "every run; 0 asks for a test split",
-    )
-    image_column: str | None = Field(
-        default=None, description="column that holds the images; needed only where several columns could be it"
-    )
-    label_column: str | None = Field(
-        default=None, description="column that holds the labels; needed only where several columns could be it"
-    )
-    renumber_labels: bool = Field(
-        default=False, description="number integer labels that have gaps or start above 0 from 0, in ascending order"
-    )
+    hub_id: str | None = Field(default=None, description="data.name = 'hub' only: the data set's id, as owner/name")
+    subset: str | None = Field(default=None, description="the hub's configuration of a data set, where it has several")
+    revision: str | None = Field(default=None, description="branch, tag or commit on the hub; unset: the newest")
+    train_split: str | None = Field(default=None, description="the training split; unset: train")
+    test_split: str | None = Field(default=None, description="the test split; unset: test, valid, validation or val")
+    test_share: float = Field(default=0.0, ge=0, lt=1, description="share held out where there is no test split")
+    image_column: str | None = Field(default=None, description="column of the images, where several could be it")
+    label_column: str | None = Field(default=None, description="column of the labels, where several could be it")
+    renumber_labels: bool = Field(default=False, description="number integer labels from 0, in ascending order")
     image_size: int | None = Field(
-        default=None,
-        ge=8,
-        le=1024,
-        description="side in pixels that all images are resized to; unset: they keep their size",
+        default=None, ge=8, le=1024, description="side in pixels that all images are resized to; unset: as stored"
     )
     resize: Literal["crop", "stretch"] = Field(
-        default="crop",
-        description="crop: the shorter side becomes image_size and the middle is kept; stretch: both sides do",
+        default="crop", description="crop: the shorter side becomes image_size, the middle is kept; stretch: both do"
     )
-    max_train: int | None = Field(
-        default=None, ge=1, description="at most N training images (stratified, the same in every run); unset: all"
-    )
-    max_test: int | None = Field(
-        default=None, ge=1, description="at most N test images (stratified, the same in every run); unset: all"
-    )
+    max_train: int | None = Field(default=None, ge=1, description="at most N training images, stratified; unset: all")
+    max_test: int | None = Field(default=None, ge=1, description="at most N test images, stratified; unset: all")
     augment: Literal["default", "none", "flip", "crop", "flip_crop"] = Field(
-        default="default",
-        description="augmentation of training images; default is what suits the data set (see docs/data.md)",
+        default="default", description="augmentation of training images; default suits the data set (docs/data.md)"
     )
     cache: str = Field(
-        default="auto",
-        pattern=r"\S",
-        description="folder for decoded images; auto: FEDFTG_CACHE or the user's cache folder; none: not cached",
+        default="auto", pattern=r"\S", description="folder of decoded images; auto: FEDFTG_CACHE or the user's; or none"
     )
 
 
@@ -90,73 +51,35 @@ class PartitionConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     law: Law = Field(default="dirichlet", description="how samples are assigned to clients (see docs/data.md)")
-    num_clients: int = Field(
-        default=20,
-        ge=1,
-        description="1 is central training; at most one client per sample; not used by laws natural and file",
-    )
+    num_clients: int = Field(default=20, ge=1, description="1 is central training; not used by laws natural and file")
     alpha: float = Field(
-        default=0.3,
-        gt=0,
-        description="concentration of the laws dirichlet, class_dirichlet and quantity; 0.1 is very skewed, 100 "
-        "nearly IID",
+        default=0.3, gt=0, description="laws dirichlet, class_dirichlet, quantity: 0.1 is very skewed, 100 nearly IID"
     )
     sizes: Literal["equal", "lognormal"] = Field(
         default="equal", description="laws iid and dirichlet: samples per client, all equal or log-normal with sigma"
     )
     sigma: float = Field(
-        default=0.0,
-        ge=0,
-        description="spread of log-normal sizes; 0 gives equal sizes, 1 about a factor of 7 between "
-        "the middle two thirds of the clients, above 2 few clients hold nearly everything",
+        default=0.0, ge=0, description="spread of log-normal sizes; above 2 few clients hold nearly all"
     )
-    min_samples: int = Field(
-        default=0,
-        ge=0,
-        description="law class_dirichlet: least samples of a client, redrawn up to 10 times; 0 allows clients without "
-        "data, which never take part",
-    )
+    min_samples: int = Field(default=0, ge=0, description="law class_dirichlet: least samples of a client, in 10 draws")
     classes_per_client: int = Field(default=2, ge=1, description="law pathological: classes that each client holds")
-    shards_per_client: int = Field(
-        default=2, ge=1, description="law shards: blocks of the data sorted by class that a client gets (FedAvg: 2)"
-    )
-    column: str | None = Field(
-        default=None, description="laws domain and natural: the data set's column that holds domains or natural clients"
-    )
-    file: Path | None = Field(
-        default=None, description="law file: JSON with one list of training rows a client, such as partition.json"
-    )
+    shards_per_client: int = Field(default=2, ge=1, description="law shards: blocks of the data sorted by class")
+    column: str | None = Field(default=None, description="laws domain and natural: the data set's column that decides")
+    file: Path | None = Field(default=None, description="law file: JSON with one list of training rows a client")
     feature_noise: float = Field(
-        default=0.0,
-        ge=0,
-        description="standard deviation of Gaussian noise on the last client's normalised images; it falls linearly "
-        "to 1/num_clients of that on the first; 0 is no feature skew",
+        default=0.0, ge=0, description="deviation of noise on the last client's images, falling linearly to the first"
     )
     test_share: float = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="share of each client's samples that is held back, and on which accuracy per client is measured",
+        default=0.0, ge=0, lt=1, description="share of each client's samples held back, for accuracy per client"
     )
-
-    @field_validator("law", mode="before")
-    @classmethod
-    def _law_exists(cls, law: Any) -> Any:
-        if law in ("linear", "square", "exponential"):
-            raise ValueError(f"law {law!r} was dropped; take law 'quantity' for unequal sizes")
-        return law
 
     @model_validator(mode="after")
     def _settings_fit_the_law(self) -> PartitionConfig:
         if self.sigma > 0 and self.sizes == "equal":
             raise ValueError(f"sigma {self.sigma} has no effect with sizes 'equal'; set sizes to 'lognormal'")
         if self.sizes == "lognormal" and self.law not in ("iid", "dirichlet"):
-            raise ValueError(
-                f"sizes 'lognormal' goes with law iid or dirichlet, got {self.law}; set sizes to 'equal', or take law "
-                "'quantity'"
-            )
-        if self.law in ("domain", "natural") and self.column is None:
-            raise ValueError(f"law {self.law} needs partition.column: the data set's column of domains or clients")
-        if self.law == "file" and self.file is None:
-            raise ValueError("law file needs partition.file: a JSON file with one list of training rows a client")
+            raise ValueError(f"sizes 'lognormal' goes with law iid or dirichlet, got {self.law}")
+        needed = {"domain": "column", "natural": "column", "file": "file"}.get(self.law)
+        if needed and getattr(self, needed) is None:
+            raise ValueError(f"law {self.law} needs partition.{needed}")
         return self

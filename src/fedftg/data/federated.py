@@ -1,11 +1,10 @@
-"""What a server knows of its clients, and the simulator's: a data set on one device, partitioned among clients."""
+"""A data set on one device, partitioned among clients, and batches made from it."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,80 +15,22 @@ from fedftg.data import sources
 from fedftg.data.augment import augment, moved
 from fedftg.data.config import DataConfig, PartitionConfig
 from fedftg.data.dataset import ImageDataset
-from fedftg.data.partition import (
-    Indices,
-    class_counts,
-    hold_back,
-    needed_columns,
-    noise_levels,
-    partition,
-    read_json,
-)
+from fedftg.data.partition import Indices, class_counts, hold_back, needed_columns, noise_levels, partition
 from fedftg.errors import InputError
 from fedftg.seeds import SERVER, numpy_rng, torch_rng
 
 _DIGESTED_BYTES = 256 << 20
 
 
-class Federation(Protocol):
-    """Sizes of the clients, and the server's test data; nothing that a client trains on.
-
-    `FederatedData` is one; a server of real machines fills one from what its nodes report.
-    """
-
-    @property
-    def device(self) -> torch.device:
-        """Where batches are made and the server computes."""
-
-    @property
-    def num_clients(self) -> int:
-        """Clients without samples included."""
-
-    @property
-    def num_classes(self) -> int:
-        """C."""
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """``(D, H, W)``."""
-
-    @property
-    def has_test_data(self) -> bool:
-        """Whether `test_batches` yields anything."""
-
-    @property
-    def holds_back(self) -> bool:
-        """Whether `held_back_batches` yields anything."""
-
-    def num_samples(self, client: int) -> int:
-        """Returns the client's number of training samples."""
-
-    def num_held_back(self, client: int) -> int:
-        """Returns how many samples the client keeps for testing."""
-
-    def relative_size(self, client: int) -> float:
-        """Returns the client's number of samples over the mean of all clients; 1 where all hold the same."""
-
-    def test_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields normalised test images ``(B, D, H, W)`` and labels ``(B,)``."""
-
-    def held_back_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yields held-back images ``(B, D, H, W)``, labels ``(B,)`` and the owners' numbers ``(B,)``."""
-
-
 class FederatedData:
-    """Images once on the device as unsigned bytes, the rows of each client, and batches made from them.
+    """Images once on the device as unsigned bytes, and batches made from them.
 
     Args:
-        dataset: where images, labels and normalisation come from.
+        dataset: images, labels and normalisation.
         parts: rows of the training images that each client trains on; may be empty.
-        device: where batches are made. The images are kept there too, unless they would take more than half of a GPU's
-            free memory: then each batch is moved.
+        device: where batches are made, and images are kept unless they would take over half of a GPU's free memory.
         held_back: rows that each client keeps for testing; None holds nothing back.
         noise: per client, the standard deviation of Gaussian noise on its normalised images; None is 0 for all.
-
-    Raises:
-        ValueError: no client, or a row that is no training sample.
     """
 
     def __init__(
@@ -101,21 +42,13 @@ class FederatedData:
         held_back: Sequence[NDArray[np.integer]] | None = None,
         noise: Sequence[float] | NDArray[np.float64] | None = None,
     ) -> None:
-        if len(parts) == 0:
-            raise ValueError("FederatedData needs at least one client")
         self.dataset = dataset
         self.device = torch.device(device)
-        total = len(dataset.train_labels)
-        self.parts = _checked(parts, total)
-        """Training rows of each client, int64, on the CPU."""
-        self._held_back = _checked([[]] * len(parts) if held_back is None else held_back, total)
-        if len(self._held_back) != len(parts):
-            raise ValueError(f"held_back needs one list of rows per client, {len(parts)}, got {len(self._held_back)}")
+        self.parts = _as_tensors(parts)
+        self._held_back = _as_tensors([[]] * len(parts) if held_back is None else held_back)
         self.noise = [0.0] * len(parts) if noise is None else [float(level) for level in noise]
-        """Standard deviation of the noise on each client's images."""
         counts = class_counts([part.numpy() for part in self.parts], dataset.train_labels.numpy(), dataset.num_classes)
-        self.class_counts = torch.from_numpy(counts)
-        """``(clients, C)`` int64, on the CPU."""
+        self.class_counts = torch.from_numpy(counts)  # (clients, C) int64, on the CPU
         self._mean_size = sum(len(part) for part in self.parts) / len(self.parts)
         self._train_images = _resident(dataset.train_images, self.device)
         self._train_labels = dataset.train_labels.to(self.device)
@@ -126,10 +59,7 @@ class FederatedData:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of labels, who holds which rows, pixels, normalisation, augmentation and noise.
-
-        Of large sets, evenly spaced images are read: about 256 MB of each split.
-        """
+        """SHA-256 of all that training sees; of large sets, about 256 MB of evenly spaced images a split are read."""
         data, total = self.dataset, hashlib.sha256()
         for part in [data.train_labels, data.test_labels, *self.parts, *self._held_back]:
             total.update(f"{len(part)};".encode())
@@ -177,10 +107,9 @@ class FederatedData:
 
     def relative_size(self, client: int) -> float:
         """Returns the client's number of samples over the mean of all clients; 1 where all hold the same."""
-        return self.num_samples(client) / self._mean_size if self._mean_size else 0.0
+        return self.num_samples(client) / self._mean_size
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """Returns float images ``(B, D, H, W)`` of about mean 0 and deviation 1 per channel, from unsigned bytes."""
+    def _normalise(self, images: Tensor) -> Tensor:
         return (images.to(self.device, torch.float32) / 255 - self._mean) / self._std
 
     def steps_per_epoch(self, client: int, batch_size: int, min_batch: int = 1) -> int:
@@ -200,23 +129,16 @@ class FederatedData:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields a client's training batches: normalised, augmented images ``(B, D, H, W)`` and labels ``(B,)``.
 
-        Each pass over the samples has a new order. Its last batch is skipped where it is smaller than ``min_batch``.
-
         Args:
             client: its number, from 0.
             num_epochs: passes over the client's samples, rounded to whole batches, at least one; 0 gives no batch.
             num_steps: the number of batches, in as many passes as that takes; None uses ``num_epochs``.
-            batch_size: samples per batch, >= 1; more than the client holds gives one batch of all of them.
-            rng: a CPU generator that order and augmentation are drawn from.
-            min_batch: the smallest batch that the model can train on: 2 for BatchNorm. A client with fewer samples
-                gives no batch.
-
-        Raises:
-            InputError: ``batch_size`` is below 1 or below ``min_batch``.
+            batch_size: more than the client holds gives one batch of all of them.
+            rng: a CPU generator: each pass has a new order.
+            min_batch: smaller batches, at the end of a pass, are skipped; 2 for a model with BatchNorm.
         """
         if batch_size < max(min_batch, 1):
-            why = "a model with BatchNorm cannot train on single samples" if batch_size == 1 else "it counts samples"
-            raise InputError(f"batch_size must be >= {max(min_batch, 1)}, got {batch_size}; {why}")
+            raise InputError(f"batch_size must be >= {max(min_batch, 1)} for this model, got {batch_size}")
         per_epoch = self.steps_per_epoch(client, batch_size, min_batch)
         wanted = max(round(num_epochs * per_epoch), 1 if num_epochs > 0 else 0) if num_steps is None else num_steps
         return self._batches(client, per_epoch, wanted if per_epoch else 0, batch_size, rng)
@@ -231,46 +153,40 @@ class FederatedData:
                 order = moved(part[torch.randperm(len(part), generator=rng)], self.device)
             rows = order[at * batch_size : (at + 1) * batch_size]
             images, labels = self._train(rows)
-            yield self._noisy(self.normalise(augment(images, self.dataset.augment, rng)), client, rng), labels
+            yield self._noisy(self._normalise(augment(images, self.dataset.augment, rng)), client, rng), labels
 
     def _train(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns images as unsigned bytes and labels of some training rows, on the device."""
         images = self._train_images[rows.to(self._train_images.device)].to(self.device)
         return images, self._train_labels[rows.to(self.device)]
 
     def _noisy(self, images: Tensor, client: int, rng: torch.Generator) -> Tensor:
-        level = self.noise[client]
-        if not level:
+        if not self.noise[client]:
             return images
-        return images + level * moved(torch.randn(images.shape, generator=rng), self.device)
+        return images + self.noise[client] * moved(torch.randn(images.shape, generator=rng), self.device)
 
     def test_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields test images ``(B, D, H, W)``, normalised and not augmented, and labels ``(B,)``, in stored order."""
         for start in range(0, len(self._test_labels), batch_size):
             stop = start + batch_size
-            yield self.normalise(self._test_images[start:stop]), self._test_labels[start:stop]
+            yield self._normalise(self._test_images[start:stop]), self._test_labels[start:stop]
 
     def held_back_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yields held-back images ``(B, D, H, W)``, labels ``(B,)`` and the owners' numbers ``(B,)``, client by client.
-
-        Normalised and not augmented; a client's noise is on them too, the same at every call.
-        """
-        if any(self.noise):
-            for client, part in enumerate(self._held_back):
-                rng = torch_rng(0, 0, client, "held-back noise")
-                # All of a client's noise is drawn at once, so that it does not depend on the batch size.
-                images, labels = self._train(part)
-                images = self._noisy(self.normalise(images), client, rng)
-                for start in range(0, len(part), batch_size):
-                    few = labels[start : start + batch_size]
-                    yield images[start : start + batch_size], few, torch.full_like(few, client)
+        """Yields held-back images ``(B, D, H, W)``, labels and owners' numbers ``(B,)``; noise is always the same."""
+        if not any(self.noise):
+            rows = torch.cat(self._held_back)
+            sizes = torch.tensor([len(part) for part in self._held_back])
+            owners = torch.repeat_interleave(torch.arange(len(sizes)), sizes).to(self.device)
+            for start in range(0, len(rows), batch_size):
+                images, labels = self._train(rows[start : start + batch_size])
+                yield self._normalise(images), labels, owners[start : start + batch_size]
             return
-        rows = torch.cat(self._held_back)
-        sizes = torch.tensor([len(part) for part in self._held_back])
-        owners = torch.repeat_interleave(torch.arange(len(sizes)), sizes).to(self.device)
-        for start in range(0, len(rows), batch_size):
-            images, labels = self._train(rows[start : start + batch_size])
-            yield self.normalise(images), labels, owners[start : start + batch_size]
+        for client, part in enumerate(self._held_back):
+            # All of a client's noise is drawn at once, so that it does not depend on the batch size.
+            images, labels = self._train(part)
+            images = self._noisy(self._normalise(images), client, torch_rng(0, 0, client, "held-back noise"))
+            for start in range(0, len(part), batch_size):
+                few = labels[start : start + batch_size]
+                yield images[start : start + batch_size], few, torch.full_like(few, client)
 
 
 def load(
@@ -282,28 +198,16 @@ def load(
     dataset: ImageDataset | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> FederatedData:
-    """Returns the data that the settings name, partitioned among clients.
+    """Returns the data that the settings name, or ``dataset``, partitioned among clients.
 
-    Args:
-        data: where images come from.
-        config: the partition, and what clients hold back.
-        seed: the run's; the partition's only source of randomness.
-        device: where batches are made.
-        dataset: used in place of the one that ``data`` names.
-        progress: called as ``progress(images decoded, of)``, only where they are not in the cache.
-
-    Raises:
-        InputError: data that cannot be used, or an impossible partition.
+    ``progress`` is called as ``progress(images decoded, of)``, only where they are not in the cache.
     """
-    if config.law == "file" and config.file is not None:
-        read_json(config.file)  # fails before the data, which may take minutes to decode
     if dataset is None:
         dataset = sources.load(data, columns=needed_columns(config), progress=progress)
     found = partition_dataset(dataset, config, seed)
     if config.test_share > 0 and not any(map(len, found.held_back)):
         raise InputError(
-            f"partition.test_share {config.test_share:g} holds nothing back: no client has enough samples for it; "
-            "raise it, or lower partition.num_clients"
+            f"partition.test_share {config.test_share:g} holds no sample back; raise it, or lower partition.num_clients"
         )
     noise = noise_levels(len(found.train), config.feature_noise)
     return FederatedData(dataset, found.train, device, held_back=found.held_back, noise=noise)
@@ -311,38 +215,29 @@ def load(
 
 @dataclass(frozen=True)
 class Partition:
-    """Who holds what: per client, ascending rows of the training images."""
+    """Ascending training rows per client: all, those to train on, and those held back for testing."""
 
     whole: list[Indices]
     train: list[Indices]
-    """``whole`` without ``held_back``."""
     held_back: list[Indices]
 
 
 def partition_dataset(dataset: ImageDataset, config: PartitionConfig, seed: int) -> Partition:
-    """Partitions the training images among clients, and each client's into training and held-back rows.
-
-    Raises:
-        InputError: an impossible partition.
-    """
+    """Partitions the training images, and each client's into those to train on and those held back."""
     labels = dataset.train_labels.numpy()
     whole = partition(labels, config, numpy_rng(seed, 0, SERVER, "partition"), dataset.columns)
     train, held_back = hold_back(whole, labels, config.test_share, numpy_rng(seed, 0, SERVER, "hold_back"))
     return Partition(whole, train, held_back)
 
 
-def _checked(parts: Sequence[ArrayLike], total: int) -> list[Tensor]:
-    tensors = [torch.from_numpy(np.asarray(part, dtype=np.int64).copy()) for part in parts]
-    if any(len(part) and (int(part.min()) < 0 or int(part.max()) >= total) for part in tensors):
-        raise ValueError(f"a client's row is outside the {total} training samples")
-    return tensors
+def _as_tensors(parts: Sequence[ArrayLike]) -> list[Tensor]:
+    return [torch.from_numpy(np.array(part, dtype=np.int64)) for part in parts]
 
 
 def _resident(images: Tensor, device: torch.device) -> Tensor:
     """Returns the images on the device, unless they would take more than half of its free memory."""
     if images.shape[1] == 1:
-        # The same bytes with the strides of channels-last: convolutions then take kernels that need a quarter less time
-        # on a CPU (LeNet, cnn and convnet at 28x28; one thread, AVX2).
+        # The same bytes with the strides of channels-last: convolutions on a CPU take a quarter less time.
         images = images.reshape(len(images), *images.shape[2:], 1).permute(0, 3, 1, 2)
     if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
         return images

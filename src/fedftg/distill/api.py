@@ -3,21 +3,42 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 
 import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from fedftg.distill.config import DistillConfig, preset
-from fedftg.distill.distiller import Distiller, DistillMetrics, Progress
+from fedftg.distill.distiller import Progress, distil, trainable
 from fedftg.distill.generator import Generator
+from fedftg.distill.images import GeneratorImages
 from fedftg.distill.labels import check_class_counts, class_probabilities, sample_labels
 from fedftg.distill.teachers import Classifier, ListedTeachers, copied, frozen
-from fedftg.errors import InputError
+from fedftg.errors import InputError, first_line
 from fedftg.params import first_non_finite
 from fedftg.seeds import SERVER, forked, seed_for, torch_rng
+
+
+@dataclass(frozen=True)
+class DistillMetrics:
+    """What happened in each iteration, mean over its steps: ``(I,)`` float32 tensors on the CPU."""
+
+    discrepancy: Tensor
+    """``sum_k a_k L_md``; with a mask, what the mask leaves of it."""
+    fidelity: Tensor
+    """``sum_k a_k L_cls``."""
+    diversity: Tensor
+    """``L_dis``; 1 is a generator that makes one image."""
+    student: Tensor
+    """The student's loss; 0 where it takes no step."""
+    teacher_agreement: Tensor
+    """The share of the student's images for which the weighted ensemble predicts the label they were drawn for."""
+
+    def means(self) -> dict[str, float]:
+        """Returns the mean of each metric over the iterations."""
+        return {item.name: float(getattr(self, item.name).mean()) for item in fields(self)}
 
 
 @dataclass(frozen=True)
@@ -28,7 +49,6 @@ class RefineResult:
     """The refined copy of the student, in the student's mode."""
     generator: Generator
     metrics: DistillMetrics
-    """Per iteration."""
     rolled_back: str | None
     """Why ``model`` and ``generator`` are as they were given, or None where all went well."""
     class_probabilities: Float[Tensor, " C"]
@@ -39,26 +59,20 @@ class RefineResult:
     def sample(
         self, n: int, labels: int | Sequence[int] | Int[Tensor, " N"] | None = None
     ) -> tuple[Float[Tensor, "N D H W"], Int[Tensor, " N"]]:
-        """``n`` synthetic images ``(N, D, H, W)`` and their labels ``(N,)``, on the generator's device.
+        """Returns ``n`` new synthetic images and their labels, on the generator's device.
 
-        Args:
-            n: at least 1. Every call gives new images.
-            labels: one for all, one for each, or None: drawn from ``p_t(y)``.
-
-        Raises:
-            InputError: ``n`` < 1, or labels that are not ``n`` numbers below the number of classes.
+        ``labels`` is one for all, one for each, or None: drawn from ``p_t(y)``.
         """
         if n < 1:
             raise InputError(f"n must be >= 1, got {n}; it is the number of images")
-        classes = self.generator.num_classes
         if labels is None:
             chosen = sample_labels(self.class_probabilities[None], 1, n, rng=self._rng)[0]
         else:
             chosen = torch.as_tensor(labels).cpu()
             chosen = chosen.expand(n) if chosen.ndim == 0 else chosen
-        wrong = tuple(chosen.shape) != (n,) or chosen.is_floating_point()
-        if wrong or int(chosen.min()) < 0 or int(chosen.max()) >= classes:
-            raise InputError(f"labels must be one or {n} whole numbers from 0 to {classes - 1}, got {labels}")
+        allowed = torch.arange(self.generator.num_classes)
+        if chosen.shape != (n,) or not bool(torch.isin(chosen, allowed).all()):
+            raise InputError(f"labels must be one or {n} whole numbers from 0 to {len(allowed) - 1}, got {labels}")
         noise = torch.randn(n, self.generator.noise_dim, generator=self._rng)
         parameter = next(self.generator.parameters())
         chosen = chosen.to(parameter.device, torch.int64)
@@ -77,10 +91,10 @@ def refine(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> RefineResult:
-    """A better copy of ``student``, distilled from ``teachers`` with no data.
+    """Returns a better copy of ``student``, distilled from ``teachers`` with no data.
 
-    Nothing that is given is changed: not the student, the teachers, the generator, their modes and flags, nor torch's
-    global random state. The same seed gives the same result on the same machine.
+    Nothing that is given is changed, nor torch's global random state. The same seed gives the same result on the same
+    machine. An `InputError` says which inputs do not fit together.
 
     Args:
         student: a classifier from images ``(B, D, H, W)`` to logits ``(B, C)``, such as the average of the teachers.
@@ -92,53 +106,38 @@ def refine(
         generator: where to start from, such as ``result.generator`` of an earlier call; None: a new one. Its noise
             length and image shape go before ``config.noise_dim`` and ``image_shape``.
         image_shape: ``(D, H, W)`` of the classifiers' images: 1 or 3 channels, 8 to 224 pixels a side.
-        seed: of everything that is drawn.
         progress: called as ``progress(iterations done, iterations in all)``.
-
-    Raises:
-        InputError: inputs that do not fit together; the message says what to do.
     """
     settings = preset(config) if isinstance(config, str) else config
     if isinstance(teachers, nn.Module) and not isinstance(teachers, nn.ModuleList):
         raise InputError(f"teachers must be a list of classifiers, got one {type(teachers).__name__}; pass [teacher]")
-    models: list[Classifier] = [student, *teachers]
-    _check_models(student, models)
-    ensemble = ListedTeachers(models[1:])
+    models: dict[str, Classifier] = {"student": student}
+    models |= {f"teacher {k}": teacher for k, teacher in enumerate(teachers)}
+    for name, model in models.items():
+        if not callable(model):
+            raise InputError(f"{name} must be a classifier, got {type(model).__name__}; load weights into a module")
+    ensemble = ListedTeachers(list(models.values())[1:])
+    place = trainable(student)[0]
     counts = _counts(class_counts, len(ensemble))
     if generator is None:
-        new = _new_generator(settings, counts.shape[1], image_shape, seed)
+        with forked(seed_for(seed, 0, SERVER, "generator"), torch.device("cpu")):
+            new = Generator(settings.noise_dim, counts.shape[1], image_shape, settings.generator_width)
     else:
         new = copy.deepcopy(generator)
-        settings = settings.model_copy(update={"noise_dim": new.noise_dim})
-    place = next(student.parameters())
     new = new.to(place)
-    start, model = copy.deepcopy(new).eval(), copied(student)
-    _probe(models, torch.zeros(2, *new.image_shape).to(place), counts.shape[1])
-    metrics = Distiller(settings, new).refine(
-        model, ensemble, counts, rng=torch_rng(seed, 0, SERVER, "refine"), progress=progress
-    )
-    broken = first_non_finite(model.state_dict()) or first_non_finite(new.state_dict())
+    _check(models, torch.zeros(2, *new.image_shape).to(place), counts.shape[1])
+    start, refined = copy.deepcopy(new).eval(), copied(student)
+    rng = torch_rng(seed, 0, SERVER, "refine")
+    metrics = distil(settings, GeneratorImages(settings, new), refined, ensemble, counts, rng=rng, progress=progress)
+    broken = first_non_finite(refined.state_dict()) or first_non_finite(new.state_dict())
     return RefineResult(
-        model=copied(student) if broken else model,
+        model=copied(student) if broken else refined,
         generator=start if broken else new.eval(),
-        metrics=metrics,
+        metrics=DistillMetrics(**metrics),
         rolled_back=f"{broken} is not finite; lower student_lr or generator_lr" if broken else None,
         class_probabilities=class_probabilities(counts),
         _rng=torch_rng(seed, 0, SERVER, "sample"),
     )
-
-
-def _check_models(student: nn.Module, models: Sequence[Classifier]) -> None:
-    for name, model in zip(_names(models), models, strict=True):
-        if not callable(model):
-            raise InputError(
-                f"{name} must be a classifier, got {type(model).__name__}; load weights into a module and pass that"
-            )
-        broken = first_non_finite(model.state_dict()) if isinstance(model, nn.Module) else None
-        if broken:
-            raise InputError(f"{name} has values in {broken} that are not finite; leave it out, or train it anew")
-    if next(student.parameters(), None) is None:
-        raise InputError(f"student {type(student).__name__} has no parameters; give a classifier that can be trained")
 
 
 def _counts(class_counts: Tensor | Sequence[Sequence[float] | Tensor], num_teachers: int) -> Float[Tensor, "K C"]:
@@ -150,25 +149,17 @@ def _counts(class_counts: Tensor | Sequence[Sequence[float] | Tensor], num_teach
     return check_class_counts(class_counts, num_teachers=num_teachers)
 
 
-def _new_generator(settings: DistillConfig, num_classes: int, image_shape: Sequence[int], seed: int) -> Generator:
-    try:
-        shape = tuple(int(size) for size in image_shape)
-    except (TypeError, ValueError):
-        raise InputError(f"image_shape must be three whole numbers such as (3, 32, 32), got {image_shape!r}") from None
-    with forked(seed_for(seed, 0, SERVER, "generator"), torch.device("cpu")):
-        return Generator(settings.noise_dim, num_classes, shape, settings.generator_width)
-
-
 @torch.no_grad()
-def _probe(models: Sequence[Classifier], images: Tensor, num_classes: int) -> None:
-    """Calls the student and every teacher once: what is wrong is one line before any work is done."""
-    for name, model in zip(_names(models), models, strict=True):
+def _check(models: Mapping[str, Classifier], images: Tensor, num_classes: int) -> None:
+    for name, model in models.items():
+        broken = first_non_finite(model.state_dict()) if isinstance(model, nn.Module) else None
+        if broken:
+            raise InputError(f"{name} has values in {broken} that are not finite; leave it out, or train it anew")
         try:
             logits = frozen(model)(images)
         except Exception as error:
-            reason = str(error).strip().partition("\n")[0]
             raise InputError(
-                f"{name} does not take images of shape {tuple(images.shape)} on {images.device}: {reason}; "
+                f"{name} does not take images of shape {tuple(images.shape)} on {images.device}: {first_line(error)}; "
                 "pass the image_shape that it was trained with, and put all models on one device"
             ) from error
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -177,7 +168,3 @@ def _probe(models: Sequence[Classifier], images: Tensor, num_classes: int) -> No
                 f"{name} must return logits of shape (batch, classes) = {(len(images), num_classes)}, got {got}; "
                 "student, teachers and class_counts must have the same classes"
             )
-
-
-def _names(models: Sequence[Classifier]) -> list[str]:
-    return ["student", *(f"teacher {k}" for k in range(len(models) - 1))]

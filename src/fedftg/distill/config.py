@@ -1,4 +1,4 @@
-"""`DistillConfig` and its presets: ``paper``, ``official`` (the public code) and ``fedftg`` (ours, the default)."""
+"""`DistillConfig` and its presets: ``paper``, ``official`` (the public code), ``fedftg`` (ours). Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedftg.distill.labels import EnsembleWeighting, LabelSampling
-from fedftg.distill.losses import Discrepancy, FidelityWeighting, StudentLoss
 from fedftg.errors import explain, unknown
+
+Discrepancy = Literal["kl", "l1_logits"]
+FidelityWeighting = Literal["sample", "batch_mean"]
+StudentLoss = Literal["kl", "soft_cross_entropy"]
+LabelSampling = Literal["iid", "proportional", "uniform"]
+EnsembleWeighting = Literal["class", "samples", "uniform"]
 
 
 class DistillConfig(BaseModel):
-    """Every choice of the fine-tuning. ``DistillConfig()`` is the paper; presets differ in fields and in nothing else.
-
-    Defaults of the class: the paper, and its public code where the paper is silent (rates, optimisers, widths).
-    """
+    """Every choice of the fine-tuning. Defaults: the paper; where it is silent (rates, widths) its public code."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -94,9 +95,6 @@ class DistillConfig(BaseModel):
     student_mode: Literal["train", "eval"] = Field(
         default="train", description="eval: BatchNorm of the student uses and keeps its real statistics, dropout is off"
     )
-    restore_buffers: bool = Field(
-        default=False, description="put the student's buffers (BatchNorm statistics) back afterwards"
-    )
     generator_warmup: int = Field(
         default=0, ge=0, description="generator-only iterations before those of the first call"
     )
@@ -139,11 +137,7 @@ PRESETS: dict[str, DistillConfig] = {
 
 
 def preset(name: str, **overrides: Any) -> DistillConfig:
-    """The preset called ``name``, with some fields changed.
-
-    Raises:
-        InputError: no such preset or field, or a value out of range.
-    """
+    """Returns the preset called ``name``, with some fields changed; an `InputError` names a wrong one."""
     if name not in PRESETS:
         raise unknown("preset", name, PRESETS)
     try:

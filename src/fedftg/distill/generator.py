@@ -12,10 +12,7 @@ from torch import Tensor, nn
 
 from fedftg.errors import InputError
 
-MIN_SIZE, MAX_SIZE = 8, 224
-LEAST_CHANNELS = 8
-_BASE = 8
-_LEAKY_SLOPE = 0.2
+_MIN_SIZE, _MAX_SIZE, _BASE, _LEAST_CHANNELS = 8, 224, 8, 8
 
 
 class Generator(nn.Module):
@@ -26,47 +23,43 @@ class Generator(nn.Module):
     first, ``width`` after the second and half as many after each further one; a 3x3 convolution to the image channels,
     tanh and BatchNorm without affine, so that every channel of a training batch has mean 0 and variance 1, like
     normalised real images. At 32x32 this is the public code's generator.
-    Sizes that are no multiple of the upsampling are generated larger and cropped at the centre.
+    Sizes that are no multiple of the upsampling are generated larger and cropped at the centre. The upsamplings are at
+    least 2, and as few as make the base map at most 8x8.
 
     Args:
         noise_dim: ``Z``; the public code uses 100 for CIFAR-10 and 256 for CIFAR-100.
         num_classes: ``C``.
         image_shape: ``(D, H, W)`` with 1 or 3 channels and 8 to 224 pixels a side.
         width: channels after the second upsampling, which is the last one up to 32x32; 64 in the public code. Larger
-            images halve them at each further upsampling, down to 8, so that every resolution costs about the same:
-            128x128 measured 4 times the time of 32x32; without halving it was 22 times.
-        upsamplings: how many times the base map is doubled. None: as few as make it at most 8x8, but at least two.
-
-    Raises:
-        InputError: an argument out of range.
+            images halve them at each further upsampling, down to 8: 128x128 measured 4 times the time of 32x32;
+            without halving it was 22 times.
     """
 
-    def __init__(
-        self,
-        noise_dim: int,
-        num_classes: int,
-        image_shape: Sequence[int],
-        width: int = 64,
-        *,
-        upsamplings: int | None = None,
-    ) -> None:
+    def __init__(self, noise_dim: int, num_classes: int, image_shape: Sequence[int], width: int = 64) -> None:
         super().__init__()
-        channels, height, count = _checked(noise_dim, num_classes, image_shape, width, upsamplings)
+        shape = tuple(image_shape)
+        if len(shape) != 3 or shape[0] not in (1, 3) or not all(_MIN_SIZE <= size <= _MAX_SIZE for size in shape[1:]):
+            raise InputError(
+                f"image_shape must be (channels, height, width) with 1 or 3 channels and {_MIN_SIZE} to {_MAX_SIZE} "
+                f"pixels a side, got {shape}; resize the images, or put the channels first"
+            )
+        channels, height, breadth = shape
+        self.image_shape = (channels, height, breadth)
         self.noise_dim, self.num_classes, self.width = noise_dim, num_classes, width
-        self.image_shape = (channels, height, int(image_shape[2]))
+        count = max(2, math.ceil(math.log2(max(height, breadth) / _BASE)))
         factor = 2**count
-        self._base = (math.ceil(height / factor), math.ceil(self.image_shape[2] / factor))
+        self._base = (math.ceil(height / factor), math.ceil(breadth / factor))
         area = self._base[0] * self._base[1]
         self.noise_layer = nn.Linear(noise_dim, width * area)
         self.label_layer = nn.Linear(num_classes, width * area)
         self.base_norm = nn.BatchNorm2d(2 * width)
-        outputs = _channels(width, count)
+        outputs = [2 * width, *(max(width >> further, min(width, _LEAST_CHANNELS)) for further in range(count - 1))]
         self.blocks = nn.ModuleList(map(_block, [2 * width, *outputs], outputs))
         self.to_image = nn.Conv2d(outputs[-1], channels, 3, padding=1)
         self.image_norm = nn.BatchNorm2d(channels, affine=False)
 
     def forward(self, noise: Float[Tensor, "B Z"], labels: Int[Tensor, " B"]) -> Float[Tensor, "B D H W"]:
-        """Images ``(B, D, H, W)``; labels are int64 in ``[0, C)``."""
+        """Returns images ``(B, D, H, W)``; labels are int64 in ``[0, C)``."""
         one_hot = F.one_hot(labels, self.num_classes).to(noise.dtype)
         features = torch.cat([self.noise_layer(noise), self.label_layer(one_hot)], dim=1)
         features = self.base_norm(features.view(-1, 2 * self.width, *self._base))
@@ -79,35 +72,7 @@ class Generator(nn.Module):
         return cropped
 
 
-def _channels(width: int, upsamplings: int) -> list[int]:
-    """Channels after each upsampling; with a single one ``width``, as after the last of two."""
-    if upsamplings == 1:
-        return [width]
-    halved = [max(width >> further, min(width, LEAST_CHANNELS)) for further in range(upsamplings - 1)]
-    return [2 * width, *halved]
-
-
 def _block(channels_in: int, channels_out: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, 3, padding=1), nn.BatchNorm2d(channels_out), nn.LeakyReLU(_LEAKY_SLOPE)
+        nn.Conv2d(channels_in, channels_out, 3, padding=1), nn.BatchNorm2d(channels_out), nn.LeakyReLU(0.2)
     )
-
-
-def _checked(
-    noise_dim: int, num_classes: int, image_shape: Sequence[int], width: int, upsamplings: int | None
-) -> tuple[int, int, int]:
-    """Channels, height and the number of upsamplings."""
-    shape = tuple(int(size) for size in image_shape)
-    if len(shape) != 3 or shape[0] not in (1, 3) or not all(MIN_SIZE <= size <= MAX_SIZE for size in shape[1:]):
-        raise InputError(
-            f"image_shape must be (channels, height, width) with 1 or 3 channels and {MIN_SIZE} to {MAX_SIZE} pixels a "
-            f"side, got {shape}; resize the images, or put the channels first"
-        )
-    for name, value, least in (("noise_dim", noise_dim, 1), ("num_classes", num_classes, 2), ("width", width, 1)):
-        if value < least:
-            raise InputError(f"{name} of a generator must be >= {least}, got {value}")
-    if upsamplings is None:
-        upsamplings = max(2, math.ceil(math.log2(max(shape[1:]) / _BASE)))
-    if upsamplings < 1:
-        raise InputError(f"upsamplings of a generator must be >= 1, got {upsamplings}; None chooses by the image size")
-    return shape[0], shape[1], upsamplings

@@ -2,42 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor
 
+from fedftg.distill.config import EnsembleWeighting, LabelSampling
 from fedftg.errors import InputError
-
-LabelSampling = Literal["iid", "proportional", "uniform"]
-EnsembleWeighting = Literal["class", "samples", "uniform"]
 
 
 def check_class_counts(class_counts: Num[Tensor, "K C"], *, num_teachers: int) -> Float[Tensor, "K C"]:
-    """``(K, C)`` float64 on the CPU, after checking shape and values.
-
-    Raises:
-        InputError: wrong shape, a negative or non-finite count, or no sample at all.
-    """
-    if class_counts.ndim != 2 or len(class_counts) != num_teachers:
+    """Returns ``(K, C)`` float64 on the CPU, checked: at least two classes, finite, no negative, not all 0."""
+    if class_counts.ndim != 2 or len(class_counts) != num_teachers or class_counts.shape[1] < 2:
         raise InputError(
             f"class_counts must have shape (teachers, classes) = ({num_teachers}, C), got "
-            f"{tuple(class_counts.shape)}; give one row per teacher and one column per class"
+            f"{tuple(class_counts.shape)}; give one row per teacher and one column per class, at least two"
         )
     counts = class_counts.detach().to("cpu", torch.float64)
     if not bool(torch.isfinite(counts).all()) or bool((counts < 0).any()):
-        raise InputError(
-            "class_counts must be finite and >= 0, got a negative or non-finite one; "
-            "count the training samples of each class that each teacher has seen"
-        )
+        raise InputError("class_counts must be finite and >= 0; count each teacher's training samples of each class")
     if not bool(counts.sum() > 0):
-        raise InputError("class_counts are all 0, allowed is at least one sample; leave out teachers that saw no data")
+        raise InputError("class_counts are all 0; leave out teachers that saw no data")
     return counts
 
 
 def class_probabilities(class_counts: Float[Tensor, "K C"]) -> Float[Tensor, " C"]:
-    """``(C,)`` float64: ``p_t(y)``, proportional to the samples of class ``y``; 0 where no teacher holds any."""
+    """Returns ``p_t(y)``: ``(C,)`` float64, each class's share of all samples; 0 where no teacher holds any."""
     totals = class_counts.to(torch.float64).sum(dim=0)
     return totals / totals.sum()
 
@@ -45,15 +34,10 @@ def class_probabilities(class_counts: Float[Tensor, "K C"]) -> Float[Tensor, " C
 def ensemble_weights(
     class_counts: Float[Tensor, "K C"], kind: EnsembleWeighting = "class", epsilon: float = 0.0
 ) -> Float[Tensor, "K C"]:
-    """``(K, C)`` float32: ``a_k(y)``, the weight of teacher ``k`` on a sample drawn for class ``y``.
+    """Returns ``a_k(y)``: ``(K, C)`` float32, the weight of teacher ``k`` on a sample drawn for class ``y``.
 
-    Columns sum to 1 (but for ``epsilon``); with ``class`` the column of a class that no teacher holds is 0 (it is never
-    drawn).
-
-    Args:
-        class_counts: at least one sample in all.
-        kind: ``class``: ``n_k^y / (sum_j n_j^y + epsilon)``, the paper's with 0, the public code's with 1e-6;
-            ``samples``: ``n_k / sum_j n_j`` for every class, as FedDF weights; ``uniform``: ``1 / K``.
+    ``class``: ``n_k^y / (sum_j n_j^y + epsilon)``, 0 for a class that no teacher holds; ``samples``:
+    ``n_k / sum_j n_j`` for every class, as FedDF weights; ``uniform``: ``1 / K``.
     """
     counts = class_counts.to(torch.float64)
     if kind == "class":
@@ -74,16 +58,10 @@ def sample_labels(
     *,
     rng: torch.Generator,
 ) -> Int[Tensor, "I B"]:
-    """``(num_batches, batch_size)`` int64 labels on the CPU. A class that no teacher holds is never drawn.
+    """Returns ``(I, B)`` int64 labels on the CPU. A class that no teacher holds is never drawn.
 
-    Args:
-        class_counts: at least one sample in all.
-        num_batches: ``I``.
-        batch_size: ``B``.
-        kind: ``iid`` draws each label from ``p_t(y)``, as in the paper; ``proportional`` lays out all labels by
-            proportion, shuffles them once and cuts them into batches, as the public code does: the histogram of all
-            batches together is fixed; ``uniform`` draws each label uniformly from the classes that some teacher holds.
-        rng: the source of all draws.
+    ``iid`` draws each label from ``p_t(y)``, as in the paper; ``proportional`` shuffles labels of a fixed histogram
+    over all batches, as the public code does; ``uniform`` draws each label from the held classes with equal chance.
     """
     probabilities = class_probabilities(class_counts)
     number = num_batches * batch_size
@@ -97,7 +75,7 @@ def sample_labels(
 
 
 def _laid_out(probabilities: Float[Tensor, " C"], number: int) -> Int[Tensor, " N"]:
-    """``number`` labels in ascending order; class ``y`` ends at ``floor(number * sum_{c <= y} p(c))``."""
+    """Returns labels in ascending order; class ``y`` ends at ``floor(number * sum_{c <= y} p(c))``."""
     # float64 products and a floor, as in the public code: exact arithmetic would move single labels.
     ends = (probabilities.cumsum(dim=0) * number).floor().to(torch.int64)
     # The last cut is the end whatever the rounding; taken at the last class that is held, an absent one stays absent.

@@ -1,38 +1,30 @@
-"""The losses of FedFTG as pure functions of logits, labels, noise and images.
+"""The losses of FedFTG as pure functions; all have a plus sign, `fedftg.distill.images` sets those of the objective.
 
-    min_w max_theta E_{y ~ p_t(y), z ~ N(0, I)} [ sum_k a_k(y) (L_md - lambda_cls L_cls) - lambda_dis L_dis ]
-
-`model_discrepancy` is ``sum_k a_k(y) L_md``, `fidelity` is ``sum_k a_k(y) L_cls``, `diversity` is ``L_dis``;
-`student_loss` is what the student minimises on the same images. All have a plus sign; the distiller sets the signs.
+min_w max_theta E_{y ~ p_t(y), z ~ N(0, I)} [ sum_k a_k(y) (L_md - lambda_cls L_cls) - lambda_dis L_dis ]
 """
 
 from __future__ import annotations
-
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Discrepancy = Literal["kl", "l1_logits"]
-FidelityWeighting = Literal["sample", "batch_mean"]
-StudentLoss = Literal["kl", "soft_cross_entropy"]
+from fedftg.distill.config import Discrepancy, FidelityWeighting, StudentLoss
 
 _MOST_DIFFERENCES = 2**22
 """How many differences of pixels `diversity` forms at once: the public code's arithmetic, to the last bit.
 
-Beyond it (50 images of 3x32x32 have 7.7 million) ``cdist`` gives the same up to rounding without them: 13 to 25 ms
-instead of 95 to 116 ms for value and gradient on one core (alternated in one run, machine busy).
+Beyond it (50 images of 3x32x32 have 7.7 million) ``cdist`` gives the same up to rounding in about a fifth of the time.
 """
 
 
 def kl_divergence(
     teacher_logits: Float[Tensor, "K B C"], student_logits: Float[Tensor, "B C"], temperature: float = 1.0
 ) -> Float[Tensor, "K B"]:
-    """``(K, B)``: ``KL(teacher_k || student)`` of every sample in nats, summed over classes, times ``temperature**2``.
+    """Returns ``KL(teacher_k || student) temperature**2`` of every sample, in nats: ``(K, B)``.
 
-    The factor keeps the gradient's size independent of the temperature (Hinton et al. 2015). 0 where both agree.
+    The factor keeps the gradient's size independent of the temperature (Hinton et al. 2015).
     """
     teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
     student = F.log_softmax(student_logits / temperature, dim=-1)
@@ -40,7 +32,7 @@ def kl_divergence(
 
 
 def l1_logits(teacher_logits: Float[Tensor, "K B C"], student_logits: Float[Tensor, "B C"]) -> Float[Tensor, "K B"]:
-    """``(K, B)``: the absolute difference of the logits, mean over classes (the public code's discrepancy)."""
+    """Returns the absolute difference of the logits, mean over classes (the public code's): ``(K, B)``."""
     return (teacher_logits - student_logits).abs().mean(dim=-1)
 
 
@@ -53,15 +45,12 @@ def model_discrepancy(
     temperature: float = 1.0,
     mask: Bool[Tensor, " B"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Scalar ``sum_k a_k(y) L_md``: summed over teachers, mean over the batch.
+    """Returns the scalar ``sum_k a_k(y) L_md``: summed over teachers, mean over the batch.
 
     Args:
-        teacher_logits: detach them for a gradient that reaches the images through the student only.
-        student_logits: the global model's.
         weights: ``a_k(y_i)``, the ensemble weight of each teacher on each sample.
-        kind: ``kl`` as in the paper; ``l1_logits`` as in the public code.
-        temperature: for ``kl`` only; the logits are divided by it.
-        mask: samples that count; the others add 0, the mean is over all ``B`` still, so that a batch with few hard
+        temperature: for ``kl`` only.
+        mask: samples that count; the others add 0 and the mean is still over all ``B``, so that a batch with few hard
             samples takes a small step instead of a noisy one. None: all count.
     """
     if kind == "kl":
@@ -81,10 +70,10 @@ def fidelity(
     *,
     weighting: FidelityWeighting = "sample",
 ) -> Float[Tensor, ""]:
-    """Scalar ``sum_k a_k(y) L_cls``: the teachers' cross-entropy on the drawn labels, summed over teachers.
+    """Returns the scalar ``sum_k a_k(y) L_cls``: the teachers' cross-entropy on the drawn labels, summed over teachers.
 
-    ``sample`` weights every sample and takes the mean over the batch, as in the paper. ``batch_mean`` multiplies each
-    teacher's mean cross-entropy by its mean weight, as the public code does: the weights of single samples are lost.
+    ``sample`` weights every sample, as in the paper; ``batch_mean`` multiplies each teacher's mean cross-entropy by its
+    mean weight, as the public code does.
     """
     if weighting == "batch_mean":
         pairs = zip(teacher_logits, weights, strict=True)
@@ -97,10 +86,10 @@ def fidelity(
 
 
 def diversity(noise: Float[Tensor, "B Z"], images: Float[Tensor, "B D H W"]) -> Float[Tensor, ""]:
-    """Scalar ``L_dis = exp(-mean_ij dist(z_i, z_j) dist(x_i, x_j))``, in ``(0, 1]``; 1 where all images are equal.
+    """Returns the scalar ``L_dis = exp(-mean_ij dist(z_i, z_j) dist(x_i, x_j))``; 1 where all images are equal.
 
-    The mean is over all ``B * B`` ordered pairs, ``i = j`` included. Noise distance: mean squared difference; image
-    distance: mean absolute difference over all pixels. The paper gives the form, the public code the distances.
+    The mean is over all ``B * B`` pairs, ``i = j`` included. The public code gives the distances: mean squared
+    difference of noise, mean absolute difference of pixels.
     """
     flat = images.flatten(start_dim=1)
     if len(flat) * flat.numel() <= _MOST_DIFFERENCES:
@@ -114,7 +103,7 @@ def diversity(noise: Float[Tensor, "B Z"], images: Float[Tensor, "B D H W"]) -> 
 def ensemble_probabilities(
     teacher_logits: Float[Tensor, "K B C"], weights: Float[Tensor, "K B"], temperature: float = 1.0
 ) -> Float[Tensor, "B C"]:
-    """``(B, C)``: ``sum_k a_k(y_i) softmax(teacher_k / temperature)``; rows sum to what the weights sum to."""
+    """Returns ``sum_k a_k(y_i) softmax(teacher_k / temperature)``: ``(B, C)``."""
     total = torch.zeros_like(teacher_logits[0])
     for logits, weight in zip(teacher_logits, weights, strict=True):
         total = total + F.softmax(logits / temperature, dim=-1) * weight[:, None]
@@ -128,9 +117,9 @@ def student_loss(
     kind: StudentLoss = "kl",
     temperature: float = 1.0,
 ) -> Float[Tensor, ""]:
-    """Scalar distance of the student from the ensemble's probabilities, times ``temperature**2``.
+    """Returns the scalar distance of the student from the ensemble's probabilities, times ``temperature**2``.
 
-    ``kl``: ``KL(ensemble || student)`` in nats, mean over the batch, as in the paper. ``soft_cross_entropy``: mean over
+    ``kl``: ``KL(ensemble || student)`` in nats, mean over the batch, as in the paper; ``soft_cross_entropy``: mean over
     the batch *and the classes*, as in the public code, so its gradient is ``C`` times smaller.
     """
     log_student = F.log_softmax(student_logits / temperature, dim=-1)
@@ -144,9 +133,5 @@ def student_loss(
 def transferable(
     ensemble: Float[Tensor, "B C"], student_logits: Float[Tensor, "B C"], labels: Int[Tensor, " B"]
 ) -> Bool[Tensor, " B"]:
-    """``(B,)``: where the ensemble predicts the drawn label and the student does not.
-
-    From these samples the student can only learn something right: the transferability constraint of DFRD (Luo et al.,
-    NeurIPS 2023).
-    """
+    """Returns where the ensemble predicts the drawn label and the student does not: ``(B,)`` (DFRD, NeurIPS 2023)."""
     return (ensemble.argmax(dim=-1) == labels) & (student_logits.argmax(dim=-1) != labels)

@@ -21,11 +21,8 @@ Classifier = Callable[[Tensor], Tensor]
 ClassifierFunction = Callable[[Params, Params, Tensor], Tensor]
 """``(params, buffers, images) -> logits (B, C)``, in evaluation mode."""
 
-STACKED_UP_TO = 2**30
-"""Bytes of all teachers together: beyond, a second copy of them costs more memory than it saves launches."""
-
-MOST_AT_ONCE = 32
-"""Teachers whose graphs are in memory at a time where ``teacher_chunk`` is 0."""
+STACKED_UP_TO = 2**30  # bytes of all teachers together
+MOST_AT_ONCE = 32  # teachers whose graphs are in memory at a time where ``teacher_chunk`` is 0
 
 
 @runtime_checkable
@@ -33,28 +30,14 @@ class Teachers(Protocol):
     """Teachers in evaluation mode: gradients reach the images and never the teachers' weights."""
 
     def __len__(self) -> int:
-        """``K``."""
-        ...
+        """Returns ``K``."""
 
-    def __call__(
-        self, images: Float[Tensor, "B D H W"], start: int = 0, stop: int | None = None
-    ) -> Float[Tensor, "K B C"]:
-        """Logits ``(stop - start, B, C)`` of the teachers ``start <= k < stop``; None: to the last.
-
-        They are differentiable with respect to the images.
-        """
-        ...
+    def __call__(self, images: Float[Tensor, "B D H W"], start: int, stop: int) -> Float[Tensor, "K B C"]:
+        """Returns logits of the teachers ``start <= k < stop``, differentiable in the images."""
 
 
 class ListedTeachers:
-    """Teachers of any architectures, called one after the other.
-
-    Args:
-        classifiers: modules or functions from images ``(B, D, H, W)`` to logits ``(B, C)``; see `frozen`.
-
-    Raises:
-        InputError: no teacher.
-    """
+    """Teachers of any architectures, modules or functions (see `frozen`), called one after the other."""
 
     def __init__(self, classifiers: Sequence[Classifier]) -> None:
         if not classifiers:
@@ -62,13 +45,10 @@ class ListedTeachers:
         self._classifiers = [frozen(classifier) for classifier in classifiers]
 
     def __len__(self) -> int:
-        """``K``."""
         return len(self._classifiers)
 
-    def __call__(
-        self, images: Float[Tensor, "B D H W"], start: int = 0, stop: int | None = None
-    ) -> Float[Tensor, "K B C"]:
-        """Logits ``(stop - start, B, C)``."""
+    def __call__(self, images: Float[Tensor, "B D H W"], start: int, stop: int) -> Float[Tensor, "K B C"]:
+        """Returns logits of the teachers ``start <= k < stop``."""
         return torch.stack([classifier(images) for classifier in self._classifiers[start:stop]])
 
 
@@ -76,8 +56,7 @@ class StackedTeachers:
     """Teachers of one architecture, called together by ``torch.func.vmap``.
 
     Args:
-        function: logits ``(B, C)`` from one teacher's parameters, buffers and the images, in evaluation mode and
-            without a write to the buffers.
+        function: must not write to the buffers.
         params: every tensor with a new first dimension of size ``K`` (`fedftg.params.stack`).
         buffers: likewise; may be empty.
     """
@@ -88,51 +67,36 @@ class StackedTeachers:
         self._buffers = {name: tensor.detach() for name, tensor in buffers.items()}
 
     def __len__(self) -> int:
-        """``K``."""
         return next(iter(self._params.values())).shape[0]
 
-    def __call__(
-        self, images: Float[Tensor, "B D H W"], start: int = 0, stop: int | None = None
-    ) -> Float[Tensor, "K B C"]:
-        """Logits ``(stop - start, B, C)``."""
+    def __call__(self, images: Float[Tensor, "B D H W"], start: int, stop: int) -> Float[Tensor, "K B C"]:
+        """Returns logits of the teachers ``start <= k < stop``."""
         params = {name: tensor[start:stop] for name, tensor in self._params.items()}
         buffers = {name: tensor[start:stop] for name, tensor in self._buffers.items()}
         logits: Tensor = torch.func.vmap(self._function, in_dims=(0, 0, None))(params, buffers, images)
         return logits
 
 
-def stack_or_list(
-    function: ClassifierFunction, params: Sequence[Params], buffers: Sequence[Params], *, stacked: bool | None = None
-) -> Teachers:
-    """Teachers of one architecture in the form that is faster where their values lie; the numbers agree up to rounding.
+def stack_or_list(function: ClassifierFunction, params: Sequence[Params], buffers: Sequence[Params]) -> Teachers:
+    """Returns teachers of one architecture in the form that is faster; the numbers agree up to rounding.
 
-    Args:
-        function: see `StackedTeachers`.
-        params: one per teacher.
-        buffers: one per teacher.
-        stacked: None chooses: stacked (copies all values) on an accelerator, where many small kernels wait for their
-            launch, while the copies are at most 1 GiB; listed beyond that, and on the CPU, where a ``vmap`` over
-            convolutions measured twice the time of a loop.
-
-    Raises:
-        InputError: no teacher.
+    Stacked (which copies all values) on an accelerator, where many small kernels wait for their launch, while the
+    copies are at most 1 GiB; listed beyond that, and on the CPU, where a ``vmap`` over convolutions measured twice the
+    time of a loop.
     """
-    if stacked is None and params:
-        size = len(params) * sum(tensor.nbytes for tensor in params[0].values())
-        stacked = next(iter(params[0].values())).device.type != "cpu" and size <= STACKED_UP_TO
-    if stacked:
+    tensors = [tensor for one in params for tensor in one.values()]
+    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
+    if not on_cpu and sum(tensor.nbytes for tensor in tensors) <= STACKED_UP_TO:
         return StackedTeachers(function, stack(params), stack(buffers))
-    frozen = [{name: tensor.detach() for name, tensor in one.items()} for one in params]
-    return ListedTeachers([partial(function, p, b) for p, b in zip(frozen, buffers, strict=True)])
+    values = [{name: tensor.detach() for name, tensor in one.items()} for one in params]
+    return ListedTeachers([partial(function, p, b) for p, b in zip(values, buffers, strict=True)])
 
 
 class Ensemble:
     """Teachers with the weight of each on the samples of each class.
 
     Args:
-        teachers: ``K`` of them.
-        class_counts: ``(K, C)`` float64 on the CPU (`fedftg.distill.labels.check_class_counts`).
-        config: weights, temperature, ``teacher_chunk`` and ``precision``.
+        class_counts: ``(K, C)`` as `fedftg.distill.labels.check_class_counts` returns them.
         like: a tensor on the device and in the type of the images.
     """
 
@@ -146,62 +110,53 @@ class Ensemble:
         self._mean_weights = (weights.double() @ class_probabilities(class_counts)).to(like)
 
     def __len__(self) -> int:
-        """``K``."""
         return len(self._teachers)
 
     @property
     def num_classes(self) -> int:
-        """``C``."""
+        """Returns ``C``."""
         return self._class_weights.shape[1]
 
     def ranges(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """The teachers ``start <= k < stop`` as ranges whose graphs are in memory at a time."""
+        """Returns the teachers ``start <= k < stop`` as ranges whose graphs are in memory at a time."""
         size = self._config.teacher_chunk or MOST_AT_ONCE
         return [(first, min(first + size, stop)) for first in range(start, stop, size)]
 
     def weights(self, labels: Int[Tensor, " B"], start: int, stop: int) -> Float[Tensor, "K B"]:
-        """``a_k(y_i)`` of the teachers ``start <= k < stop``: ``(stop - start, B)``."""
+        """Returns ``a_k(y_i)`` of the teachers ``start <= k < stop``."""
         return self._class_weights[start:stop][:, labels]
 
     def logits(self, images: Float[Tensor, "B D H W"], start: int, stop: int) -> Float[Tensor, "K B C"]:
-        """Logits ``(stop - start, B, C)`` of the teachers ``start <= k < stop``."""
+        """Returns logits of the teachers ``start <= k < stop``, in the type of the images."""
         with autocast(self._config, images.device):
             logits = self._teachers(images, start, stop)
         return logits.to(images.dtype)
 
     @torch.no_grad()
-    def probabilities(
-        self,
-        images: Float[Tensor, "B D H W"],
-        labels: Int[Tensor, " B"] | None,
-        logits: Float[Tensor, "K B C"] | None = None,
-    ) -> Float[Tensor, "B C"]:
-        """``(B, C)``: the weighted mean of the teachers' probabilities, without a graph.
+    def probabilities(self, images: Float[Tensor, "B D H W"], labels: Int[Tensor, " B"] | None) -> Float[Tensor, "B C"]:
+        """Returns the weighted mean of the teachers' probabilities, ``(B, C)``, without a graph.
 
-        Args:
-            images: for the teachers.
-            labels: the class of each image; None where it is unknown: a teacher's weight is then its mean over
-                ``p_t(y)``, which for ``ensemble = "class"`` is its share of all samples, as FedDF weights.
-            logits: those of all teachers on these images, where they are known.
+        Where ``labels`` is None (unknown), a teacher's weight is its mean over ``p_t(y)``: with ``ensemble = "class"``
+        its share of all samples, as FedDF weights.
         """
         parts = []
-        for first, last in self.ranges(0, len(self)) if logits is None else [(0, len(self))]:
+        for first, last in self.ranges(0, len(self)):
             if labels is None:
                 weights = self._mean_weights[first:last, None].expand(-1, len(images))
             else:
                 weights = self.weights(labels, first, last)
-            found = self.logits(images, first, last) if logits is None else logits
-            parts.append(losses.ensemble_probabilities(found, weights, self._config.temperature))
+            logits = self.logits(images, first, last)
+            parts.append(losses.ensemble_probabilities(logits, weights, self._config.temperature))
         return torch.stack(parts).sum(dim=0)
 
 
 def autocast(config: DistillConfig, device: torch.device) -> torch.autocast:
-    """The precision of the frozen teachers and the generator; the student and all losses stay in full precision."""
+    """Returns the precision of the frozen teachers and the generator; student and losses stay in full precision."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
 
 
 def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy, also of a module that keeps a result with its graph as an attribute, such as its last features."""
+    """Returns a deep copy; a result that a module keeps with its graph, such as features, is detached in it."""
     memo = memo or {}
     for layer in module.modules():
         kept = [value for value in vars(layer).values() if isinstance(value, Tensor) and value.grad_fn is not None]
@@ -210,11 +165,7 @@ def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
 
 
 def frozen(classifier: Classifier) -> Classifier:
-    """A view of a module that evaluates and has no weight gradients; a function is returned as it is.
-
-    The view shares the module's values, so later changes in place are seen; the module keeps its modes and flags. A
-    function must evaluate, not train.
-    """
+    """Returns a view of a module that shares its values, evaluates and has no weight gradients; a function as it is."""
     if not isinstance(classifier, nn.Module):
         return classifier
     # deepcopy takes what the memo already holds for an object instead of copying it.

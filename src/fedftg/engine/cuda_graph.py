@@ -1,54 +1,47 @@
 """Client steps recorded once as a CUDA graph and replayed: one launch a step instead of some thousand.
 
-A step (forward, backward, the rule's correction, clipping, SGD) is `fedftg.engine.local_train.client_step`, unchanged,
-on tensors with fixed addresses (`fedftg.engine.client_slots`): values are copied in before a client and out after it,
-images and labels before each step. Order and augmentation are drawn outside. A smaller last batch has a recording of
-its own. With ``executor.group`` above 1 the steps of several clients with full batches are recorded side by side, each
-on its own stream.
-
-Recordings serve all rounds, unless the rule reads the round (`fedftg.algorithms.base.LocalRule`).
+A step is `fedftg.engine.local_train.client_step`, unchanged, on tensors with fixed addresses, which are filled for each
+client and batch. A smaller last batch has a recording of its own. With ``executor.group`` above 1 the steps of all
+clients with full batches are recorded side by side, each on its own stream.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
-from itertools import chain
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedftg import params as tree
-from fedftg.algorithms.base import ClientResult, LocalRule, LocalTask
+from fedftg.algorithms.base import Batch, ClientResult, LocalRule, LocalTask
 from fedftg.data.federated import FederatedData
-from fedftg.engine.client_slots import ClientSlot, RoundInputs, groups
 from fedftg.engine.executors import SequentialExecutor
-from fedftg.engine.local_train import LocalConfig, client_batches
-from fedftg.errors import ClientError, InputError
+from fedftg.engine.local_train import LocalConfig, Sgd, client_batches, client_step, result_of
+from fedftg.errors import ClientError, InputError, first_line
 from fedftg.models.functional import FunctionalModel
+from fedftg.params import Params
 from fedftg.seeds import forked, seed_for
 
 Part = Callable[[], None]
+Recorder = Callable[[Sequence[Part]], Part]
+"""Returns a function that repeats what the parts do, all at once; may run them before that."""
 Key = tuple[tuple[int, torch.Size], ...]
 """Which slots step together, and the shapes of their images."""
 
 MOST_RECORDINGS = 128
 """The least recently used are dropped beyond this: every size of a last batch adds one for each slot."""
 
+_NUMBERS = {  # of a task that are tensors in a recorded step, which then serves all clients and rounds
+    **dict.fromkeys(("round", "client", "num_samples", "seed"), torch.int64),
+    **dict.fromkeys(("relative_size", "lr"), torch.float64),
+}
+
 
 class CannotRecord(RuntimeError):
     """A step cannot be recorded, or its recording computes something else."""
-
-
-class Recorder(Protocol):
-    """Makes recordings; tests have one that needs no GPU."""
-
-    def record(self, parts: Sequence[Part]) -> Part:
-        """Returns a function that repeats what the parts do, all at once; may run them before that."""
-        ...
 
 
 class CudaRecorder:
@@ -59,7 +52,7 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
         self._streams: list[torch.cuda.Stream] = []
 
-    def record(self, parts: Sequence[Part]) -> Part:
+    def __call__(self, parts: Sequence[Part]) -> Part:
         """Runs the parts once, which sets libraries up, then records them, each on its own stream."""
         with torch.cuda.device(self._device):
             while len(self._streams) < len(parts):
@@ -80,24 +73,81 @@ class CudaRecorder:
             main.wait_stream(stream)
 
 
-@dataclass
-class _Recorded:
-    """Recordings, and the tensors that they use."""
+class RoundInputs:
+    """What all clients of a round receive."""
 
-    inputs: RoundInputs
-    slots: list[ClientSlot] = field(default_factory=list)
-    recordings: OrderedDict[Key, Part] = field(default_factory=OrderedDict)
+    def __init__(self, task: LocalTask, rule: LocalRule) -> None:
+        like = next(iter(task.params.values()))
+        self.rule = rule
+        self.params, self.buffers = tree.clone(task.params), tree.clone(task.buffers)
+        self.message = tree.clone(task.message)
+        # In the parameters' type: with another one, an update of all parameters in one call is slower.
+        self.lr = torch.tensor(task.lr, dtype=like.dtype, device=like.device)
+        self._shapes = _shapes(task)
+        self.numbers: dict[str, Any] = {}  # round and rate, where the rule may branch on them
+
+    def fits(self, task: LocalTask, rule: LocalRule) -> bool:
+        """Returns whether recordings hold for this rule and the names and shapes of this task."""
+        return rule is self.rule and _shapes(task) == self._shapes
+
+    def fill(self, task: LocalTask) -> None:
+        """Copies another round's values in."""
+        _copy((self.params, self.buffers, self.message), (task.params, task.buffers, task.message))
+        self.lr.fill_(task.lr)
+        self.numbers = {"round": task.round, "lr": task.lr} if getattr(self.rule, "reads_round", True) else {}
+
+
+class ClientSlot:
+    """The tensors that one client at a time is trained in."""
+
+    def __init__(self, task: LocalTask, inputs: RoundInputs, settings: LocalConfig) -> None:
+        self.params = {name: tensor.detach().clone().requires_grad_() for name, tensor in task.params.items()}
+        self.buffers = tree.clone(task.buffers)
+        self.memory = tree.clone(task.memory)
+        device = inputs.lr.device
+        self.numbers: dict[str, Any] = {
+            name: torch.tensor(getattr(task, name), dtype=kind, device=device) for name, kind in _NUMBERS.items()
+        }
+        self.task = LocalTask(
+            params=inputs.params, buffers=inputs.buffers, message=inputs.message, memory=self.memory, **self.numbers
+        )
+        self.sgd = Sgd(self.params, inputs.lr, settings)
+        self.loss = torch.zeros((), device=device)
+        self.images: dict[torch.Size, tuple[Tensor, Tensor]] = {}
+
+    def load(self, task: LocalTask, inputs: RoundInputs) -> None:
+        """Starts a client: the received model, its memory, no momentum."""
+        _copy((self.params, self.buffers, self.memory), (task.params, task.buffers, task.memory))
+        for tensor in self.sgd.velocity:
+            tensor.zero_()
+        for name, tensor in self.numbers.items():
+            tensor.fill_(getattr(task, name))
+        self.task = replace(self.task, **inputs.numbers)
+
+    def feed(self, images: Tensor, labels: Tensor) -> None:
+        """Copies the next batch in."""
+        own = self.images.setdefault(images.shape, (torch.empty_like(images), torch.empty_like(labels)))
+        own[0].copy_(images)
+        own[1].copy_(labels)
+
+    def state(self) -> Params:
+        """Returns all tensors that a step changes."""
+        momentum = {f"momentum/{index}": tensor for index, tensor in enumerate(self.sgd.velocity)}
+        return {**self.params, **self.buffers, **momentum}
+
+    def step(self, model: FunctionalModel, rule: LocalRule, max_grad_norm: float, shape: torch.Size) -> None:
+        """Makes one step on the last batch of this shape."""
+        batch = Batch(*self.images[shape])
+        loss = client_step(model, rule, self.params, self.buffers, batch, self.task, self.sgd, max_grad_norm)
+        self.loss.copy_(loss)
 
 
 class CudaGraphExecutor:
     """Recorded steps on a GPU, ``group`` clients at a time.
 
     Args:
-        fallback: runs the clients where a step cannot be recorded; None makes that an error.
+        may_fall_back: runs clients one after the other where a step cannot be recorded; False makes that an error.
         recorder: None takes CUDA graphs.
-
-    Raises:
-        InputError: no GPU, or a model with dropout.
     """
 
     def __init__(
@@ -107,7 +157,7 @@ class CudaGraphExecutor:
         settings: LocalConfig,
         group: int,
         *,
-        fallback: SequentialExecutor | None = None,
+        may_fall_back: bool = False,
         recorder: Recorder | None = None,
     ) -> None:
         if recorder is None and data.device.type != "cuda":
@@ -125,29 +175,19 @@ class CudaGraphExecutor:
         self._data = data
         self._settings = settings
         self._group = group
-        self._fallback = fallback
-        self._recorder = recorder
-        self._cannot_record = False
-        self._recorded: _Recorded | None = None
+        self._may_fall_back = may_fall_back
+        self._recorder = recorder or CudaRecorder(data.device)
+        self._sequential: SequentialExecutor | None = None  # takes over where a step cannot be recorded
+        self.close()
 
     def run(self, rule: LocalRule, tasks: Iterable[LocalTask]) -> Iterator[ClientResult]:
-        """Yields the results of a group at a time, in the order of the tasks.
-
-        Raises:
-            InputError: the step cannot be recorded, and there is no fallback.
-            ClientError: names the first client of the group that failed.
-        """
-        if self._cannot_record and self._fallback is not None:
-            yield from self._fallback.run(rule, tasks)
-            return
-        waiting = groups(tasks, self._group)
-        for group in waiting:
+        """Yields the results of a group at a time; a `ClientError` names the first client of the group that failed."""
+        for group in groups(tasks, self._group):
+            results: Iterable[ClientResult]
             try:
-                results = self._train(rule, group)
+                results = self._train(rule, group) if self._sequential is None else self._sequential.run(rule, group)
             except CannotRecord as error:
-                fallback = self._fall_back(error)
-                yield from fallback.run(rule, chain(group, chain.from_iterable(waiting)))
-                return
+                results = self._fall_back(error).run(rule, group)
             except InputError:
                 raise
             except Exception as error:
@@ -156,24 +196,22 @@ class CudaGraphExecutor:
 
     def close(self) -> None:
         """Frees the recordings and their memory."""
-        self._recorded = None
+        self._inputs: RoundInputs | None = None
+        self._slots: list[ClientSlot] = []
+        self._recordings: dict[Key, Part] = {}
 
     def _fall_back(self, error: CannotRecord) -> SequentialExecutor:
         self.close()
-        if self._fallback is None:
+        if not self._may_fall_back:
             raise InputError(f"executor.name=cuda_graph: {error}; take executor.name=sequential") from error
-        self._cannot_record = True
         self.description = f"sequential (cuda_graph: {error})"
-        return self._fallback
+        self._sequential = SequentialExecutor(self._model, self._data, self._settings)
+        return self._sequential
 
     def _train(self, rule: LocalRule, tasks: list[LocalTask]) -> list[ClientResult]:
         # By size: those that still step are then the first ones, and there are few combinations to record.
-        order = sorted(range(len(tasks)), key=lambda index: -self._data.num_samples(tasks[index].client))
-        ordered = [tasks[index] for index in order]
-        state = self._prepare(rule, ordered)
-        slots = state.slots[: len(ordered)]
-        for slot, task in zip(slots, ordered, strict=True):
-            slot.load(task, state.inputs)
+        ordered = sorted(tasks, key=lambda task: -self._data.num_samples(task.client))
+        self._load(rule, ordered)
         batches = [client_batches(self._model, self._data, self._settings, task) for task in ordered]
         losses: list[list[Tensor]] = [[] for _ in ordered]
         first = tasks[0]
@@ -183,108 +221,87 @@ class CudaGraphExecutor:
                 for index, source in enumerate(batches):
                     batch = next(source, None)
                     if batch is not None:
-                        slots[index].feed(*batch)
+                        self._slots[index].feed(*batch)
                         current.append((index, batch[0].shape))
                 if not current:
                     break
-                for key in _neighbours(current, self._settings.batch_size):
-                    self._replay(state, rule, key)
+                full = tuple(one for one in current if one[1][0] == self._settings.batch_size)
+                keys = [full] * bool(full) + [(one,) for one in current if one not in full]
+                for key in keys:
+                    self._replay(rule, key)
                 for index, _ in current:
-                    losses[index].append(slots[index].loss.clone())
-        results = [self._result(rule, *one) for one in zip(slots, ordered, losses, strict=True)]
-        return [result for _, result in sorted(zip(order, results, strict=True), key=lambda pair: pair[0])]
+                    losses[index].append(self._slots[index].loss.clone())
+        results = {}
+        for task, slot, own in zip(ordered, self._slots, losses, strict=False):
+            params, buffers = tree.clone(slot.params), tree.clone(slot.buffers)
+            counts = self._data.class_counts[task.client]
+            results[task.client] = result_of(rule, task, params, buffers, own, counts)
+        return [results[task.client] for task in tasks]
 
-    def _prepare(self, rule: LocalRule, tasks: list[LocalTask]) -> _Recorded:
-        """The slots for these clients, with what they receive; made anew for another rule, other names or shapes."""
-        first = tasks[0]
-        state = self._recorded
-        if state is None or not state.inputs.fits(first, rule):
-            state = self._recorded = _Recorded(RoundInputs(first, rule))
-        before = state.inputs.numbers
-        state.inputs.fill(first)
-        if state.inputs.numbers != before:
-            state.recordings.clear()
-        for task in tasks[len(state.slots) :]:
-            state.slots.append(ClientSlot(task, state.inputs, self._settings))
-        return state
+    def _load(self, rule: LocalRule, tasks: list[LocalTask]) -> None:
+        if self._inputs is None or not self._inputs.fits(tasks[0], rule):
+            self.close()
+            self._inputs = RoundInputs(tasks[0], rule)
+        before = self._inputs.numbers
+        self._inputs.fill(tasks[0])
+        if self._inputs.numbers != before:
+            self._recordings.clear()
+        for task in tasks[len(self._slots) :]:
+            self._slots.append(ClientSlot(task, self._inputs, self._settings))
+        for slot, task in zip(self._slots, tasks, strict=False):
+            slot.load(task, self._inputs)
 
-    def _replay(self, state: _Recorded, rule: LocalRule, key: Key) -> None:
-        if key not in state.recordings:
-            slots = [state.slots[index] for index, _ in key]
-            parts: list[Part] = [
-                partial(slot.step, self._model, rule, shape, self._settings.max_grad_norm)
-                for slot, (_, shape) in zip(slots, key, strict=True)
-            ]
-            state.recordings[key] = self._with_room(state, slots, parts)
-            if len(state.recordings) > MOST_RECORDINGS:
-                state.recordings.popitem(last=False)
-        state.recordings.move_to_end(key)
-        state.recordings[key]()
+    def _replay(self, rule: LocalRule, key: Key) -> None:
+        recording = self._recordings.pop(key, None) or self._record(rule, key)
+        self._recordings[key] = recording  # the last one is the most recently used
+        if len(self._recordings) > MOST_RECORDINGS:
+            del self._recordings[next(iter(self._recordings))]
+        recording()
 
-    def _with_room(self, state: _Recorded, slots: list[ClientSlot], parts: list[Part]) -> Part:
-        """Records; if memory runs out, the other recordings are dropped and it is tried once more."""
-        for _ in range(2):
-            try:
-                return self._record(slots, parts)
-            except torch.OutOfMemoryError:
-                state.recordings.clear()
-        raise CannotRecord(f"the GPU has too little memory for the steps of {len(slots)} clients at a time")
-
-    def _record(self, slots: list[ClientSlot], parts: list[Part]) -> Part:
-        """Returns a recording that was compared with the step itself; the slots are unchanged, also after an error."""
-        if self._recorder is None:
-            self._recorder = CudaRecorder(self._data.device)
-        tensors = [tensor for slot in slots for tensor in slot.state()]
-        before = [tensor.detach().clone() for tensor in tensors]
+    def _record(self, rule: LocalRule, key: Key) -> Part:
+        """Returns a recording that was compared with the step itself; the slots are unchanged."""
+        slots = [self._slots[index] for index, _ in key]
+        step = (self._model, rule, self._settings.max_grad_norm)
+        parts: list[Part] = [partial(slot.step, *step, shape) for slot, (_, shape) in zip(slots, key, strict=True)]
+        state = {f"{index}/{name}": tensor for index, slot in enumerate(slots) for name, tensor in slot.state().items()}
+        before = tree.clone(state)
+        for part in parts:
+            part()
+        expected = tree.clone(state)
+        _copy([state], [before])
         try:
-            for part in parts:
-                part()
-            expected = [tensor.detach().clone() for tensor in tensors]
-            _restore(tensors, before)
-            try:
-                replay = self._recorder.record(parts)
-                _restore(tensors, before)
-                replay()
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                lines = str(error).splitlines() or [""]
-                raise CannotRecord(f"a step cannot be recorded ({type(error).__name__}: {lines[0]})") from error
-            length, error_length = _distance(expected, before), _distance(expected, tensors)
-        finally:
-            _restore(tensors, before)
+            replay = self._recorder(parts)
+            _copy([state], [before])
+            replay()
+        except RuntimeError as error:
+            raise CannotRecord(f"a step cannot be recorded ({first_line(error)})") from error
+        length, error_length = tree.norm(tree.sub(expected, before)), tree.norm(tree.sub(expected, tree.clone(state)))
+        _copy([state], [before])
         # Other kernels may be chosen, so it need not be equal to the bit. NaN compares as false: it shows nothing.
         if error_length > 1e-2 * length:
-            off = error_length / length if length else error_length
-            raise CannotRecord(f"a recorded step is off by {off:.1g} of its length")
+            raise CannotRecord(f"a recorded step is off by {error_length / (length or 1.0):.1g} of its length")
         return replay
 
-    def _result(self, rule: LocalRule, slot: ClientSlot, task: LocalTask, losses: list[Tensor]) -> ClientResult:
-        params, buffers = tree.clone(slot.params), tree.clone(slot.buffers)
-        extra, memory = rule.finish(params, buffers, task, len(losses))
-        loss = float(torch.stack(losses).double().mean()) if losses else float("nan")
-        counts = self._data.class_counts[task.client]
-        return ClientResult(task.client, task.num_samples, counts, params, buffers, extra, memory, loss)
+
+def groups(tasks: Iterable[LocalTask], size: int) -> Iterator[list[LocalTask]]:
+    """Yields up to ``size`` tasks at a time, in order, with memories of the same shapes."""
+    group: list[LocalTask] = []
+    for task in tasks:
+        if group and (len(group) == size or _shapes(group[0]) != _shapes(task)):
+            yield group
+            group = []
+        group.append(task)
+    if group:
+        yield group
 
 
-def _neighbours(current: list[tuple[int, torch.Size]], batch_size: int) -> list[Key]:
-    """The slots that have a batch: neighbours with full ones together, others alone."""
-    keys: list[Key] = []
-    for index, shape in current:
-        before, size = keys[-1][-1] if keys else (-2, None)
-        if before == index - 1 and size == shape and shape[0] == batch_size:
-            keys[-1] = (*keys[-1], (index, shape))
-        else:
-            keys.append(((index, shape),))
-    return keys
+def _shapes(task: LocalTask) -> list[dict[str, tuple[torch.Size, torch.dtype]]]:
+    received = (task.params, task.buffers, task.message, task.memory)
+    return [{name: (tensor.shape, tensor.dtype) for name, tensor in part.items()} for part in received]
 
 
 @torch.no_grad()
-def _restore(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for tensor, value in zip(tensors, values, strict=True):
-        tensor.copy_(value)
-
-
-def _distance(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    pairs = zip(left, right, strict=True)
-    return tree.norm({str(index): (a - b).detach() for index, (a, b) in enumerate(pairs)})
+def _copy(into: Sequence[Params], values: Sequence[Params]) -> None:
+    for left, right in zip(into, values, strict=True):
+        for name, tensor in left.items():
+            tensor.copy_(right[name])

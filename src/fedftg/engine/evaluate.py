@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from fedftg.data.federated import Federation
+from fedftg.data.federated import FederatedData
 from fedftg.models.functional import FunctionalModel
 from fedftg.params import Params
 
@@ -36,15 +36,14 @@ class Measured:
 
     accuracy: dict[str, float] = field(default_factory=dict)
     loss: dict[str, float] = field(default_factory=dict)
-    clients: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Accuracy over clients (`over_clients`), where they hold samples back."""
+    clients: dict[str, dict[str, float]] = field(default_factory=dict)  # `over_clients`
     not_measured: list[dict[str, int | str]] = field(default_factory=list)
-    """Clients that ``clients`` leaves out although they hold samples back, and why: ``{client, reason}``."""
+    """Clients that hold samples back and are not in ``clients``: ``{client, reason}``."""
 
 
 @torch.no_grad()
 def evaluate(
-    model: FunctionalModel, params: Params, buffers: Params, data: Federation, batch_size: int
+    model: FunctionalModel, params: Params, buffers: Params, data: FederatedData, batch_size: int
 ) -> tuple[float, float]:
     """Returns accuracy in [0, 1] and mean cross-entropy over the whole test set, in evaluation mode."""
     correct, loss, total = [], [], 0
@@ -57,20 +56,16 @@ def evaluate(
 
 
 def evaluate_clients(
-    model: FunctionalModel, params: Params, buffers: Params, data: Federation, batch_size: int
+    model: FunctionalModel, params: Params, buffers: Params, data: FederatedData, batch_size: int
 ) -> dict[str, float]:
-    """Returns the accuracy on held-back samples over the clients that have some: `over_clients`.
-
-    Raises:
-        ValueError: no client holds anything back.
-    """
+    """Returns the accuracy on held-back samples over the clients that have some: `over_clients`."""
     correct = correct_held_back(model, params, buffers, data, batch_size)
     return over_clients(correct, torch.tensor([data.num_held_back(client) for client in range(data.num_clients)]))
 
 
 @torch.no_grad()
 def correct_held_back(
-    model: FunctionalModel, params: Params, buffers: Params, data: Federation, batch_size: int
+    model: FunctionalModel, params: Params, buffers: Params, data: FederatedData, batch_size: int
 ) -> Tensor:
     """Counts each client's correctly classified held-back samples: ``(clients,)`` int64, on the CPU."""
     correct = torch.zeros(data.num_clients, dtype=torch.int64, device=data.device)
@@ -81,20 +76,14 @@ def correct_held_back(
 
 
 def over_clients(correct: Tensor, sizes: Tensor) -> dict[str, float]:
-    """Returns the accuracy over the clients that hold samples back: ``mean``, ``worst_10`` and ``std``.
+    """Returns the accuracy over the clients that hold samples back, each counted once: ``mean``, ``worst_10``, ``std``.
 
-    ``mean`` counts every client once, whatever its size; ``worst_10`` is the mean of the worst tenth of the clients
-    (rounded up to whole clients); ``std`` is the standard deviation over clients.
+    ``worst_10`` is the mean of the worst tenth of the clients (rounded up to whole clients).
 
     Args:
-        correct: correctly classified samples, per client, ``(clients,)``.
-        sizes: samples held back, likewise; clients with 0 are left out.
-
-    Raises:
-        ValueError: no client holds anything back.
+        correct: correctly classified samples of each client, ``(clients,)``.
+        sizes: samples held back, likewise; clients with 0 are skipped, and one has more.
     """
-    if not bool((sizes > 0).any()):
-        raise ValueError("no client holds anything back; give partition.test_share > 0")
     accuracies = (correct[sizes > 0].double() / sizes[sizes > 0]).sort().values
     worst = accuracies[: -(-len(accuracies) // 10)]
     return {

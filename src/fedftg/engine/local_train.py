@@ -33,7 +33,7 @@ class LocalConfig(BaseModel):
     )
 
     def lr_at(self, round: int) -> float:
-        """The rate in a round counted from 1."""
+        """Returns the rate in a round counted from 1."""
         return self.lr * self.lr_decay ** (round - 1)
 
 
@@ -51,57 +51,31 @@ def client_batches(
     )
 
 
-def clip(grads: Params, max_norm: float, into: Params | None = None) -> Params:
-    """Scales gradients so that their joint norm is at most ``max_norm``; 0 returns them unchanged.
-
-    Args:
-        into: on a CPU, tensors of the last step to write to. Gradients within the norm are then returned unchanged,
-            which a GPU would have to wait for. The numbers are the same.
-    """
+def clip(grads: Params, max_norm: float) -> Params:
+    """Scales gradients so that their joint norm is at most ``max_norm``; 0 returns them unchanged."""
     if max_norm == 0:
         return grads
     norms = torch._foreach_norm(list(grads.values()))
     factor = (max_norm / (torch.stack(norms).norm() + 1e-6)).clamp(max=1.0)
-    if into is not None and float(factor) == 1.0:
+    if factor.device.type == "cpu" and float(factor) == 1.0:  # a GPU would have to be waited for
         return grads
-    if into is None:
-        return dict(zip(grads, torch._foreach_mul(list(grads.values()), factor), strict=True))
-    for name, grad in grads.items():
-        kept = into.get(name)
-        if kept is not None and kept.shape == grad.shape and kept.stride() == grad.stride():
-            torch.mul(grad, factor, out=kept)
-        else:
-            into[name] = torch.mul(grad, factor)
-    return {name: into[name] for name in grads}
+    return dict(zip(grads, torch._foreach_mul(list(grads.values()), factor), strict=True))
 
 
 class Sgd:
     """SGD with weight decay and momentum on leaf tensors, in place; the arithmetic of ``torch.optim.SGD``.
 
     On a CPU torch's fused kernel makes one pass over parameters and gradients: 5 ms for ResNet-18 instead of 12 (one
-    thread, AVX2). Without momentum the bits are the same.
-
-    Args:
-        lr: the rate; a tensor of the parameters' type is read in each step, also in a recorded one.
-        velocity: initial momentum, one tensor a parameter, updated in place; None starts from the first gradients.
+    thread, AVX2). A rate in a tensor of the parameters' type is read in each step, also in a recorded one.
     """
 
-    def __init__(
-        self, params: Params, lr: float | Tensor, settings: LocalConfig, velocity: Sequence[Tensor] | None = None
-    ) -> None:
+    def __init__(self, params: Params, lr: float | Tensor, settings: LocalConfig) -> None:
         self._params = list(params.values())
         self._lr = lr
         self._weight_decay = settings.weight_decay
         self._momentum = settings.momentum
-        self._velocity = None if velocity is None else list(velocity)
-        # A GPU's allocator caches memory, and there one call for all tensors is faster.
-        on_cpu = all(param.device.type == "cpu" for param in self._params)
-        self.scratch: Params | None = {} if on_cpu else None
-        """Tensors that `clip` overwrites in each step."""
-        self._fused = on_cpu and all(
-            param.dtype in (torch.float32, torch.float64) and torch.empty_like(param).stride() == param.stride()
-            for param in self._params
-        )
+        self.velocity = [torch.zeros_like(param) for param in self._params] if settings.momentum else []
+        self._fused = all(param.device.type == "cpu" for param in self._params)
 
     @torch.no_grad()
     def step(self, grads: Params) -> None:
@@ -113,12 +87,9 @@ class Sgd:
         if self._weight_decay:
             steps = list(torch._foreach_add(steps, self._params, alpha=self._weight_decay))
         if self._momentum:
-            if self._velocity is None:
-                self._velocity = [step.clone() for step in steps]
-            else:
-                torch._foreach_mul_(self._velocity, self._momentum)
-                torch._foreach_add_(self._velocity, steps)
-            steps = self._velocity
+            torch._foreach_mul_(self.velocity, self._momentum)
+            torch._foreach_add_(self.velocity, steps)
+            steps = self.velocity
         if isinstance(self._lr, Tensor):
             torch._foreach_sub_(self._params, torch._foreach_mul(steps, self._lr))
         else:
@@ -132,14 +103,12 @@ class Sgd:
             else torch.empty_like(param).copy_(step)
             for step, param in zip(steps, self._params, strict=True)
         ]
-        velocity: list[Tensor | None] = [None] * len(steps) if self._velocity is None else [*self._velocity]
+        velocity: list[Tensor | None] = [*self.velocity] or [None] * len(steps)
         torch_sgd(
             [param.detach() for param in self._params], steps, velocity, fused=True, weight_decay=self._weight_decay,
             momentum=self._momentum, lr=self._lr, dampening=0.0, nesterov=False,  # type: ignore[arg-type]
             maximize=False,
         )  # fmt: skip
-        if self._momentum:
-            self._velocity = [tensor for tensor in velocity if tensor is not None]
 
 
 def client_step(
@@ -154,15 +123,13 @@ def client_step(
 ) -> Tensor:
     """Makes one step of one client on leaf tensors ``params``, in place, and returns the detached loss.
 
-    Order: the rule's gradient correction, clipping, weight decay, momentum, step. Nothing waits for a value, so a GPU
-    can record the step.
+    Order: the rule's gradient correction, clipping, weight decay, momentum, step. A GPU can record it.
     """
     loss = rule.loss(model, params, buffers, batch, task)
     grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True, materialize_grads=True)
     with torch.no_grad():
         corrected = rule.correct(dict(zip(params, grads, strict=True)), params, task)
-        clipped = clip(corrected, max_grad_norm, sgd.scratch)
-        sgd.step(clipped)
+        sgd.step(clip(corrected, max_grad_norm))
     return loss.detach()
 
 
@@ -178,7 +145,7 @@ def train(
 
     Args:
         batches: images ``(B, D, H, W)`` and labels ``(B,)``; without any the received model is returned.
-        class_counts: ``(C,)``, passed on in the result.
+        class_counts: ``(C,)``, of the client's samples.
     """
     params = {name: tensor.detach().clone().requires_grad_() for name, tensor in task.params.items()}
     buffers = tree.clone(task.buffers)
@@ -188,6 +155,13 @@ def train(
         batch = Batch(images, labels)
         losses.append(client_step(model, rule, params, buffers, batch, task, sgd, settings.max_grad_norm))
     trained = {name: tensor.detach() for name, tensor in params.items()}
-    extra, memory = rule.finish(trained, buffers, task, len(losses))
-    mean_loss = float(torch.stack(losses).double().mean()) if losses else float("nan")
-    return ClientResult(task.client, task.num_samples, class_counts, trained, buffers, extra, memory, mean_loss)
+    return result_of(rule, task, trained, buffers, losses, class_counts)
+
+
+def result_of(
+    rule: LocalRule, task: LocalTask, params: Params, buffers: Params, losses: Sequence[Tensor], class_counts: Tensor
+) -> ClientResult:
+    """Returns the result of a client with these trained parameters and buffers, and the loss of each of its steps."""
+    extra, memory = rule.finish(params, buffers, task, len(losses))
+    loss = float(torch.stack(list(losses)).double().mean()) if losses else float("nan")
+    return ClientResult(task.client, task.num_samples, class_counts, params, buffers, extra, memory, loss)

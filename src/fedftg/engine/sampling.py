@@ -33,9 +33,6 @@ def cohort(config: CohortConfig, candidates: list[int], seed: int, round: int) -
     Args:
         candidates: clients that may take part (those with data), ascending.
         round: counted from 1; every round has its own seed.
-
-    Raises:
-        ValueError: ``size`` is larger than the number of candidates.
     """
     rng = numpy_rng(seed, round, SERVER, "cohort")
     if config.size is not None:

@@ -1,84 +1,113 @@
 """Clients in processes of one thread each.
 
-Measured for ResNet-18 on 2 cores: two processes of one thread do more client steps a second than one process of two
-threads. The numbers are those of the sequential executor with ``threads = 1``, bit for bit: each process runs it.
-
-Processes are spawned, for torch's threads do not survive a fork. Models, memories and results travel in shared memory
-(`fedftg.engine.shared`): the model of a round is copied there once for all processes.
+They are spawned, for torch's threads do not survive a fork, and run the sequential executor. All map the same images.
 """
 
 from __future__ import annotations
 
 import importlib
+import io
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
+import tempfile
 import threading
 import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from multiprocessing.reduction import recv_handle, send_handle
+from queue import SimpleQueue
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from fedftg.algorithms.base import AlgorithmConfig, ClientResult, LocalRule, LocalTask
+from fedftg.algorithms.base import ClientResult, LocalRule, LocalTask
 from fedftg.data.dataset import ImageDataset
 from fedftg.data.federated import FederatedData
-from fedftg.engine.executors import SequentialExecutor
+from fedftg.engine.executors import RunRecipe, SequentialExecutor
 from fedftg.engine.local_train import LocalConfig
 from fedftg.engine.machine import keep_freed_memory
-from fedftg.engine.shared import Inbox, Outbox
 from fedftg.errors import ClientError, InputError
 from fedftg.models import registry
 from fedftg.models.functional import FunctionalModel
-from fedftg.params import Params
 
 _SPAWN = multiprocessing.get_context("spawn")
 _START, _TRAINING = "start of a worker process", "local training"
-_NUMBERS = ("round", "client", "num_samples", "relative_size", "lr", "seed")
 
 
-@dataclass(frozen=True)
-class RunRecipe:
-    """What a run trains: how another process makes the same model and rule, and how much there is to train."""
-
-    plugins: tuple[str, ...]
-    model: registry.ModelConfig
-    model_seed: int
-    algorithm: AlgorithmConfig
-    rounds: int
-    cohort: int
-    """Clients a round, on average."""
-    threads: int
-    """The run's setting; 0 leaves the number to torch."""
-
-    def obstacle(self) -> str | None:
-        """Why other processes cannot train this, or None."""
-        cls = type(self.algorithm)
-        if cls.__module__ == "__main__" or "<locals>" in cls.__qualname__:
-            return f"algorithm class {cls.__qualname__} is defined in the started script; put it into a module"
-        if self.model.name.startswith("__main__"):
-            return f"model {self.model.name} is defined in the started script; put it into a module"
-        if multiprocessing.current_process().daemon:
-            return "a daemonic process of multiprocessing may not start others"
-        return None
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, value: object) -> Any:
+        """Keeps a tensor's strides: even of a side of 1, they decide the kernel of a convolution and its last bits."""
+        if not isinstance(value, Tensor):
+            return NotImplemented
+        dense = _dense(value)
+        return _tensor, (_bytes(dense).numpy(), dense.dtype, tuple(dense.shape), dense.stride())
 
 
-class WorkerDied(RuntimeError):
-    """A process ended without an answer."""
+class _Channel(NamedTuple):
+    """Values in turn to and from another process: tensors through a shared file, the rest through a pipe.
+
+    torch would take /dev/shm, which holds 64 MB in a container.
+    """
+
+    connection: Connection
+    file: BinaryIO
+
+    def send(self, value: object) -> None:
+        content, buffers = io.BytesIO(), list[pickle.PickleBuffer]()
+        _Pickler(content, 5, buffer_callback=buffers.append).dump(value)
+        self.file.seek(0)
+        sizes = [self.file.write(buffer.raw()) for buffer in buffers]
+        self.connection.send((content.getvalue(), sizes))
+
+    def receive(self) -> Any:
+        content, sizes = self.connection.recv()
+        buffers = [torch.empty(size, dtype=torch.uint8).numpy() for size in sizes]
+        self.file.seek(0)
+        for buffer in buffers:
+            self.file.readinto(buffer)  # type: ignore[attr-defined]
+        return pickle.loads(content, buffers=buffers)
+
+
+def _tensor(content: Any, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+    return torch.from_numpy(content).view(dtype).as_strided(shape, stride)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """Returns the tensor where its values lie without a gap, else a copy."""
+    extent = 1 + sum((side - 1) * step for side, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.detach() if extent == tensor.numel() else tensor.detach().clone()
+
+
+def _bytes(dense: Tensor) -> Tensor:
+    """Returns a view of all bytes, in the order of memory."""
+    return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
+
+
+def _shared_file() -> BinaryIO:
+    """Returns an unbuffered file without a name, in memory where the system can."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("fedftg"), "w+b", 0)
+    return tempfile.TemporaryFile(buffering=0)
+
+
+_Worker = tuple[SpawnProcess, _Channel]
 
 
 class WorkersExecutor:
     """The clients of a round side by side in ``count`` processes, which live as long as the run.
 
-    At most two results a process wait to be fetched in order. A generator that is closed early costs the time of the
-    clients in training; their results are dropped.
+    At most two clients a process are in training or wait to be fetched in order.
     """
 
     def __init__(self, recipe: RunRecipe, data: FederatedData, settings: LocalConfig, count: int) -> None:
@@ -96,142 +125,85 @@ class WorkersExecutor:
         self._settings = settings
         self._count = count
         self._workers: list[_Worker] = []
-        self._arrays, self._model = Outbox(), Outbox()
-        self._received: tuple[Params, ...] = ()
-        """What all clients of a round receive, as it was copied to ``_model``."""
+        self._idle: SimpleQueue[_Worker] = SimpleQueue()
+        self._threads: ThreadPoolExecutor | None = None  # each waits for the answer of one process
 
     def run(self, rule: LocalRule, tasks: Iterable[LocalTask]) -> Iterator[ClientResult]:  # noqa: ARG002
-        """Yields one result per task, in order; the rule is the one that the recipe builds.
-
-        Raises:
-            ClientError: a client's training failed or its process died; names round, client and stage.
-        """
-        while self._busy():  # with clients of an earlier call, whose results nobody wants
-            self._receive()
-        jobs: deque[_Job] = deque()
-        for task in tasks:
-            while len(self._busy()) == self._count or len(jobs) == 2 * self._count:
-                if jobs[0].result is None:
-                    self._receive()
-                else:
-                    yield jobs.popleft().fetch()
-            jobs.append(self._start(task))
-        while jobs:
-            if jobs[0].result is None:
-                self._receive()
-            else:
-                yield jobs.popleft().fetch()
+        """Yields one result per task, in order; kills all processes where one died or a client's training failed."""
+        threads = self._threads or self._start()
+        waiting: deque[Future[ClientResult]] = deque()
+        try:
+            for task in tasks:
+                if len(waiting) == 2 * self._count:
+                    yield waiting.popleft().result()
+                waiting.append(threads.submit(self._train, task))
+            while waiting:
+                yield waiting.popleft().result()
+        except ClientError:
+            self.close()
+            raise
+        finally:
+            for future in waiting:
+                future.cancel()
 
     def close(self) -> None:
         """Kills all workers, which hold nothing that must be saved; a later `run` starts new ones."""
-        for worker in self._workers:
-            worker.process.kill()
-        for worker in self._workers:
-            worker.process.join()
-            worker.connection.close()
-            worker.memory.close()
-        self._arrays.close()
-        self._model.close()
-        self._workers, self._received = [], ()
+        for process, _ in self._workers:
+            process.kill()
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
+        for process, channel in self._workers:
+            process.join()
+            channel.connection.close()
+            channel.file.close()
+        self._workers, self._threads, self._idle = [], None, SimpleQueue()
 
-    def _busy(self) -> list[_Worker]:
-        return [worker for worker in self._workers if worker.job is not None]
+    def _train(self, task: LocalTask) -> ClientResult:
+        worker = process, channel = self._idle.get()
+        try:
+            channel.send(task)
+            answer = channel.receive()
+        except (EOFError, ConnectionError):
+            raise ClientError(task.round, task.client, _TRAINING, _death(process)) from None
+        finally:
+            self._idle.put(worker)
+        if isinstance(answer, tuple):
+            stage, name, text, trace = answer
+            # A class of the same name, which the message shows.
+            error = ClientError(task.round, task.client, stage, type(name, (RuntimeError,), {})(text))
+            error.add_note(trace)
+            raise error
+        if isinstance(answer, InputError):
+            raise answer
+        assert isinstance(answer, ClientResult)
+        return answer
 
-    def _start(self, task: LocalTask) -> _Job:
-        """Gives a task to an idle worker, or to a new one where there is none."""
-        worker = next((worker for worker in self._workers if worker.job is None), None) or self._new_worker()
-        received = (task.params, task.buffers, task.message)
-        if not (self._received and all(new is old for new, old in zip(received, self._received, strict=True))):
-            while self._busy():  # with clients that still read the old values
-                self._receive()
-            self._received = received
-            self._model.write(dict(zip(("params", "buffers", "message"), received, strict=True)))
-        worker.job = _Job(task)
-        worker.memory.write({"memory": task.memory})
-        is_new = worker.received is not self._received
-        worker.received = self._received
-        # A process that died while idle is noticed when its result is awaited, and the client is named.
-        with suppress(ConnectionError):
-            worker.connection.send((is_new, {name: getattr(task, name) for name in _NUMBERS}))
-            if is_new:
-                self._model.send(worker.connection)
-            worker.memory.send(worker.connection)
-        return worker.job
-
-    def _receive(self) -> None:
-        """Waits until at least one client in training is done.
-
-        Raises:
-            ClientError: a process died or could not be set up. All are killed, and the clients in training are lost.
-        """
-        busy = {worker.connection: worker for worker in self._busy()}
-        for connection in wait(list(busy)):
-            assert isinstance(connection, Connection)
-            worker = busy[connection]
-            job, worker.job = worker.job, None
-            assert job is not None
-            task = job.task
-            try:
-                answer = connection.recv()
-                if not isinstance(answer, _Failure):
-                    groups = worker.results.receive(connection, copy=True)
-                    counts = self._data.class_counts[task.client]
-                    job.result = ClientResult(task.client, task.num_samples, counts, loss=answer, **groups)
-                    continue
-            except (EOFError, ConnectionError):
-                died = _death(worker)
-                self.close()
-                raise ClientError(task.round, task.client, _TRAINING, died) from None
-            job.result = answer.error(task)
-            if answer.stage == _START:
-                self.close()
-                raise job.result
-
-    def _new_worker(self) -> _Worker:
-        data, dataset = self._data, self._data.dataset
-        if not self._workers:
-            arrays = {
-                "images": dataset.train_images,
-                "labels": dataset.train_labels,
-                "rows": torch.cat(data.parts),
-                "sizes": torch.tensor([len(part) for part in data.parts]),
-                "noise": torch.tensor(data.noise, dtype=torch.float64),
-            }
-            self._arrays.write({"arrays": arrays}, files=True)
-        worker = _Worker()
-        self._workers.append(worker)
-        fields = {name: getattr(dataset, name) for name in ("class_names", "mean", "std", "augment")}
-        worker.connection.send((self._recipe, self._settings, fields))
-        self._arrays.send(worker.connection)
-        return worker
-
-
-@dataclass
-class _Job:
-    """A client, and its result once it is trained."""
-
-    task: LocalTask
-    result: ClientResult | Exception | None = None
-
-    def fetch(self) -> ClientResult:
-        assert self.result is not None
-        if isinstance(self.result, Exception):
-            raise self.result
-        return self.result
-
-
-class _Worker:
-    """A process, the connection to it, and what it is doing."""
-
-    def __init__(self) -> None:
-        self.connection, theirs = _SPAWN.Pipe()
-        self.process = _SPAWN.Process(target=_serve, args=(theirs,), daemon=True)
+    def _start(self) -> ThreadPoolExecutor:
+        """Starts all processes, then sends each what it trains; they import torch side by side."""
         with _protected_start():
-            self.process.start()
-        theirs.close()
-        self.memory, self.results = Outbox(), Inbox()
-        self.job: _Job | None = None
-        self.received: tuple[Params, ...] = ()
+            for _ in range(self._count):
+                ours, theirs = _SPAWN.Pipe()
+                process = _SPAWN.Process(target=_serve, args=(theirs,), daemon=True)
+                process.start()
+                theirs.close()
+                self._workers.append((process, _Channel(ours, _shared_file())))
+        data, dataset = self._data, self._data.dataset
+        images = _dense(dataset.train_images)
+        place = (tuple(images.shape), images.stride())
+        fields = {name: getattr(dataset, name) for name in ("train_labels", "class_names", "mean", "std", "augment")}
+        setup = (self._recipe, self._settings, fields, place, [part.numpy() for part in data.parts], data.noise)
+        with tempfile.TemporaryFile() as file:
+            file.write(_bytes(images).numpy().data)
+            file.flush()
+            for process, channel in self._workers:
+                # A process that died is noticed when a client's result is awaited.
+                with suppress(ConnectionError):
+                    for shared in (file, channel.file):
+                        send_handle(channel.connection, shared.fileno(), process.pid)
+                    channel.connection.send_bytes(pickle.dumps(setup))
+                self._idle.put((process, channel))
+        self._threads = ThreadPoolExecutor(self._count)
+        return self._threads
 
 
 @contextmanager
@@ -249,67 +221,35 @@ def _protected_start() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _death(worker: _Worker) -> WorkerDied:
-    worker.process.join()
-    status = worker.process.exitcode
-    if status is not None and status < 0:
-        name = signal.Signals(-status).name
-        hint = "; out of memory? take fewer executor.workers" if name == "SIGKILL" else ""
-        return WorkerDied(f"its process was ended by {name}{hint}")
-    return WorkerDied(f"its process ended with status {status}")
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """An exception as text, for not every exception can be pickled."""
-
-    stage: str
-    name: str
-    text: str
-    trace: str
-    is_input: bool
-
-    @staticmethod
-    def of(error: Exception, stage: str) -> _Failure:
-        trace = "".join(traceback.format_exception(error))
-        return _Failure(stage, type(error).__name__, str(error), trace, isinstance(error, InputError))
-
-    def error(self, task: LocalTask) -> Exception:
-        if self.is_input:
-            return InputError(self.text)
-        # A class of the same name, which the message shows.
-        cause: Exception = type(self.name, (RuntimeError,), {})(self.text)
-        error = ClientError(task.round, task.client, self.stage, cause)
-        error.add_note(self.trace)
-        return error
+def _death(process: SpawnProcess) -> ChildProcessError:
+    process.join()
+    if process.exitcode == -signal.SIGKILL:
+        return ChildProcessError("the worker was ended by SIGKILL; out of memory? take fewer executor.workers")
+    return ChildProcessError(f"the worker ended with status {process.exitcode}")
 
 
 def _serve(connection: Connection) -> None:
-    """A worker's process: trains clients until the parent closes the connection or ends."""
+    """Trains clients until the parent closes the connection or ends."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     keep_freed_memory()
+    built: tuple[SequentialExecutor, LocalRule] | None = None
     with suppress(EOFError, ConnectionError):
-        try:
-            executor, rule = _build(connection)
-        except Exception as error:
-            connection.send(_Failure.of(error, _START))
-            return
-        models, memories, results = Inbox(), Inbox(), Outbox()
-        model: dict[str, Params] = {}
+        images, shared = (os.fdopen(recv_handle(connection), "r+b", 0) for _ in range(2))
+        setup, channel = connection.recv_bytes(), _Channel(connection, shared)
         while True:
-            is_new, numbers = connection.recv()
-            if is_new:
-                model = models.receive(connection)
-            fields: dict[str, Any] = {**numbers, **model, **memories.receive(connection)}
+            task = channel.receive()
+            answer: object
             try:
-                result = executor.run_one(rule, LocalTask(**fields))
-                results.write({name: getattr(result, name) for name in ("params", "buffers", "extra", "memory")})
-            except Exception as error:
-                connection.send(_Failure.of(error, _TRAINING))
-            else:
-                connection.send(result.loss)
-                results.send(connection)
+                built = built or _build(images, setup)
+                executor, rule = built
+                answer = executor.run_one(rule, task)
+            except InputError as error:
+                answer = InputError(str(error))
+            except Exception as error:  # as text, for not every exception can be sent
+                trace = "".join(traceback.format_exception(error))
+                answer = (_TRAINING if built else _START, type(error).__name__, str(error), trace)
+            channel.send(answer)
 
 
 def _end_with_parent() -> None:
@@ -319,18 +259,14 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _build(connection: Connection) -> tuple[SequentialExecutor, LocalRule]:
-    """Makes the parent's objects anew; images and labels are not copied."""
-    recipe, settings, fields = connection.recv()
-    arrays = Inbox().receive(connection)["arrays"]
+def _build(file: BinaryIO, setup: bytes) -> tuple[SequentialExecutor, LocalRule]:
+    recipe, settings, fields, (shape, stride), parts, noise = pickle.loads(setup)
     for module in recipe.plugins:
         importlib.import_module(module)
-    images, labels = arrays["images"], arrays["labels"]
-    dataset = ImageDataset(
-        train_images=images, train_labels=labels, test_images=images[:0], test_labels=labels[:0], **fields
-    )
-    parts = [part.numpy() for part in torch.split(arrays["rows"], arrays["sizes"].tolist())]
-    data = FederatedData(dataset, parts, noise=arrays["noise"].tolist())
+    content = np.memmap(file, np.uint8, "c", shape=(int(np.prod(shape)),))
+    images = torch.from_numpy(content).as_strided(shape, stride)
+    fields |= {"train_images": images, "test_images": images[:0], "test_labels": fields["train_labels"][:0]}
+    data = FederatedData(ImageDataset(**fields), parts, noise=noise)
     module = registry.build(recipe.model, data.num_classes, data.image_shape, recipe.model_seed)
     rule = recipe.algorithm.build(data.num_clients).local
     return SequentialExecutor(FunctionalModel(module), data, settings), rule

@@ -16,8 +16,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
-from fedftg import __version__
-from fedftg.algorithms.base import LocalTask, Memory
+from fedftg.algorithms.base import LocalTask, Memory, ServerState
+from fedftg.algorithms.registry import ALGORITHMS
 from fedftg.data import sources
 from fedftg.data.config import DataConfig, PartitionConfig
 from fedftg.data.dataset import ImageDataset
@@ -40,96 +40,8 @@ from fedftg.seeds import SERVER, forked, numpy_rng, seed_for
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
-def train_client(
-    message: Message,
-    context: Context,
-    *,
-    model: nn.Module,
-    batches: Callable[[LocalTask, LocalConfig], Batches],
-    class_counts: Tensor,
-    state_dir: Path | None,
-    reset: bool,
-    initial: tuple[Params, Params] | None = None,
-) -> Message:
-    """Trains one client for one round by the local loop of the simulator, keeps its memory, and returns the reply.
-
-    Args:
-        message: the server's, with an `Order`.
-        context: of the node.
-        model: the classifier, on the device to train on.
-        batches: images and labels of every step of a task.
-        class_counts: ``(C,)``, of the client's training samples.
-        state_dir: where the client's memory is kept; None: in the context's state.
-        reset: see `take`.
-        initial: the initial global parameters and buffers; None: the message's.
-
-    Raises:
-        InputError: the message does not fit the model, the client's memory is gone or damaged, or it became non-finite
-            although the update is finite.
-    """
-    content, order = message.content, Order.of(message.content)
-    algorithm = order.build()
-    named = PARTITION_ID in context.node_config
-    client = int(context.node_config[PARTITION_ID]) if named else wire.client_of(context.node_id)
-    records = dict(content.array_records)
-    sent, first = records.pop(wire.MESSAGE, None), records.pop(wire.INITIAL, None)
-    if len(records) != 1:
-        raise InputError(f"the message must hold one ArrayRecord with the model, got {len(records)}")
-    ((arrays_key, arrays),) = records.items()
-    layout = Layout(model, arrays)
-    received = layout.split(wire.decode(arrays, layout.template, finite=True))
-    if initial is None:
-        initial = received if first is None else layout.split(wire.decode(first, layout.template, finite=True))
-
-    functional = FunctionalModel(copy.deepcopy(model).float())
-    device = next(model.parameters()).device
-    params, buffers = (to_device(part, device) for part in received)
-    template = wire.message_template(algorithm, params, buffers)
-    last = order.counted.get(client, 0)
-    kept = memory_of(context, order.run, client, state_dir)
-    start = to_device(algorithm.local.init_memory(*initial), "cpu")
-    memory = take(kept, last, last if order.floor is None else order.floor, start, reset=reset)
-    num_samples = int(class_counts.sum())
-    task = LocalTask(
-        round=order.round,
-        client=client,
-        params=params,
-        buffers=buffers,
-        memory=to_device(memory, device),
-        message=to_device(wire.decode(sent or ArrayRecord(), template, finite=True), device),
-        num_samples=num_samples,
-        relative_size=num_samples / order.mean_examples if order.mean_examples else 1.0,
-        lr=order.local.lr_at(order.round),
-        seed=seed_for(order.seed, order.round, client, "local"),
-    )
-
-    def usable() -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in batches(task, order.local):
-            if len(labels) > 1 or not functional.has_batchnorm:
-                yield images.to(device), labels.to(device)
-
-    # Dropout draws from the global generator.
-    with forked(seed_for(task.seed, task.round, client, "model"), device):
-        result = train(functional, algorithm.local, task, usable(), class_counts, order.local)
-    bad = first_non_finite(result.memory)
-    if bad is None and result.memory:
-        kept.write(order.round, to_device(result.memory, "cpu"))
-    elif bad is not None and first_non_finite({**result.params, **result.buffers, **result.extra}) is None:
-        raise InputError(f"non-finite memory {bad}")
-    reply = RecordDict({arrays_key: wire.encode(layout.join(result.params, result.buffers))})
-    if result.extra:
-        reply[wire.EXTRA] = wire.encode(result.extra)
-    metrics: Any = {NUM_EXAMPLES: num_samples, wire.CLASS_COUNTS: class_counts.tolist(), wire.LOSS: result.loss}
-    reply[METRICS] = MetricRecord(metrics | ({PARTITION_ID: client} if named else {}))
-    return Message(reply, reply_to=message)
-
-
 def client_app(recipe: str | Path) -> ClientApp:
-    """Returns the app that a SuperNode runs; it answers the messages of `fedftg.flower.server_app`.
-
-    Args:
-        recipe: a TOML recipe, the same as the server's.
-    """
+    """Returns the app that a SuperNode runs on a TOML recipe, the same as the server's."""
     app, recipe = ClientApp(), Path(recipe)
 
     @app.query()
@@ -153,21 +65,13 @@ def client_app(recipe: str | Path) -> ClientApp:
 
 
 class _Node:
-    """Everything a node needs to handle one message."""
-
     def __init__(self, recipe: Path, context: Context) -> None:
-        if PARTITION_ID not in context.node_config:
-            raise InputError(
-                "this node has no partition-id; start it with --node-config 'partition-id=N', N from 0, for each "
-                "SuperNode another one"
-            )
         self.app, self.settings = app_settings(context.run_config), node_settings(context.node_config)
         self.config = on_node(recipe, self.app, self.settings)
         self.client = self.settings.partition_id
         self._context = context
 
     def facts(self) -> RecordDict:
-        """Returns what the server must know of this client; of its data, only class counts and digests."""
         data = self._data("cpu")
         facts = ClientFacts(
             partition_id=self.client,
@@ -179,27 +83,24 @@ class _Node:
             mean=data.dataset.mean,
             std=data.dataset.std,
             data_digest=data.digest,
-            settings_digest=agreement(self.config),
-            version=__version__,
+            agreement=agreement(self.config),
         )
-        return RecordDict({CONFIG: ConfigRecord(facts.model_dump(mode="json", by_alias=True))})
+        return RecordDict({CONFIG: ConfigRecord(facts.model_dump(mode="json"))})
 
     def train(self, message: Message) -> Message:
-        """Trains the client on its own data; returns the reply."""
         data, module, model = self._prepared(message.content)
-        return train_client(
+        return local_train(
             message,
             self._context,
             model=module,
             batches=lambda task, local: client_batches(model, data, local, task),
-            class_counts=data.class_counts[self.client],
-            state_dir=None if self.app.client_state == "context" else self.settings.state_folder,
-            reset=self.app.lost_memory == "reset",
+            class_counts=data.class_counts[self.client].tolist(),
+            state_dir=self.settings.state_dir,
+            lost_memory=self.app.lost_memory,
             initial=model.init(),
         )
 
     def evaluate(self, content: RecordDict) -> RecordDict:
-        """Returns how many of the held-back samples each model of the message classifies correctly."""
         data, _, model = self._prepared(content)
         counts = {PARTITION_ID: self.client, NUM_EXAMPLES: data.num_held_back(self.client)}
         params, buffers = model.init()
@@ -212,11 +113,6 @@ class _Node:
 
     def _prepared(self, content: RecordDict) -> tuple[FederatedData, nn.Module, FunctionalModel]:
         order = Order.of(content)
-        if order.client != self.client:
-            raise InputError(
-                f"the message is for client {order.client}, this node is {self.client}; do not change a node's "
-                "partition-id during a run"
-            )
         data = self._data(resolve_device(self.config.device), order)
         seed = seed_for(self.config.seed, 0, SERVER, "model")
         module = registry.build(self.config.model, data.num_classes, data.image_shape, seed).to(data.device)
@@ -224,14 +120,11 @@ class _Node:
 
     def _data(self, device: str, order: Order | None = None) -> FederatedData:
         """Returns the client's own data; the other clients hold nothing in it."""
-        owner = self.client if self.settings.own_data else None
         config, client = self.config, self.client
+        owner = client if self.settings.own_data else None
         dataset, train, held_back = _partitioned(config.data, config.partition, config.seed, owner)
         if client >= len(train):
-            raise InputError(
-                f"partition-id must be below {len(train)}, the number of clients, got {client}; give each SuperNode a "
-                f"number from 0 to {len(train) - 1} by --node-config, or set partition.num_clients"
-            )
+            raise InputError(f"partition-id must be below {len(train)}, partition.num_clients, got {client}")
         rows = torch.from_numpy(np.concatenate([train[client], held_back[client]]))
         own = replace(
             dataset,
@@ -273,22 +166,15 @@ def class_counts(labels: Tensor | np.ndarray[Any, Any] | Sequence[int], num_clas
 
     Args:
         labels: of the client's training samples, whole numbers from 0; may be empty. Of a ``torch`` data set often
-            ``dataset.targets``, else ``[label for _, label in dataset]``.
-        num_classes: ``C``, that of the model, even where the client does not hold all classes.
-
-    Raises:
-        InputError: labels that are not whole numbers from 0 to ``num_classes - 1``.
+            ``dataset.targets``.
+        num_classes: that of the model, even where the client does not hold all classes.
     """
     given = torch.as_tensor(labels).detach().cpu()
     if given.numel() == 0:
         return [0] * num_classes
-    wrong = given.ndim != 1 or given.is_floating_point() or given.is_complex()
-    if wrong or int(given.min()) < 0 or int(given.max()) >= num_classes:
-        found = f"{given.dtype} of shape {tuple(given.shape)}" if wrong else f"{int(given.min())} to {int(given.max())}"
-        raise InputError(
-            f"labels must be a list of whole numbers from 0 to {num_classes - 1}, got {found}; pass the labels of the "
-            "client's training samples, and the model's number of classes"
-        )
+    if given.ndim != 1 or given.is_floating_point() or int(given.min()) < 0 or int(given.max()) >= num_classes:
+        found = f"{given.dtype} of shape {tuple(given.shape)}, {given.min()} to {given.max()}"
+        raise InputError(f"labels must be a list of whole numbers from 0 to {num_classes - 1}, got {found}")
     return [int(count) for count in torch.bincount(given.long(), minlength=num_classes)]
 
 
@@ -301,49 +187,86 @@ def local_train(
     class_counts: Sequence[int],
     state_dir: str | Path | None = None,
     lost_memory: Literal["refuse", "reset"] = "refuse",
+    initial: tuple[Params, Params] | None = None,
 ) -> Message:
     """Trains one client as a `FedDyn`, `Scaffold` or `Moon` strategy asks for, and returns the reply.
 
     It is the local loop of ``fedftg run``: SGD with the rates, epochs and clipping that the strategy sends. What is
     random (dropout, the order of a shuffling ``DataLoader`` without workers) depends only on the run's seed, the round
-    and the client.
-
-    What the method keeps on the client is stored in ``context.state``, which a restarted SuperNode has lost, or in
-    files. It changes only with rounds that counted on the server.
+    and the client. Batches of one sample are skipped where the model has BatchNorm.
 
     Args:
         message: the one that the ``@app.train()`` function got.
-        context: likewise; ``node_config["partition-id"]`` names the client, else the node id does.
+        context: likewise; ``node_config["partition-id"]`` names the client, else the node id does, which changes with
+            each start of a SuperNode.
         model: the classifier, on the device to train on; its structure is used, its values are the message's.
         batches: images ``(B, D, H, W)`` and labels ``(B,)`` of one epoch, such as a ``DataLoader``; iterated once an
-            epoch. Or a function of task and settings that returns the batches of the whole round. Batches of one
-            sample are left out where the model has BatchNorm.
+            epoch. Or a function of task and settings that returns the batches of the whole round.
         class_counts: ``C`` whole numbers: how many training samples of each class the client has (`class_counts`).
-        state_dir: a folder of this node for files, which are found again by the partition id; None: ``context.state``.
+        state_dir: a folder of this node for what the method keeps on the client, which changes only with rounds that
+            counted on the server; None: ``fedftg-state`` in the home folder.
         lost_memory: ``reset`` lets a client whose memory is gone start as one that never took part.
-
-    Raises:
-        InputError: the message is not of such a strategy, the arrays are not the model's, the client's memory is gone
-            or damaged, a ``state_dir`` without a partition id, or an iterator for more than one epoch.
+        initial: parameters and buffers of the run's initial model, where the message does not hold them.
     """
-    if state_dir is not None and PARTITION_ID not in context.node_config:
-        raise InputError(
-            f"state_dir={str(state_dir)!r} needs a partition id, since a node id changes with each start; give the "
-            "SuperNode --node-config 'partition-id=0', or leave state_dir out"
-        )
-    return train_client(
-        message,
-        context,
-        model=model,
-        batches=batches if callable(batches) else lambda _, settings: _epochs(batches, settings),
-        class_counts=torch.tensor(list(class_counts)),
-        state_dir=None if state_dir is None else Path(state_dir),
-        reset=lost_memory == "reset",
+    order = Order.of(message.content)
+    algorithm = ALGORITHMS[order.algorithm["name"]](**order.algorithm).build(order.num_clients)
+    named = PARTITION_ID in context.node_config
+    client = int(context.node_config[PARTITION_ID]) if named else wire.client_of(context.node_id)
+    records = dict(message.content.array_records)
+    sent, first = records.pop(wire.MESSAGE, ArrayRecord()), records.pop(wire.INITIAL, None)
+    if len(records) != 1:
+        raise InputError(f"the message must hold one ArrayRecord with the model, got {len(records)}")
+    ((arrays_key, arrays),) = records.items()
+    layout = Layout(model, arrays)
+    received = layout.split(wire.decode(arrays, layout.template, finite=True))
+    if initial is None:
+        initial = received if first is None else layout.split(wire.decode(first, layout.template, finite=True))
+
+    functional = FunctionalModel(copy.deepcopy(model).float())
+    device = next(model.parameters()).device
+    params, buffers = (to_device(part, device) for part in received)
+    template = algorithm.server.message(ServerState(0, params, buffers, algorithm.server.init(params), {}))
+    folder = Path(state_dir) if state_dir else Path.home() / "fedftg-state"
+    kept, last = ClientMemory(folder, order.run, client), order.counted.get(client, 0)
+    start = to_device(algorithm.local.init_memory(*initial), "cpu")
+    memory = kept.take(last, last if order.floor is None else order.floor, start, reset=lost_memory == "reset")
+    counts = torch.tensor(list(class_counts))
+    num_samples = int(counts.sum())
+    task = LocalTask(
+        round=order.round,
+        client=client,
+        params=params,
+        buffers=buffers,
+        memory=to_device(memory, device),
+        message=to_device(wire.decode(sent, template, finite=True), device),
+        num_samples=num_samples,
+        relative_size=num_samples / order.mean_examples if order.mean_examples else 1.0,
+        lr=order.local.lr_at(order.round),
+        seed=seed_for(order.seed, order.round, client, "local"),
     )
+
+    def usable() -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in batches(task, order.local) if callable(batches) else _epochs(batches, order.local):
+            if len(labels) > 1 or not functional.has_batchnorm:
+                yield images.to(device), labels.to(device)
+
+    # Dropout draws from the global generator.
+    with forked(seed_for(task.seed, task.round, client, "model"), device):
+        result = train(functional, algorithm.local, task, usable(), counts, order.local)
+    bad = first_non_finite(result.memory)
+    if bad is None and result.memory:
+        kept.write(order.round, result.memory)
+    elif bad is not None and first_non_finite({**result.params, **result.buffers, **result.extra}) is None:
+        raise InputError(f"non-finite memory {bad}")
+    reply = RecordDict({arrays_key: wire.encode(layout.join(result.params, result.buffers))})
+    if result.extra:
+        reply[wire.EXTRA] = wire.encode(result.extra)
+    metrics: Any = {NUM_EXAMPLES: num_samples, wire.CLASS_COUNTS: counts.tolist(), wire.LOSS: result.loss}
+    reply[METRICS] = MetricRecord(metrics | ({PARTITION_ID: client} if named else {}))
+    return Message(reply, reply_to=message)
 
 
 def _epochs(batches: Batches, settings: LocalConfig) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields batches, pass after pass, for all epochs or steps."""
     left = settings.steps
     for number in itertools.count() if left else range(settings.epochs):
         given = 0
@@ -351,112 +274,53 @@ def _epochs(batches: Batches, settings: LocalConfig) -> Iterator[tuple[Tensor, T
             given += 1
             yield batch
         if number and not given:
-            raise InputError(
-                f"batches is an iterator that ended after {number} of several passes; pass what can be iterated again, "
-                "such as the DataLoader itself or a list"
-            )
+            raise InputError("batches is an iterator, used up after one pass; pass the DataLoader itself or a list")
         left = left and left - given
         if not given or left == 0:
             return
 
 
-class _DiskMemory:
-    """Keeps a client's memories in a folder, one file a round, each written as a whole or not at all."""
+class ClientMemory:
+    """A client's memories of one run in a folder, one file for each round after which one was kept."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, state_dir: Path, run: str, client: int) -> None:
+        self._folder = state_dir / run / f"client-{client:06d}"
 
     def rounds(self) -> list[int]:
-        return sorted(int(path.stem[-6:]) for path in self._folder.glob(f"memory-{'[0-9]' * 6}.safetensors"))
-
-    def read(self, round: int, template: Memory) -> Memory:
-        memory = read_tensors(self._path(round))
-        shapes, wanted = ({name: (t.shape, t.dtype) for name, t in one.items()} for one in (memory, template))
-        if shapes != wanted:
-            raise InputError("the memory is of another model")
-        return {name: memory[name].clone() for name in template}
+        """Returns the rounds of all memories, ascending."""
+        return sorted(int(path.stem.removeprefix("memory-")) for path in self._folder.glob("memory-*.safetensors"))
 
     def write(self, round: int, memory: Memory) -> None:
+        """Writes a memory, as a whole or not at all."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_tensors(self._path(round), memory)
         except OSError as error:
-            raise InputError(
-                f"the client's memory cannot be written ({error.strerror}); give a folder by --node-config state-dir"
-            ) from None
+            raise InputError(f"cannot write to {self._folder} ({error.strerror}); give another state-dir") from None
 
-    def drop(self, round: int) -> None:
-        self._path(round).unlink(missing_ok=True)
+    def take(self, last: int, floor: int, initial: Memory, *, reset: bool) -> Memory:
+        """Returns the memory from which a client starts a round, and removes those that are no longer needed.
+
+        Newer memories than ``last``, the client's last round that counted (0: none), belong to rounds that did not
+        count. The server may return to its last checkpoint, so the newest memory up to ``floor`` is kept too. So both
+        sides agree, whichever is killed when. Without ``initial`` the method keeps no memory.
+        """
+        rounds = self.rounds() if initial else []
+        needed = max((round for round in rounds if round <= min(floor, last)), default=0)
+        for round in rounds:
+            if round > last or round < needed:
+                self._path(round).unlink()
+        if last == 0 or not initial:
+            return initial
+        try:
+            return read_tensors(self._path(last))
+        except InputError:
+            if reset:
+                return initial
+            raise InputError(
+                f"this node has no memory of round {last} of its client, or a damaged one; put its old state-dir back, "
+                "or set lost-memory=reset (local_train: lost_memory='reset')"
+            ) from None
 
     def _path(self, round: int) -> Path:
         return self._folder / f"memory-{round:06d}.safetensors"
-
-
-class _ContextMemory:
-    """Keeps a client's memories in Flower's ``Context.state``, which a restarted node has lost."""
-
-    def __init__(self, state: RecordDict, key: str) -> None:
-        self._state, self._prefix = state, f"fedftg/{key}/"
-
-    def rounds(self) -> list[int]:
-        return sorted(int(name.removeprefix(self._prefix)) for name in self._state if name.startswith(self._prefix))
-
-    def read(self, round: int, template: Memory) -> Memory:
-        return wire.decode(self._state.array_records[f"{self._prefix}{round}"], template)
-
-    def write(self, round: int, memory: Memory) -> None:
-        self._state[f"{self._prefix}{round}"] = wire.encode(memory)
-
-    def drop(self, round: int) -> None:
-        self._state.pop(f"{self._prefix}{round}", None)
-
-
-ClientMemory = _DiskMemory | _ContextMemory
-"""A client's memories of one run, by the round after which each holds."""
-
-
-def memory_of(context: Context, run: str, client: int, state_dir: Path | None) -> ClientMemory:
-    """Returns a client's memories of one run: in files below ``state_dir``, or in the context's state."""
-    if state_dir is None:
-        return _ContextMemory(context.state, f"{run}/{client}")
-    return _DiskMemory(state_dir / run / f"client-{client:06d}")
-
-
-def take(kept: ClientMemory, last: int, floor: int, initial: Memory, *, reset: bool) -> Memory:
-    """Returns the memory from which a client starts a round, and removes those that are no longer needed.
-
-    A memory is kept under the round after which it holds. Newer ones than ``last`` belong to rounds that did not
-    count. The server may go back to its last checkpoint, so the newest memory up to ``floor`` is kept too. So server
-    and client agree whatever is killed when.
-
-    Args:
-        kept: the client's memories.
-        last: the last round of this client that counted; 0: none did.
-        floor: the round of the server's last checkpoint.
-        initial: the memory of a client that never took part; empty: the method keeps none.
-        reset: start from ``initial`` where that of ``last`` is gone; otherwise it is an error.
-
-    Raises:
-        InputError: the memory of ``last`` is missing or damaged.
-    """
-    if not initial:
-        return {}
-    rounds = kept.rounds()
-    needed = max((round for round in rounds if round <= min(floor, last)), default=0)
-    for round in rounds:
-        if round > last or round < needed:
-            kept.drop(round)
-    if last == 0:
-        return initial
-    problem = f"this node has no memory of round {last}, the client's last"
-    if last in rounds:
-        try:
-            return kept.read(last, initial)
-        except InputError:
-            problem = f"the client's memory of round {last} is damaged or of another model"
-    if reset:
-        return initial
-    raise InputError(
-        f"{problem}; put the node's old state-dir back, or allow a new start by lost-memory=reset (in local_train: "
-        "lost_memory='reset')"
-    )

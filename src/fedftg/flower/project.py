@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import re
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,61 +16,46 @@ from fedftg.flower.settings import PARTITION_FILE, AppSettings
 
 PACKAGE = "fedftg_app"
 """The Python package inside an app."""
+LICENSE = """Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+Distributed on an "AS IS" basis, without warranties or conditions of any kind, either express or implied.
+"""
 
 
 def new(folder: Path, recipe: str | None, overrides: Sequence[str]) -> list[Path]:
-    """Writes an app into a new folder; returns its files.
+    """Writes an app into a folder, which must be new or empty; returns its files.
 
-    Args:
-        folder: must not exist yet, or be empty.
-        recipe: path or name of a recipe; None: the default one.
-        overrides: ``"key=value"`` strings; the app's recipe holds the result.
-
-    Raises:
-        InputError: the folder is taken or cannot be written, or the recipe is wrong.
+    ``recipe`` is a path or name, None the default one; the app's recipe holds it with the overrides.
     """
     config = configs.load(recipes.find(recipe or recipes.DEFAULT), overrides)
     if config.data.name == TENSORS:
-        raise InputError("data set 'tensors' is given in Python and cannot be sent to nodes; take data.name = 'arrays'")
-    counted = config.partition.law not in ("natural", "file")
-    if counted and config.cohort.size is not None and config.cohort.size > config.partition.num_clients:
-        raise InputError(
-            f"cohort.size must be at most partition.num_clients, {config.partition.num_clients}, got "
-            f"{config.cohort.size}; set both"
-        )
+        raise InputError("data set 'tensors' cannot be sent to nodes; take data.name = 'arrays'")
     name = re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-")
-    if not name:
-        raise InputError(f"the name of folder {folder} needs a letter or a digit; it becomes the app's name")
-    files = _files(name, config)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"{folder} exists already; give a folder that does not exist yet or is empty")
+        raise InputError(f"{folder} exists already; give a new or an empty folder")
     try:
+        files = _files(name or "app", config)
         (folder / PACKAGE).mkdir(parents=True, exist_ok=True)
         for path, text in files.items():
             (folder / path).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}; give another folder") from None
+        raise InputError(f"{error.filename}: {error.strerror}; give another path") from None
     return [folder / path for path in files]
 
 
 def _files(name: str, config: RunConfig) -> dict[str, str]:
-    """Returns the text of each file, by path; the recipe's paths hold wherever the app runs."""
+    """Returns the text of each file, by path; the recipe's paths work wherever the app runs."""
     saved: dict[str, str] = {}
     data, partition = config.data, config.partition
     if data.root is not None:
         data = data.model_copy(update={"root": data.root.resolve()})
     if partition.law == "file" and partition.file is not None:
-        try:
-            saved[f"{PACKAGE}/{PARTITION_FILE}"] = partition.file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"cannot read partition.file {partition.file} ({type(error).__name__}); give a saved partition"
-            ) from None
+        saved[f"{PACKAGE}/{PARTITION_FILE}"] = partition.file.read_text(encoding="utf-8")
         partition = partition.model_copy(update={"file": Path(PARTITION_FILE)})
     config = config.model_copy(update={"data": data, "partition": partition})
     return saved | {
         "pyproject.toml": _pyproject(name, config),
         "README.md": _readme(name, config),
+        "LICENSE": LICENSE,
         f"{PACKAGE}/__init__.py": f'"""The Flower app {name}."""\n',
         f"{PACKAGE}/server_app.py": _app("server"),
         f"{PACKAGE}/client_app.py": _app("client"),
@@ -91,13 +76,10 @@ app = {side}_app(Path(__file__).with_name("recipe.toml"))
 
 
 def _pyproject(name: str, config: RunConfig) -> str:
-    lines = []
-    for field in AppSettings.model_fields.values():
-        value = field.default
-        shown = str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else value
-        lines += [f"# {line}" for line in textwrap.wrap(str(field.description), 100)]
-        lines.append(f"{field.alias} = {shown}")
-    settings = "\n".join(lines)
+    settings = "\n".join(
+        f"# {field.description}\n{field.alias} = {json.dumps(field.default)}"
+        for field in AppSettings.model_fields.values()
+    )
     return f"""[build-system]
 requires = ["hatchling"]
 build-backend = "hatchling.build"
@@ -106,15 +88,17 @@ build-backend = "hatchling.build"
 name = "{name}"
 version = "1.0.0"
 description = "{config.algorithm.name} with refiner {config.refiner.name} on {config.data.name}"
-license = "Apache-2.0"
+license = {{ file = "LICENSE" }}
 requires-python = ">=3.11"
-dependencies = ["fedftg[flower]=={__version__}"]
+dependencies = ["fedftg[flower]=={__version__}", "flwr>=1.41,<1.43"]
 
 [tool.hatch.build.targets.wheel]
 packages = ["{PACKAGE}"]
 
 [tool.flwr.app]
 publisher = "local"
+fab-format-version = 1
+flwr-version-target = "1.41.0"
 
 [tool.flwr.app.components]
 serverapp = "{PACKAGE}.server_app:app"
@@ -134,32 +118,12 @@ def _readme(name: str, config: RunConfig) -> str:
 A Flower app for {count} clients: {config.algorithm.name} with refiner {config.refiner.name} on data set
 {config.data.name}. Every setting is in `{PACKAGE}/recipe.toml`.{plugins}
 
-Install `fedftg[flower]` {__version__} on the server and on every node, and `fedftg[simulation]` where you simulate.
-Where there is no internet, set first:
-
-    export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
-    export RAY_USAGE_STATS_ENABLED=0
-
-In Flower's simulation, in this folder, all {count} clients on one machine (`pkill -f flower-superlink` ends the
-SuperLink that it starts):
+Install `fedftg[flower]` {__version__} on the server and on every node. In Flower's simulation (with
+`fedftg[simulation]`), in this folder, all {count} clients on one machine:
 
     flwr run . --stream -c "out=\\"$PWD/runs/first\\"" \\
         --federation-config 'num-supernodes={count} client-resources-num-cpus=1'
 
-On machines: a SuperLink, and one SuperNode for each client with its number from 0 to {count - 1}:
-
-    flower-superlink --insecure --host 0.0.0.0 --port 8000
-    flower-supernode --insecure --superlink SERVER:8000 --port 8001 --node-config 'partition-id=0'
-    flwr run . NAME --stream -c 'out="/folder/on/the/server"'
-
-Several SuperNodes on one machine need a `--port` each. `NAME` is the SuperLink in Flower's own `config.toml`:
-
-    [superlink.NAME]
-    address = "SERVER:8000"
-    insecure = true
-
-`flwr list NAME` shows the runs, `flwr stop RUN NAME` stops one, and the same command with `resume=true` resumes it:
-`-c 'out="/folder/on/the/server" resume=true'`. Another number of clients needs a new app. `fedftg report`,
-`fedftg compare` and `fedftg export` read the run folder. `docs/flower.md` of fedftg describes TLS, authentication of
-nodes, GPUs and every message.
+On machines: `docs/flower.md` of fedftg, with a SuperNode for each client, its number from 0 to {count - 1}.
+The same command with `resume=true` resumes a run that was stopped. Another number of clients needs a new app.
 """

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
@@ -18,49 +18,43 @@ from fedftg import build, loop
 from fedftg.algorithms.base import ClientResult, LocalRule, LocalTask
 from fedftg.config import RunConfig
 from fedftg.data import sources
-from fedftg.engine import sampling
 from fedftg.engine.evaluate import Measured, over_clients
 from fedftg.engine.executors import Executor, Rejected
-from fedftg.engine.machine import resolve_device
+from fedftg.engine.machine import keep_freed_memory, resolve_device
 from fedftg.errors import InputError
 from fedftg.experiment import Experiment, Models
 from fedftg.flower import wire
-from fedftg.flower.nodes import Log, NodeFederation, Nodes, exchange, facts_of, joint_normalisation
-from fedftg.flower.settings import AppSettings, agreement, app_settings, on_server
+from fedftg.flower.nodes import Log, NodeFederation, Nodes, facts_of, joint_normalisation
+from fedftg.flower.settings import AppSettings, app_settings, on_server
 from fedftg.flower.wire import ARRAYS, CLASS_COUNTS, CONFIG, LOSS, MESSAGE, NUM_EXAMPLES, PARTITION_ID, Order
 from fedftg.loop import Run
 from fedftg.params import to_device
 from fedftg.progress import PlainLines, Progress
-from fedftg.rundir import records
 from fedftg.rundir.clients import ClientStore
 from fedftg.rundir.folder import RunFolder
 from fedftg.rundir.records import Record
 
-RUNS = Path("runs")
 LAST_COUNTED = "round"
 """The server's memory of a client: its last round that counted. What the client itself keeps stays on its node."""
-_LOG_SECONDS = 20.0
-"""How often a server that waits logs how many nodes are connected."""
 
 
 def server_app(recipe: str | Path) -> ServerApp:
-    """Returns the app that a SuperLink runs; its nodes run `fedftg.flower.client_app` on the same recipe.
+    """Returns the app that a SuperLink runs on a TOML recipe; its nodes run `fedftg.flower.client_app` on the same.
 
-    Args:
-        recipe: a TOML recipe. What ``flwr run -c`` may set is in `fedftg.flower.settings.AppSettings`.
+    What ``flwr run -c`` may set is in `fedftg.flower.settings.AppSettings`.
     """
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
+        keep_freed_memory()
         console = Console(soft_wrap=True)
         try:
-            run = serve(grid, Path(recipe), context.run_config, PlainLines(console))
+            serve(grid, Path(recipe), context.run_config, PlainLines(console))
         except InputError as error:
             line = " ".join(str(error).replace("--resume", "resume=true").replace("--out", "out").split())
             console.print(f"fedftg: {line}", highlight=False, markup=False)
             raise InputError(line) from None  # Flower shows where it was raised
-        console.print(f"run folder: {run.folder.resolve()}", highlight=False, markup=False)
 
     return app
 
@@ -69,22 +63,17 @@ def serve(grid: Grid, recipe: Path, run_config: Mapping[str, Any], progress: Pro
     """Runs a recipe on the nodes of a grid, or resumes a run.
 
     Raises:
-        InputError: wrong settings, too few nodes within the bound, nodes that do not fit together, or other data than
-            the resumed run had. A run that had started can be resumed.
+        InputError: wrong settings, too few nodes within the bound, or other data than the resumed run had.
     """
     settings = app_settings(run_config)
     config = on_server(recipe, settings)
-    folder = Path(settings.out) if settings.out else RUNS / config.name
-    console = Console(soft_wrap=True)
-
-    def log(text: str) -> None:
-        console.print(text, highlight=False, markup=False)
-
+    folder = Path(settings.out) if settings.out else Path("runs", config.name)
+    log = partial(Console(soft_wrap=True).print, highlight=False, markup=False)
     log(f"run folder: {folder.resolve()}")
     return loop.execute(
         config,
         folder,
-        lambda: prepare(grid, config, settings, RunFolder(folder), log),
+        lambda: _prepare(grid, config, settings, RunFolder(folder), log),
         resume=settings.resume,
         progress=progress,
     )
@@ -98,39 +87,28 @@ class NodesExperiment(Experiment):
     executor: Executor = field(init=False)
     nodes: Nodes
     settings: AppSettings
-    folder: RunFolder
     run_key: str
     log: Log
-    weighed: frozenset[int]
-    """The clients whose sizes the average of all uploads is weighted by."""
 
     def __post_init__(self) -> None:
         self.executor = GridExecutor(self)
 
     def run_round(self, progress: Progress) -> Record:
-        """Runs one round with the nodes that are connected.
-
-        Raises:
-            InputError: no client at all is connected within the bound.
-        """
+        """Runs one round with the nodes that are connected; `InputError` where none is within the bound."""
         number = self.state.round + 1
-        self.nodes.ask_again()
         self.nodes.refresh()
-        cohort = self._cohort(number)
+        cohort = set(self._cohort(number))
         enough = min(self.min_results, len(cohort))
-        if not self.nodes.wait(lambda: self.nodes.connected(cohort) >= enough, self.settings.wait_seconds):
-            line = (
-                f"round {number}: {self.nodes.connected(cohort)} of the {len(cohort)} clients drawn are there after "
-                f"{self.settings.wait_seconds:g} s"
-            )
+        if not self.nodes.wait(lambda: len(self.nodes.by_client.keys() & cohort) >= enough, self.settings.wait_seconds):
+            drawn = f"{len(self.nodes.by_client.keys() & cohort)} of the {len(cohort)} clients drawn are connected"
+            line = f"round {number}: {drawn} after {self.settings.wait_seconds:g} s"
             if not self.nodes.by_client:
                 raise InputError(f"{line}, and no other; start SuperNodes, and run again with resume=true")
             self.log(f"{line}, min-clients is {self.min_results}: nothing is trained in this round")
-        self._reweigh()
         return super().run_round(progress)
 
     def order(self, round: int, client: int, last: int = 0, floor: int = 0) -> ConfigRecord:
-        """Returns the order to a client, whose last round that counted is ``last``; see `Order` for ``floor``."""
+        """Returns the order to a client whose last round that counted is ``last``."""
         order = Order(
             run=self.run_key,
             round=round,
@@ -147,39 +125,18 @@ class NodesExperiment(Experiment):
         )
         return ConfigRecord(dict(order.config()))
 
-    def _cohort(self, number: int) -> list[int]:
-        """Returns a cohort that is smaller than ``cohort.size`` where newcomers turned out to hold nothing."""
-        given, candidates = self.config.cohort, self._candidates
-        if given.size is not None and given.size > len(candidates):
-            given = given.model_copy(update={"size": len(candidates)})
-        return sampling.cohort(given, candidates, self.config.seed, number)
-
     @property
     def _candidates(self) -> list[int]:
-        """A client whose node was never connected may hold something, and is drawn too."""
-        return [client for client in range(self.data.num_clients) if self.data.may_train(client)]
-
-    def _reweigh(self) -> None:
-        """Records clients that have joined since the last round, and weighs uploads by the sizes now known."""
-        known = frozenset(self.data.known)
-        if known == self.weighed:
-            return
-        sizes = [self.data.num_samples(client) for client in range(self.data.num_clients)]
-        self.partition_record = self.data.record(self.run_key) | {"joined_late": True}
-        records.write_json(self.folder.path / "partition.json", self.partition_record)
-        self.clients = self.clients.reweighed(sizes)
-        self.weighed = known
+        return self.data.candidates
 
     def _evaluate_clients(self, number: int, models: Models, into: Measured) -> None:
-        """Fills in accuracy over the clients that answer; those that do not go to ``not_measured``."""
         held_back = {client: facts.held_back for client, facts in sorted(self.data.known.items()) if facts.held_back}
         if not held_back:
             return
         nodes = {client: node for client, node in self.nodes.by_client.items() if client in held_back}
         arrays = {kind: wire.encode({**params, **buffers}) for kind, (params, buffers) in models.items()}
         contents = {node: RecordDict({CONFIG: self.order(number, client), **arrays}) for client, node in nodes.items()}
-        seconds, refresh = self.settings.evaluate_seconds, self.nodes.refresh
-        replies = exchange(self.nodes.grid, "evaluate", contents, str(number), seconds, refresh)
+        replies = self.nodes.exchange("evaluate", contents, str(number), self.settings.round_seconds)
         correct: dict[int, list[int]] = {}
         for client, size in held_back.items():
             reply = replies[nodes[client]] if client in nodes else self.nodes.why_missing(client)
@@ -196,10 +153,9 @@ class NodesExperiment(Experiment):
 
 def _counts(reply: Message | str, client: int, size: int, kinds: list[str]) -> list[int] | str:
     """Returns how many samples a node counted as correct for each kind of model, or why that cannot be used."""
-    problem = reply if isinstance(reply, str) else wire.error_of(reply)
-    if problem is not None:
-        return problem
-    metrics = wire.all_metrics(reply.content)  # type: ignore[union-attr]
+    if isinstance(reply, str):
+        return reply
+    metrics = wire.all_metrics(reply.content)
     got = [metrics.get(name) for name in (PARTITION_ID, NUM_EXAMPLES)]
     if got != [client, size]:
         return f"its reply is for another task: client and samples are {got}, not {[client, size]}"
@@ -215,7 +171,7 @@ class GridExecutor:
     description = "flower"
 
     def __init__(self, experiment: NodesExperiment) -> None:
-        self._experiment, self._first_round = experiment, 0
+        self._experiment = experiment
         state = experiment.state
         self._params, self._buffers = state.params, state.buffers
         self._extra = experiment.algorithm.local.upload_like(state.params)
@@ -223,51 +179,45 @@ class GridExecutor:
     def run(self, rule: LocalRule, tasks: Iterable[LocalTask]) -> Iterator[ClientResult | Rejected]:  # noqa: ARG002
         """Yields one result or reason a task; an update that does not fit the model is a reason."""
         given = list(tasks)
-        if not given:
-            return
-        self._first_round = self._first_round or given[0].round
         nodes, settings = self._experiment.nodes, self._experiment.settings
-        connected = dict(nodes.by_client)
+        connected = {task.client: nodes.by_client[task.client] for task in given if task.client in nodes.by_client}
+        few = f"not asked: {len(connected)} of the round's clients are connected, min-clients is {settings.min_clients}"
         asked = [task for task in given if task.client in connected]
-        few = f"not asked: {len(asked)} of the round's clients are there, at least {settings.min_clients} are needed"
         if len(asked) < settings.min_clients:  # the round cannot count
             asked = []
-        contents = dict(zip((connected[task.client] for task in asked), self._contents(asked), strict=True))
-        # A node that joins while the others train is asked at once, and takes part from the next round.
-        replies = exchange(nodes.grid, "train", contents, str(given[0].round), settings.round_seconds, nodes.refresh)
+        contents = {connected[task.client]: content for task, content in zip(asked, self._contents(asked), strict=True)}
+        replies = nodes.exchange("train", contents, str(given[0].round), settings.round_seconds)
         for task in given:
-            if task.client not in connected:
-                yield Rejected(task.client, nodes.why_missing(task.client))
-            else:
+            if task.client in connected:
                 # Removed, so that a decoded reply is freed with its result.
                 yield self._result(task, replies.pop(connected[task.client], few))
+            else:
+                yield Rejected(task.client, nodes.why_missing(task.client))
 
     def close(self) -> None:
         """Does nothing: the grid is Flower's."""
 
     def _contents(self, tasks: list[LocalTask]) -> Iterator[RecordDict]:
-        if not tasks:
-            return
-        arrays = {ARRAYS: wire.encode({**tasks[0].params, **tasks[0].buffers})}
-        if tasks[0].message:
-            arrays[MESSAGE] = wire.encode(tasks[0].message)
-        # The server's last checkpoint: that of this session, or the one that it was resumed from.
+        arrays: dict[str, ArrayRecord] = {}
         every = self._experiment.config.checkpoint.every
-        floor = max(self._first_round - 1, (tasks[0].round - 1) // every * every)
         for task in tasks:
+            if not arrays:
+                arrays[ARRAYS] = wire.encode({**task.params, **task.buffers})
+                if task.message:
+                    arrays[MESSAGE] = wire.encode(task.message)
+            floor = (task.round - 1) // every * every  # the last checkpoint, or one before it
             order = self._experiment.order(task.round, task.client, int(task.memory[LAST_COUNTED]), floor)
             yield RecordDict({CONFIG: order, **arrays})
 
     def _result(self, task: LocalTask, reply: Message | str) -> ClientResult | Rejected:
         if isinstance(reply, str):
             return Rejected(task.client, reply)
-        counts = self._experiment.data.known[task.client].class_counts
         # Values that are not finite are rejected by the round, as the simulator's are.
-        template = {**self._params, **self._buffers}
-        read = wire.read_reply(reply, template, extra=self._extra, num_classes=len(counts), finite=False)
+        read = wire.read_reply(reply, {**self._params, **self._buffers}, extra=self._extra, finite=False)
         if read.problem is not None:
             return Rejected(task.client, read.problem)
-        wanted = {PARTITION_ID: task.client, NUM_EXAMPLES: task.num_samples, CLASS_COUNTS: list(counts)}
+        counts = list(self._experiment.data.known[task.client].class_counts)
+        wanted = {PARTITION_ID: task.client, NUM_EXAMPLES: task.num_samples, CLASS_COUNTS: counts}
         got, loss = {name: read.metrics.get(name) for name in wanted}, read.metrics.get(LOSS)
         if got != wanted or not isinstance(loss, float):
             return Rejected(task.client, f"its reply is not for this client and its data: {str(got)[:200]}")
@@ -284,33 +234,30 @@ class GridExecutor:
         )
 
 
-def prepare(grid: Grid, config: RunConfig, settings: AppSettings, folder: RunFolder, log: Log) -> NodesExperiment:
-    """Waits for the nodes, and makes every object of a run; nothing is written.
-
-    Raises:
-        InputError: see `serve`.
-    """
+def _prepare(grid: Grid, config: RunConfig, settings: AppSettings, folder: RunFolder, log: Log) -> NodesExperiment:
+    """Waits for the nodes, and makes every object of a run; nothing is written."""
     before = folder.read_partition() if settings.resume else None
     test = None if settings.server_data == "none" else sources.load(config.data)
-    nodes = Nodes(grid, config, test, {} if before is None else facts_of(before, agreement(config)), log)
-    remembered = frozenset(nodes.known)
-    _gather(nodes, settings, log)
-    nodes.rounds_started = True
+    nodes = Nodes(grid, config, test, {} if before is None else facts_of(before), log)
+    log(f"waiting for nodes, at most {settings.wait_seconds:g} s")
+    everyone = nodes.wait(lambda: len(nodes.by_client) == nodes.num_clients, settings.wait_seconds)
+    connected = f"{len(nodes.by_client)} of {nodes.num_clients} clients are connected"
+    if len(nodes.by_client) < min(settings.min_clients, nodes.num_clients):
+        wait = f"{connected} after {settings.wait_seconds:g} s, min-clients is {settings.min_clients}"
+        raise InputError(f"{wait}; start more SuperNodes, or raise wait-seconds{nodes.first_refusal()}")
+    if not everyone:
+        log(f"{connected}; the run starts without the others")
     if before is None:
-        facts = [nodes.known[client] for client in sorted(nodes.known)]
-        run, weighed, normalisation = secrets.token_hex(8), frozenset(nodes.known), joint_normalisation(facts)
+        normalisation = joint_normalisation([nodes.known[client] for client in sorted(nodes.known)])
     else:
-        # Where clients joined late, the checkpoint's sum may rest on fewer sizes: it is computed anew.
-        run, weighed = str(before["run"]), frozenset() if before.get("joined_late") else remembered
         normalisation = tuple(before["mean"]), tuple(before["std"])
     federation = NodeFederation(nodes.known, normalisation, test, resolve_device(config.device))
-    # A resumed run was possible when it began, whoever has joined since.
-    may_train = [client for client in range(federation.num_clients) if before or federation.may_train(client)]
-    parts = build.parts(config, federation, len(may_train))
+    record = before or federation.record(secrets.token_hex(8))
+    parts = build.parts(config, federation, len(federation.candidates))
     clients = ClientStore(
         lambda: {LAST_COUNTED: torch.tensor(0)},
         {**parts.state.params, **parts.state.buffers},
-        [federation.num_samples(client) for client in range(federation.num_clients)],
+        [sum(counts) for counts in record["class_counts"]],  # so a resumed run has the weights of its start
         config.evaluation.track_all,
     )
     return NodesExperiment(
@@ -318,42 +265,10 @@ def prepare(grid: Grid, config: RunConfig, settings: AppSettings, folder: RunFol
         config=config,
         data=federation,
         clients=clients,
-        partition_record=before or federation.record(run),
+        partition_record=record,
         min_results=settings.min_clients,
         nodes=nodes,
         settings=settings,
-        folder=folder,
-        run_key=run,
+        run_key=str(record["run"]),
         log=log,
-        weighed=weighed,
     )
-
-
-def _gather(nodes: Nodes, settings: AppSettings, log: Log) -> None:
-    """Waits for all nodes, or for at least ``min-clients`` of them until the time is over."""
-    log(f"waiting for nodes, at most {settings.wait_seconds:g} s")
-    logged = time.monotonic()
-
-    def complete() -> bool:
-        nonlocal logged
-        expected = range(nodes.num_clients)
-        count = nodes.connected(expected)
-        if time.monotonic() - logged > _LOG_SECONDS:
-            logged = time.monotonic()
-            log(f"{count} of {len(expected)} clients are there{nodes.first_refusal()}")
-        return count == len(expected) and not nodes.undecided
-
-    nodes.wait(complete, settings.wait_seconds)
-    count = nodes.num_clients
-    if len(nodes.by_client) < min(settings.min_clients, count):
-        starting = "" if nodes.by_client else " (they may still be starting: a node needs some seconds)"
-        raise InputError(
-            f"{len(nodes.by_client)} of {count} clients are there after {settings.wait_seconds:g} s, min-clients is "
-            f"{settings.min_clients}; start more SuperNodes, or raise wait-seconds{starting}{nodes.first_refusal()}"
-        )
-    if not sum(facts.num_samples for facts in nodes.known.values()):
-        raise InputError("no client that is there holds training data; look at the nodes' data-root and partition-id")
-    missing = [client for client in range(count) if client not in nodes.by_client]
-    if missing:
-        shown = ", ".join(map(str, missing[:20]))
-        log(f"{len(missing)} of {count} clients are not there: {shown}; the run starts without them")

@@ -11,115 +11,57 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedftg import __version__
 from fedftg import config as configs
 from fedftg.config import RunConfig
-from fedftg.errors import InputError, unknown
 
 PARTITION_FILE = "partition.json"
 """A saved partition that an app carries beside its recipe."""
-LOCAL_KEYS: dict[str, Any] = {
-    "name": True,
-    "rounds": True,
-    "device": True,
-    "threads": True,
-    "data": {"root", "cache"},
-    "partition": {"file"},
-    "checkpoint": True,
-    "evaluation": True,
-    "executor": True,
-}
+LOCAL_KEYS: dict[str, Any] = {"data": {"root", "cache"}, "partition": {"file"}} | dict.fromkeys(
+    ("name", "rounds", "device", "threads", "checkpoint", "evaluation", "executor"), True
+)
 """Settings of a recipe that may differ between server and nodes."""
-
-
-def _hyphens(name: str) -> str:
-    return name.replace("_", "-")
 
 
 class AppSettings(BaseModel):
     """The keys of ``[tool.flwr.app.config]``, the same for server and nodes; ``flwr run -c`` overrides them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=_hyphens)
+    model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=lambda name: name.replace("_", "-"))
 
-    set: str = Field(
-        default="", description="overrides of the recipe, separated by blanks, such as 'rounds=50 local.lr=0.05'"
-    )
-    out: str = Field(
-        default="", description="the run folder, on the server; empty: runs/NAME in the server's working folder"
-    )
-    resume: bool = Field(default=False, description="resume the run in 'out' from its last checkpoint")
-    min_clients: int = Field(
-        default=1, ge=1, description="usable updates that a round needs; with fewer the global model does not change"
-    )
-    wait_seconds: float = Field(
-        default=300.0, ge=0, description="the longest wait for nodes: for all before the first round, later for enough"
-    )
-    round_seconds: float = Field(
-        default=3600.0, gt=0, description="the longest wait for a round's replies; later ones are left out"
-    )
-    evaluate_seconds: float = Field(
-        default=600.0, gt=0, description="the longest wait for nodes that evaluate models on what they hold back"
-    )
-    server_data: str = Field(
-        default="recipe",
-        min_length=1,
-        description="test data on the server: recipe (what the recipe names), none (accuracy is not measured), or "
-        "the folder that replaces data.root there",
-    )
-    client_state: Literal["disk", "context"] = Field(
-        default="disk",
-        description="what clients keep between rounds: disk survives a restart of the node, context (Flower's "
-        "Context.state) does not",
-    )
+    set: str = Field("", description="overrides of the recipe, separated by blanks, such as 'rounds=50 local.lr=0.05'")
+    out: str = Field("", description="the run folder, on the server; empty: runs/NAME in the server's working folder")
+    resume: bool = Field(False, description="resume the run in 'out' from its last checkpoint")
+    min_clients: int = Field(1, ge=1, description="usable updates that a round needs to change the global model")
+    wait_seconds: float = Field(300.0, ge=0, description="the longest wait for nodes, before the first round and later")
+    round_seconds: float = Field(3600.0, gt=0, description="the longest wait for a round's replies")
+    server_data: str = Field("recipe", description="test data on the server: recipe, none, or a folder of its own")
     lost_memory: Literal["refuse", "reset"] = Field(
-        default="refuse",
-        description="a node that lost its client's memory: refuse to train, or reset it to that of a new client",
+        "refuse", description="a node that lost its client's memory: refuse to train, or reset it to a new client's"
     )
-
-    def overrides(self) -> list[str]:
-        """Returns ``set`` as a list of ``key=value``; raises `InputError` where a quotation mark is not closed."""
-        try:
-            return shlex.split(self.set)
-        except ValueError as error:
-            raise InputError(
-                f"app config key 'set' must be key=value pairs separated by blanks, got {self.set!r} ({error}); close "
-                "the quotation mark"
-            ) from None
 
 
 class NodeSettings(BaseModel):
-    """The keys of ``--node-config`` that concern this package; others are ignored."""
+    """The keys of ``--node-config`` that concern this package (see docs/flower.md); others are ignored."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", alias_generator=_hyphens)
+    model_config = ConfigDict(frozen=True, extra="ignore", alias_generator=lambda name: name.replace("_", "-"))
 
-    partition_id: int = Field(ge=0, description="which client this node is, from 0; each node another one")
-    data_root: str = Field(default="", description="the folder that replaces data.root on this node")
-    own_data: bool = Field(
-        default=False, description="all training images in the data set here are this client's; no partition is made"
-    )
-    state_dir: str = Field(
-        default="", description="folder for the client's memory; empty: fedftg-state in the user's home"
-    )
-    cache: str = Field(default="", description="the folder that replaces data.cache on this node")
-    device: str = Field(default="", description="auto, cpu, cuda or cuda:N; empty: the recipe's")
-    threads: int = Field(default=-1, ge=-1, description="CPU threads; -1: the recipe's, 0: torch's choice")
-
-    @property
-    def state_folder(self) -> Path:
-        """The folder for the client's memory."""
-        return Path(self.state_dir) if self.state_dir else Path.home() / "fedftg-state"
+    partition_id: int = Field(ge=0)
+    data_root: str = ""
+    own_data: bool = False
+    state_dir: str = ""
+    cache: str = ""
+    device: str = ""
+    threads: int = Field(-1, ge=-1)
+    """-1: the recipe's."""
 
 
 def app_settings(given: Mapping[str, Any]) -> AppSettings:
-    """Returns the settings of a run; raises `InputError` with the first problem."""
-    known = [_hyphens(name) for name in AppSettings.model_fields]
-    for key in given:
-        if key not in known:
-            raise unknown("key of the app's config", key, known)
+    """Returns the settings of a run."""
     return configs.parse(AppSettings, dict(given), "app config")
 
 
 def node_settings(given: Mapping[str, Any]) -> NodeSettings:
-    """Returns the settings of a node; raises `InputError` with the first problem."""
+    """Returns the settings of a node."""
     return configs.parse(NodeSettings, dict(given), "node config")
 
 
@@ -139,7 +81,7 @@ def on_node(recipe: Path, settings: AppSettings, node: NodeSettings) -> RunConfi
 
 def _config(recipe: Path, settings: AppSettings, own: Mapping[str, Any]) -> RunConfig:
     pairs = [f"{key}={json.dumps(value)}" for key, value in own.items() if value != ""]
-    config = configs.load(recipe, [*settings.overrides(), *pairs])
+    config = configs.load(recipe, [*shlex.split(settings.set), *pairs])
     if config.partition.file != Path(PARTITION_FILE):
         return config
     # A partition that is named without a folder lies beside the recipe, wherever that was unpacked.
@@ -148,6 +90,6 @@ def _config(recipe: Path, settings: AppSettings, own: Mapping[str, Any]) -> RunC
 
 
 def agreement(config: RunConfig) -> str:
-    """Returns the SHA-256 of the settings that server and nodes must have in common."""
-    common = config.model_dump(mode="json", exclude=LOCAL_KEYS)
+    """Returns the SHA-256 of what server and nodes must have in common: settings and version of fedftg."""
+    common = [__version__, config.model_dump(mode="json", exclude=LOCAL_KEYS)]
     return hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()

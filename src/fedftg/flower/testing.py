@@ -1,12 +1,8 @@
-"""A Flower grid in this process: the same ServerApp and ClientApp without Ray, SuperLink or network.
-
-Messages are handled when they are pushed, in the order of node ids, so runs are deterministic. It serves tests and the
-first steps of an app; for many clients ``fedftg run`` is faster, since nothing is serialised.
-"""
+"""A Flower grid in this process: the same ServerApp and ClientApp without Ray, SuperLink or network, for tests."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -16,14 +12,12 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-Fault = Callable[[Message], Message | None]
-"""Takes a node's reply, and returns what arrives in its place; None: nothing ever arrives."""
-
 
 class LocalGrid(Grid):
     """Nodes with a ClientApp each, in this process.
 
-    A client that raises gives the error reply that a SuperNode sends; a missing node gives that of a SuperLink.
+    Messages are handled when they are pushed, in the order of node ids, so runs are deterministic. A client that raises
+    gives the error reply that a SuperNode sends; a missing node gives that of a SuperLink.
 
     Args:
         app: what every node runs.
@@ -39,10 +33,6 @@ class LocalGrid(Grid):
         self._contexts: dict[int, Context] = {}
         self._replies: dict[str, Message] = {}
         self._pushed = 0
-        self.faults: dict[int, Fault] = {}
-        """Per node, what happens to its replies."""
-        self.before_push: Callable[[list[Message]], None] = lambda _: None
-        """Called with all messages before any is handled."""
         for node, config in node_configs.items():
             self.join(node, config)
         # A SuperLink would have set the identity that messages carry.
@@ -51,12 +41,12 @@ class LocalGrid(Grid):
 
     @classmethod
     def of(cls, app: ClientApp, num_clients: int, run_config: Mapping[str, Any] | None = None) -> LocalGrid:
-        """Returns a grid with one node a partition: node ``i + 1`` has partition ``i``, as in Flower's simulation."""
+        """Returns a grid whose node ``i + 1`` has partition ``i``."""
         configs = {i + 1: {"partition-id": i, "num-partitions": num_clients} for i in range(num_clients)}
         return cls(app, configs, run_config)
 
     def join(self, node: int, config: Mapping[str, Any]) -> None:
-        """Connects a node; its state is empty, as that of a restarted SuperNode is."""
+        """Connects a node, with an empty state."""
         self._contexts[node] = Context(1, node, dict(config), RecordDict(), dict(self._run_config))
 
     def leave(self, node: int) -> None:
@@ -74,8 +64,8 @@ class LocalGrid(Grid):
 
     @property
     def run(self) -> Run:
-        """Raises: only a SuperLink knows the run."""
-        raise NotImplementedError("an in-process grid has no SuperLink's run; use context.run_id")
+        """Raises `NotImplementedError`: only a SuperLink knows the run."""
+        raise NotImplementedError
 
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
@@ -90,17 +80,13 @@ class LocalGrid(Grid):
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Handles every message; returns their ids in the given order."""
         given = list(messages)
-        self.before_push(given)
         for message in given:
             self._pushed += 1
             message.metadata.__dict__["_message_id"] = f"message-{self._pushed}"
         for message in sorted(given, key=lambda message: message.metadata.dst_node_id):
-            reply: Message | None = self._answer(message)
-            fault = self.faults.get(message.metadata.dst_node_id)
-            if fault is not None and reply is not None:
-                reply = fault(reply)
+            reply = self.answer(message)
             if reply is not None:
-                reply.metadata.__dict__["_reply_to_message_id"] = message.metadata.message_id  # a fault may reply anew
+                reply.metadata.__dict__["_reply_to_message_id"] = message.metadata.message_id
                 self._replies[message.metadata.message_id] = reply
         return [message.metadata.message_id for message in given]
 
@@ -113,10 +99,11 @@ class LocalGrid(Grid):
         """Pushes, and pulls without waiting, since nothing arrives later."""
         return self.pull_messages(self.push_messages(messages))
 
-    def _answer(self, message: Message) -> Message:
+    def answer(self, message: Message) -> Message | None:
+        """Returns a node's reply; None: nothing ever arrives (override it to try faults)."""
         context = self._contexts.get(message.metadata.dst_node_id)
         if context is None:
-            return Message(Error(ErrorCode.NODE_UNAVAILABLE, "the node is not there"), reply_to=message)
+            return Message(Error(ErrorCode.NODE_UNAVAILABLE, "the node is not connected"), reply_to=message)
         try:
             return self._app(message, context)
         except Exception as error:

@@ -31,7 +31,7 @@ class FunctionalModel:
         self._evaluating = copy.deepcopy(module).eval().requires_grad_(False)
         self._trainable = {name for name, value in module.named_parameters() if value.requires_grad}
         self.has_batchnorm = any(isinstance(layer, _BATCH_NORMS) for layer in module.modules())
-        self.has_dropout = any(map(_draws, module.modules()))
+        self.has_dropout = any(map(_drops, module.modules()))
 
     def init(self) -> tuple[Params, Params]:
         """Returns fresh copies of the parameters and the buffers that the module was given with.
@@ -41,54 +41,39 @@ class FunctionalModel:
         return values(self._evaluating, self._trainable)
 
     def __call__(self, params: Params, buffers: Params, images: Tensor, *, train: bool) -> Tensor:
-        """Logits ``(B, C)`` of images ``(B, D, H, W)``."""
+        """Returns logits ``(B, C)`` of images ``(B, D, H, W)``."""
         logits: Tensor = functional_call(self._training if train else self._evaluating, (params, buffers), (images,))
         return logits
 
     def with_features(self, params: Params, buffers: Params, images: Tensor, *, train: bool) -> tuple[Tensor, Tensor]:
-        """Logits ``(B, C)`` and the representation ``(B, F)``: what enters the model's last linear layer.
+        """Returns logits ``(B, C)`` and the representation ``(B, F)``: what enters the last registered ``nn.Linear``.
 
         Raises:
             InputError: the model has no ``nn.Linear`` layer.
         """
         module = self._training if train else self._evaluating
-        head = last_linear(module)
+        linears = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+        if not linears:
+            raise InputError(
+                f"{type(module).__name__} has no nn.Linear layer, so its representation is unknown; "
+                "end the model with a linear classifier, or use an algorithm other than moon"
+            )
         seen: list[Tensor] = []
 
         def keep_input(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             seen.append(inputs[0])
 
-        handle = head.register_forward_pre_hook(keep_input)
-        try:
-            logits: Tensor = functional_call(module, (params, buffers), (images,))
-        finally:
-            handle.remove()
+        with linears[-1].register_forward_pre_hook(keep_input):
+            logits = self(params, buffers, images, train=train)
         return logits, seen[-1]
 
     def module(self, params: Params, buffers: Params) -> nn.Module:
-        """A new module, in evaluation mode, that holds copies of these values; frozen ones stay frozen."""
+        """Returns a new module, in evaluation mode, with copies of these values; frozen ones stay frozen."""
         module = copy.deepcopy(self._evaluating)
         module.load_state_dict({**params, **buffers}, strict=False)
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in self._trainable)
         return module
-
-
-def _draws(layer: nn.Module) -> bool:
-    """Whether a layer drops at random in training mode; attention and recurrent layers have a rate of their own."""
-    rate = layer.p if isinstance(layer, _DROPOUTS) else getattr(layer, "dropout", 0.0)
-    return isinstance(rate, int | float) and rate > 0
-
-
-def last_linear(module: nn.Module) -> nn.Linear:
-    """The last ``nn.Linear`` in order of registration: the classifier layer of every common architecture."""
-    linears = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-    if not linears:
-        raise InputError(
-            f"{type(module).__name__} has no nn.Linear layer, so its representation is unknown; "
-            "end the model with a linear classifier, or use an algorithm other than moon"
-        )
-    return linears[-1]
 
 
 def values(module: nn.Module, trainable: Collection[str] | None = None) -> tuple[Params, Params]:
@@ -101,3 +86,9 @@ def values(module: nn.Module, trainable: Collection[str] | None = None) -> tuple
     free = [name for name in named if (named[name].requires_grad if trainable is None else name in trainable)]
     frozen = {name: tensor for name, tensor in named.items() if name not in free}
     return clone({name: named[name] for name in free}), clone({**dict(module.named_buffers()), **frozen})
+
+
+def _drops(layer: nn.Module) -> bool:
+    """Whether a layer drops at random in training mode; attention and recurrent layers have a rate of their own."""
+    rate = layer.p if isinstance(layer, _DROPOUTS) else getattr(layer, "dropout", 0.0)
+    return isinstance(rate, int | float) and rate > 0

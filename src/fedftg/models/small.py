@@ -1,30 +1,23 @@
 """Small convolutional classifiers: LeNet-5, the CNN of FedDyn's experiments, and ConvNet for any image size.
 
-LeNet-5: LeCun, Bottou, Bengio, Haffner, "Gradient-Based Learning Applied to Document Recognition", Proc. IEEE 1998;
-here with ReLU and max-pooling, as in federated-learning benchmarks. CNN: Acar et al., "Federated Learning Based on
-Dynamic Regularization", ICLR 2021. ConvNet has GroupNorm (Wu, He, "Group Normalization", ECCV 2018) by default: skewed
-clients do not agree on BatchNorm's statistics (Hsieh et al., ICML 2020).
+LeNet-5: LeCun et al., "Gradient-Based Learning Applied to Document Recognition", 1998, here with ReLU and max-pooling.
+CNN: Acar et al., "Federated Learning Based on Dynamic Regularization", ICLR 2021. GroupNorm suits skewed clients, which
+do not agree on BatchNorm's statistics (Hsieh et al., ICML 2020).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor, nn
 
 Normalisation = Literal["none", "group", "batch"]
-
-UNPADDED_FROM = 28
-"""From this image side on the 5x5 convolutions have no padding; below it they pad by 2, or nothing would be left."""
+Shape = tuple[int, int, int]  # of an image: channels, height and width
+Pair = tuple[int, int]
 
 
 def normalisation_layer(kind: Normalisation, channels: int, groups: int) -> nn.Module:
-    """Returns BatchNorm, GroupNorm with ``groups`` groups, or nothing.
-
-    Raises:
-        ValueError: unknown kind, or channels that ``groups`` does not divide.
-    """
+    """Returns BatchNorm, GroupNorm with ``groups`` groups, or the identity."""
     if kind == "none":
         return nn.Identity()
     if kind == "batch":
@@ -34,50 +27,47 @@ def normalisation_layer(kind: Normalisation, channels: int, groups: int) -> nn.M
     raise ValueError(f"normalisation must be 'none', 'group' or 'batch', got {kind!r}")
 
 
-class TwoConvolutions(nn.Module):
-    """Two blocks (5x5 convolution, normalisation, ReLU, 2x2 max-pool), two hidden dense layers, a linear classifier.
+def check_size(image_shape: Shape) -> None:
+    """Raises ValueError unless images have at least 8x8 pixels."""
+    if min(image_shape[1:]) < 8:
+        raise ValueError(f"images must be at least 8x8, got {image_shape[1]}x{image_shape[2]}")
+
+
+class CNN(nn.Module):
+    """FedDyn's CNN: two 5x5 convolutions of 64, dense 384 and 192; 797,962 parameters on CIFAR-10.
 
     Args:
-        num_classes: C.
         image_shape: ``(D, H, W)``, H and W at least 8. Images below 28 pixels are padded by 2 in each convolution.
-        channels: of the two convolutions.
-        hidden: widths of the two dense layers.
-        normalisation: "none"; "group", which does not mix samples and so suits skewed clients; or "batch".
-        groups: of GroupNorm; 1 normalises all channels together.
+        channels: of the two convolutions, each followed by normalisation, ReLU and a 2x2 max-pool.
+        normalisation: "none", "group" or "batch".
     """
 
     def __init__(
         self,
         num_classes: int,
-        image_shape: tuple[int, int, int],
-        *,
-        channels: Sequence[int],
-        hidden: Sequence[int],
+        image_shape: Shape,
+        channels: Pair = (64, 64),
+        hidden: Pair = (384, 192),
         normalisation: Normalisation = "none",
         groups: int = 2,
     ) -> None:
         super().__init__()
-        depth, height, width = image_shape
-        if min(height, width) < 8:
-            raise ValueError(f"images must be at least 8x8, got {height}x{width}")
-        padding = 0 if min(height, width) >= UNPADDED_FROM else 2
-        first, second = channels
-        self.features = nn.Sequential(
-            nn.Conv2d(depth, first, 5, padding=padding),
-            normalisation_layer(normalisation, first, groups),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(first, second, 5, padding=padding),
-            normalisation_layer(normalisation, second, groups),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Flatten(),
-        )
-        side_lengths = [_after_two_blocks(side, padding) for side in (height, width)]
+        check_size(image_shape)
+        depth, *sides = image_shape
+        padding = 0 if min(sides) >= 28 else 2  # or nothing would be left
+        layers: list[nn.Module] = []
+        for outputs in channels:
+            layers += [
+                nn.Conv2d(depth, outputs, 5, padding=padding),
+                normalisation_layer(normalisation, outputs, groups),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+            ]
+            depth, sides = outputs, [(side + 2 * padding - 4) // 2 for side in sides]
+        self.features = nn.Sequential(*layers, nn.Flatten())
         wide, narrow = hidden
-        self.dense = nn.Sequential(
-            nn.Linear(second * side_lengths[0] * side_lengths[1], wide), nn.ReLU(), nn.Linear(wide, narrow), nn.ReLU()
-        )
+        inputs = depth * sides[0] * sides[1]
+        self.dense = nn.Sequential(nn.Linear(inputs, wide), nn.ReLU(), nn.Linear(wide, narrow), nn.ReLU())
         self.classifier = nn.Linear(narrow, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -86,53 +76,41 @@ class TwoConvolutions(nn.Module):
         return logits
 
 
-def _after_two_blocks(side: int, padding: int) -> int:
-    for _ in range(2):
-        side = (side + 2 * padding - 4) // 2
-    return side
-
-
 class ConvNet(nn.Module):
-    """Blocks of 3x3 convolution, normalisation, ReLU and 2x2 max-pool, a global average, a linear classifier.
+    """Convolution blocks until 3 to 6 pixels are left, GroupNorm; for any image size; 94,762 parameters on CIFAR-10.
 
-    Blocks halve the image until 3 to 6 pixels are left, so the parameters do not grow with the image.
+    A block is a 3x3 convolution, normalisation, ReLU and a 2x2 max-pool; a global average and a linear layer follow.
 
     Args:
-        num_classes: C.
         image_shape: ``(D, H, W)``, H and W at least 8: one block at 8x8, three at 28x28 and 32x32, four at 64x64,
             five at 128x128.
         width: channels of the first block; each block doubles them, up to 256.
-        normalisation: "group" (default), "batch" or "none".
+        normalisation: "group", "batch" or "none".
         groups: of GroupNorm; must divide ``width``.
     """
 
     def __init__(
         self,
         num_classes: int,
-        image_shape: tuple[int, int, int],
-        *,
+        image_shape: Shape,
         width: int = 32,
         normalisation: Normalisation = "group",
         groups: int = 8,
     ) -> None:
         super().__init__()
-        channels, height, side_width = image_shape
-        side = min(height, side_width)
-        if side < 8:
-            raise ValueError(f"images must be at least 8x8, got {height}x{side_width}")
+        check_size(image_shape)
+        inputs, side, outputs = image_shape[0], min(image_shape[1:]), min(width, 256)
         layers: list[nn.Module] = []
-        depth = 0
         while side >= 7:  # 28 -> 14 -> 7 -> 3, and 32 -> 16 -> 8 -> 4
-            outputs = min(width * 2**depth, 256)
             layers += [
-                nn.Conv2d(channels, outputs, 3, padding=1, bias=normalisation == "none"),
+                nn.Conv2d(inputs, outputs, 3, padding=1, bias=normalisation == "none"),
                 normalisation_layer(normalisation, outputs, groups),
                 nn.ReLU(),
                 nn.MaxPool2d(2),
             ]
-            channels, side, depth = outputs, side // 2, depth + 1
+            inputs, side, outputs = outputs, side // 2, min(2 * outputs, 256)
         self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(channels, num_classes)
+        self.classifier = nn.Linear(inputs, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns logits ``(B, C)`` of images ``(B, D, H, W)``."""
@@ -140,59 +118,18 @@ class ConvNet(nn.Module):
         return logits
 
 
-def lenet(
-    num_classes: int,
-    image_shape: tuple[int, int, int],
-    channels: Sequence[int] = (6, 16),
-    hidden: Sequence[int] = (120, 84),
-) -> nn.Module:
+def lenet(num_classes: int, image_shape: Shape, channels: Pair = (6, 16), hidden: Pair = (120, 84)) -> CNN:
     """LeNet-5 with no normalisation; 62,006 parameters on CIFAR-10."""
-    return TwoConvolutions(num_classes, image_shape, channels=channels, hidden=hidden)
+    return CNN(num_classes, image_shape, channels, hidden)
 
 
 def lenet_gn(
-    num_classes: int,
-    image_shape: tuple[int, int, int],
-    channels: Sequence[int] = (6, 16),
-    hidden: Sequence[int] = (120, 84),
-    groups: int = 2,
-) -> nn.Module:
+    num_classes: int, image_shape: Shape, channels: Pair = (6, 16), hidden: Pair = (120, 84), groups: int = 2
+) -> CNN:
     """LeNet-5 with GroupNorm after each convolution, for skewed clients; 62,050 parameters on CIFAR-10."""
-    return TwoConvolutions(
-        num_classes, image_shape, channels=channels, hidden=hidden, normalisation="group", groups=groups
-    )
+    return CNN(num_classes, image_shape, channels, hidden, "group", groups)
 
 
-def lenet_bn(
-    num_classes: int,
-    image_shape: tuple[int, int, int],
-    channels: Sequence[int] = (6, 16),
-    hidden: Sequence[int] = (120, 84),
-) -> nn.Module:
+def lenet_bn(num_classes: int, image_shape: Shape, channels: Pair = (6, 16), hidden: Pair = (120, 84)) -> CNN:
     """LeNet-5 with BatchNorm after each convolution; 62,050 parameters on CIFAR-10."""
-    return TwoConvolutions(num_classes, image_shape, channels=channels, hidden=hidden, normalisation="batch")
-
-
-def cnn(
-    num_classes: int,
-    image_shape: tuple[int, int, int],
-    channels: Sequence[int] = (64, 64),
-    hidden: Sequence[int] = (384, 192),
-    normalisation: Normalisation = "none",
-    groups: int = 2,
-) -> nn.Module:
-    """FedDyn's CNN: two 5x5 convolutions of 64, dense 384 and 192; 797,962 parameters on CIFAR-10."""
-    return TwoConvolutions(
-        num_classes, image_shape, channels=channels, hidden=hidden, normalisation=normalisation, groups=groups
-    )
-
-
-def convnet(
-    num_classes: int,
-    image_shape: tuple[int, int, int],
-    width: int = 32,
-    normalisation: Normalisation = "group",
-    groups: int = 8,
-) -> nn.Module:
-    """Convolution blocks until 3 to 6 pixels are left, GroupNorm; for any image size; 94,762 parameters on CIFAR-10."""
-    return ConvNet(num_classes, image_shape, width=width, normalisation=normalisation, groups=groups)
+    return CNN(num_classes, image_shape, channels, hidden, "batch")

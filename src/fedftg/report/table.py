@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fedftg.report.load import RunRecord, display_names
+from fedftg.errors import flat
+from fedftg.report.load import RunRecord, Series, display_names
 
 LAST = 10
 """How many evaluations the reported mean covers."""
 
 SHOWN_CLIENTS = 20
+"""How many clients a partition's table has a row for."""
 
 _MEASURES = {
     "total_variation": "mean total variation, 0 if IID",
@@ -26,10 +27,9 @@ _MEASURES = {
     "size_max": "most samples of a client",
     "empty_clients": "clients without samples",
 }
-"""What the measures of a partition are called where people read them."""
 
 _NOT_COMPARED = ("name", "refiner", "device", "threads", "plugins", "executor", "checkpoint")
-"""Settings in which a run and its base may differ without a note: they change no result, or are the comparison."""
+"""Sections in which a run and its base may differ without a note."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,14 @@ class Score:
 
 @dataclass(frozen=True)
 class Gain:
-    """Deployed accuracy minus the base's, over rounds in which both were evaluated."""
+    """Deployed accuracy minus the base's, over rounds (up to ``until``) in which both were evaluated."""
 
     base: str
     final: float
     mean_last: float
     until: int
-    """The last round that both have evaluated."""
     whole: bool
-    """Whether neither was evaluated later than that."""
+    """Neither was evaluated later than ``until``."""
     differs: tuple[str, ...]
     """Settings besides the refiner in which the two differ."""
 
@@ -64,27 +63,62 @@ class Row:
     """One run of a comparison."""
 
     name: str
-    algorithm: str
-    refiner: str
-    """With its preset: ``fedftg (paper)``; ``none`` without refiner."""
-    rounds: int
-    rounds_planned: int | None
-    finished: bool
-    selected: Score | None
-    all: Score | None
-    refined: Score | None
-    """None without refiner, where the deployed model is the aggregate."""
+    run: RunRecord
     deployed: Score | None
+    """Of `refined`, or without refiner of the aggregate."""
     is_base: bool
     gain: Gain | None
-    """None where the run is a base or has none in this comparison."""
-    seconds: float
-    clients: str | None
-    """Accuracy of the deployed model over clients on what they hold back, as a sentence; None where they do not."""
 
 
-def score(rounds: Sequence[int], values: Sequence[float]) -> Score | None:
-    """The numbers that a table shows of a series of accuracies; None where nothing was evaluated."""
+@dataclass(frozen=True)
+class Column:
+    """One column of a comparison, right-aligned; the terminal leaves it out where no run has a value.
+
+    ``cell`` returns a value and a smaller one, either may be empty. ``beside`` and ``below`` format the smaller one,
+    in Markdown beside the value and in the terminal below it.
+    """
+
+    header: str
+    cell: Callable[[Row], tuple[str, str]]
+    beside: str = " ({})"
+    below: str = "{}"
+
+
+def _rounds(row: Row) -> tuple[str, str]:
+    done, planned = len(row.run.rounds), row.run.config["rounds"]
+    return str(done), "" if done == planned else str(planned)
+
+
+def _accuracy(row: Row, kind: str) -> tuple[str, str]:
+    value = None if kind == "refined" and row.run.refiner == "none" else score(row.run.accuracy(kind))
+    return (_percent(value.mean_last), _percent(value.final)) if value else ("", "")
+
+
+def _versus(row: Row) -> tuple[str, str]:
+    if row.gain is None:
+        return "base" if row.is_base else "", ""
+    return _percent(row.gain.mean_last, "+"), _percent(row.gain.final, "+")
+
+
+def _best(row: Row) -> tuple[str, str]:
+    return (_percent(row.deployed.best), str(row.deployed.best_round)) if row.deployed else ("", "")
+
+
+COLUMNS = (
+    Column("rounds", _rounds, beside="/{}", below="of {}"),
+    Column("selected", lambda row: _accuracy(row, "selected")),
+    Column("all", lambda row: _accuracy(row, "all")),
+    Column("refined", lambda row: _accuracy(row, "refined")),
+    Column("vs base", _versus),
+    Column("best", _best, beside=" @{}", below="@{}"),
+    Column("seconds", lambda row: (f"{row.run.seconds:.{1 if row.run.seconds < 100 else 0}f}", "")),
+)
+"""What is shown of each run beside its name and method; a new column is an entry here."""
+
+
+def score(series: Series) -> Score | None:
+    """Returns the numbers that a table shows of a series of accuracies; None where nothing was evaluated."""
+    rounds, values = series
     if not values:
         return None
     last = values[-LAST:]
@@ -94,44 +128,29 @@ def score(rounds: Sequence[int], values: Sequence[float]) -> Score | None:
 
 
 def comparison_rows(runs: Sequence[RunRecord]) -> list[Row]:
-    """One row per run, in the order given.
+    """Returns one row per run, in the order given.
 
     A run's base is the run of the same algorithm with refiner ``none``; where there are several, the one whose settings
     differ least, the first of equals.
     """
     names = display_names(runs)
-    bases = [run for run in runs if run.refiner == "none"]
-    rows = []
-    for run, name in zip(runs, names, strict=True):
-        base = _base_of(run, bases)
-        gain = _gain(run, base, names[_index(runs, base)]) if base is not None else None
-        rows.append(
-            Row(
-                name=name,
-                algorithm=run.algorithm,
-                refiner=run.refiner_label,
-                rounds=run.rounds_done,
-                rounds_planned=run.rounds_planned,
-                finished=run.summary is not None,
-                selected=score(*run.series("accuracy", "selected")),
-                all=score(*run.series("accuracy", "all")),
-                refined=None if run.refiner == "none" else score(*run.series("accuracy", "refined")),
-                deployed=score(*run.deployed()),
-                is_base=run.refiner == "none" and any(_base_of(other, bases) is run for other in runs),
-                gain=gain,
-                seconds=run.seconds,
-                clients=_client_accuracy(run, name),
-            )
+    bases = [_base_of(run, runs) for run in runs]
+    return [
+        Row(
+            name=name,
+            run=run,
+            deployed=score(run.accuracy("refined")),
+            is_base=place in bases,
+            gain=None if base is None else _gain(run, runs[base], names[base]),
         )
-    return rows
+        for place, (run, name, base) in enumerate(zip(runs, names, bases, strict=True))
+    ]
 
 
 def terminal_table(runs: Sequence[RunRecord]) -> Table:
-    """A table for 80 columns: two lines per run, the mean of the last evaluations above the final value."""
+    """Returns a table for 80 columns: two lines per run, the mean of the last evaluations above the final value."""
     rows = comparison_rows(runs)
-    with_all = any(row.all for row in rows)
-    with_gain = any(row.gain for row in rows)
-    best = _best_value(rows)
+    columns = [column for column in COLUMNS if any(column.cell(row)[0] for row in rows)]
     table = Table(
         box=box.SIMPLE_HEAD,
         show_edge=False,
@@ -142,55 +161,29 @@ def terminal_table(runs: Sequence[RunRecord]) -> Table:
         caption_justify="left",
     )
     table.add_column("run\nmethod", overflow="fold", min_width=12)
-    for header in [
-        "rounds",
-        "selected",
-        *(["all"] if with_all else []),
-        "refined",
-        *(["vs base"] if with_gain else []),
-    ]:
-        table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("best", justify="right", no_wrap=True)
-    table.add_column("seconds", justify="right", no_wrap=True)
+    for column in columns:
+        table.add_column(column.header, justify="right", no_wrap=True)
     for row in rows:
-        is_best = len(rows) > 1 and row.deployed is not None and row.deployed.mean_last == best
-        cells = [_name_cell(row), Text(_rounds(row, "\nof "))]
-        cells.append(_score_cell(row.selected, bold=is_best and row.refined is None))
-        if with_all:
-            cells.append(_score_cell(row.all))
-        cells.append(_score_cell(row.refined, bold=is_best))
-        if with_gain:
-            cells.append(_gain_cell(row))
-        cells.append(_best_cell(row.deployed))
-        cells.append(Text(_seconds(row.seconds)))
+        cells = [Text.assemble(row.name, "\n", (row.run.method, "dim"))]
+        for column in columns:
+            value, smaller = column.cell(row)
+            below = ("\n" + column.below.format(smaller), "dim") if smaller else ""
+            cells.append(Text.assemble((value or "-", "bold" if _is_best(row, column, rows) else ""), below))
         table.add_row(*cells)
     return table
 
 
 def markdown_table(runs: Sequence[RunRecord]) -> str:
-    """The same numbers as a Markdown table, ``mean of the last (final)``, with its notes below."""
+    """Returns the same numbers as a Markdown table, ``mean of the last (final)``, with its notes below."""
     rows = comparison_rows(runs)
-    best = _best_value(rows)
-    header = ["run", "algorithm", "refiner", "rounds", "selected", "all", "refined", "vs base", "best", "seconds"]
-    lines = ["| " + " | ".join(header) + " |", "|---|---|---|" + "---:|" * (len(header) - 3)]
+    header = ["run", "algorithm", "refiner", *(column.header for column in COLUMNS)]
+    lines = ["| " + " | ".join(header) + " |", "|---|---|---|" + "---:|" * len(COLUMNS)]
     for row in rows:
-        is_best = len(rows) > 1 and row.deployed is not None and row.deployed.mean_last == best
-        cells = [
-            row.name,
-            row.algorithm,
-            row.refiner,
-            _rounds(row, "/"),
-            _markdown_score(row.selected, bold=is_best and row.refined is None),
-            _markdown_score(row.all),
-            _markdown_score(row.refined, bold=is_best),
-            "base"
-            if row.is_base
-            else f"{_points(row.gain.mean_last)} ({_points(row.gain.final)})"
-            if row.gain
-            else "-",
-            f"{_percent(row.deployed.best)} @{row.deployed.best_round}" if row.deployed else "-",
-            _seconds(row.seconds),
-        ]
+        cells = [row.name, row.run.algorithm, row.run.refiner]
+        for column in COLUMNS:
+            value, smaller = column.cell(row)
+            bold = "**" if _is_best(row, column, rows) else ""
+            cells.append(f"{bold}{value or '-'}{bold}" + (column.beside.format(smaller) if smaller else ""))
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     notes = _notes(rows, below="in brackets the final one")
     return "\n".join([*lines, "", *(f"{note}  " for note in notes[:-1]), notes[-1], ""])
@@ -201,58 +194,48 @@ def partition_table(
     class_names: Sequence[str],
     skew: Mapping[str, float],
     held_back: Sequence[int] | None = None,
-    groups: Sequence[str] | None = None,
 ) -> Table:
-    """Per client: size, number of classes, biggest class; after the first 20 clients one line about the rest.
+    """Returns a row per client: size, classes, biggest class; after the first 20 one line about the rest.
 
     Args:
         class_counts: clients x classes.
         class_names: one name per class.
         skew: measures of the whole partition, shown below the table.
         held_back: how many of each client's samples are for its own test; None has no such column.
-        groups: the domain or natural client that each one is; None has no such column.
     """
     sizes = [sum(counts) for counts in class_counts]
-    present = [sum(count > 0 for count in counts) for counts in class_counts]
     lines = [f"{len(sizes)} clients, {sum(sizes)} samples, {len(class_names)} classes"]
-    lines += [f"{_MEASURES.get(name, name)}: {_measure(value)}" for name, value in skew.items()]
+    lines += [f"{_MEASURES[name]}: {_measure(value)}" for name, value in skew.items()]
     table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, caption=Text("\n".join(lines)), caption_justify="left"
     )
-    held = {"of these held back": held_back} if held_back is not None else {}
-    columns = {"samples": sizes, **held, "classes": present}
-    for header in ("client", *columns):
+    numbers: dict[str, Sequence[int]] = {"samples": sizes}
+    if held_back is not None:
+        numbers["of these held back"] = held_back
+    numbers["classes"] = [sum(count > 0 for count in counts) for counts in class_counts]
+    for header in ("client", *numbers):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("biggest class", overflow="fold")
     table.add_column("its share", justify="right", no_wrap=True)
-    if groups is not None:
-        table.add_column("group", overflow="fold")
     for client, counts in enumerate(class_counts[:SHOWN_CLIENTS]):
-        top = max(range(len(counts)), key=lambda index: counts[index])
-        name, share = (class_names[top], f"{counts[top] / sizes[client]:.0%}") if sizes[client] else ("-", "-")
-        group = [Text(groups[client])] if groups is not None else []
-        table.add_row(str(client), *(str(values[client]) for values in columns.values()), Text(name), share, *group)
+        most = max(counts)
+        name, share = (class_names[counts.index(most)], f"{most / sizes[client]:.0%}") if most else ("-", "-")
+        table.add_row(str(client), *(str(values[client]) for values in numbers.values()), Text(name), share)
     if len(sizes) > SHOWN_CLIENTS:
-        rest = slice(SHOWN_CLIENTS, None)
         table.add_section()
-        spans = [_span(values[rest]) for values in columns.values()]
-        table.add_row("", *spans, f"{len(sizes[rest])} more clients", "")
+        spans = [_span(values[SHOWN_CLIENTS:]) for values in numbers.values()]
+        table.add_row("", *spans, f"{len(sizes) - SHOWN_CLIENTS} more clients", "")
     return table
 
 
-def _base_of(run: RunRecord, bases: Sequence[RunRecord]) -> RunRecord | None:
-    same = [base for base in bases if base.algorithm == run.algorithm]
-    if run.refiner == "none" or not same:
-        return None
-    return min(same, key=lambda base: len(_differences(run, base)))
-
-
-def _index(runs: Sequence[RunRecord], wanted: RunRecord) -> int:
-    return next(index for index, run in enumerate(runs) if run is wanted)
+def _base_of(run: RunRecord, runs: Sequence[RunRecord]) -> int | None:
+    """Returns the place of a run's base; None where it is a base itself or has none."""
+    bases = [i for i, base in enumerate(runs) if base.refiner == "none" and base.algorithm == run.algorithm]
+    return None if run.refiner == "none" else min(bases, key=lambda i: len(_differences(run, runs[i])), default=None)
 
 
 def _gain(run: RunRecord, base: RunRecord, base_name: str) -> Gain | None:
-    ours, theirs = (dict(zip(*series, strict=True)) for series in (run.deployed(), base.deployed()))
+    ours, theirs = (dict(zip(*each.accuracy("refined"), strict=True)) for each in (run, base))
     common = sorted(ours.keys() & theirs.keys())
     if not common:
         return None
@@ -263,23 +246,18 @@ def _gain(run: RunRecord, base: RunRecord, base_name: str) -> Gain | None:
 
 
 def _differences(run: RunRecord, base: RunRecord) -> tuple[str, ...]:
-    ours, theirs = (
-        {key: value for key, value in _leaves(each.config).items() if key.split(".")[0] not in _NOT_COMPARED}
-        for each in (run, base)
-    )
-    return tuple(key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key))
+    ours, theirs = flat(run.config), flat(base.config)
+    keys = [key for key in {**ours, **theirs} if key.split(".")[0] not in _NOT_COMPARED]
+    return tuple(key for key in keys if ours.get(key) != theirs.get(key))
 
 
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in config.items():
-        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return leaves
-
-
-def _best_value(rows: Sequence[Row]) -> float:
-    means = [row.deployed.mean_last for row in rows if row.deployed]
-    return max((mean for mean in means if not math.isnan(mean)), default=math.nan)
+def _is_best(row: Row, column: Column, rows: Sequence[Row]) -> bool:
+    """Returns whether the column has the row's deployed accuracy, and no run's is higher."""
+    kind = "selected" if row.run.refiner == "none" else "refined"
+    if len(rows) == 1 or row.deployed is None or column.header != kind:
+        return False
+    means = [other.deployed.mean_last for other in rows if other.deployed]
+    return row.deployed.mean_last == max((mean for mean in means if not math.isnan(mean)), default=math.nan)
 
 
 def _notes(rows: Sequence[Row], below: str) -> list[str]:
@@ -296,66 +274,24 @@ def _notes(rows: Sequence[Row], below: str) -> list[str]:
             notes.append(
                 f"{row.name} and its base {row.gain.base} differ also in {', '.join(row.gain.differs[:4])}{more}."
             )
-    notes += [row.clients for row in rows if row.clients]
-    unfinished = [row.name for row in rows if not row.finished]
+    for row in rows:
+        measured = [record for record in row.run.rounds if "client_accuracy" in record]
+        if measured:
+            found = measured[-1]["client_accuracy"]["refined"]
+            mean, worst, spread = (_percent(found[key]) for key in ("mean", "worst_10", "std"))
+            number = measured[-1]["round"]
+            notes.append(
+                f"{row.name}, per client (round {number}): mean {mean}, worst 10 % {worst}, "
+                f"standard deviation {spread}."
+            )
+    unfinished = [row.name for row in rows if row.run.summary is None]
     if unfinished:
         notes.append(f"Unfinished: {', '.join(unfinished)}.")
     return notes
 
 
-def _client_accuracy(run: RunRecord, name: str) -> str | None:
-    kind = "selected" if run.refiner == "none" else "refined"
-    found = [(record["round"], record["client_accuracy"][kind]) for record in run.rounds if "client_accuracy" in record]
-    if not found:
-        return None
-    number, values = found[-1]
-    mean, worst, spread = (_percent(float(values[key])) for key in ("mean", "worst_10", "std"))
-    return f"{name}, per client (round {number}): mean {mean}, worst 10 % {worst}, standard deviation {spread}."
-
-
-def _name_cell(row: Row) -> Text:
-    method = row.algorithm if row.refiner == "none" else f"{row.algorithm} + {row.refiner}"
-    return Text.assemble(row.name, "\n", (method, "dim"))
-
-
-def _score_cell(value: Score | None, bold: bool = False) -> Text:
-    if value is None:
-        return Text("-")
-    return Text.assemble((_percent(value.mean_last), "bold" if bold else ""), "\n", (_percent(value.final), "dim"))
-
-
-def _gain_cell(row: Row) -> Text:
-    if row.gain is None:
-        return Text("base" if row.is_base else "-")
-    return Text.assemble(_points(row.gain.mean_last), "\n", (_points(row.gain.final), "dim"))
-
-
-def _best_cell(value: Score | None) -> Text:
-    return Text("-") if value is None else Text.assemble(_percent(value.best), "\n", (f"@{value.best_round}", "dim"))
-
-
-def _markdown_score(value: Score | None, bold: bool = False) -> str:
-    if value is None:
-        return "-"
-    mean = f"**{_percent(value.mean_last)}**" if bold else _percent(value.mean_last)
-    return f"{mean} ({_percent(value.final)})"
-
-
-def _percent(value: float) -> str:
-    return "nan" if math.isnan(value) else f"{100 * value:.2f}"
-
-
-def _points(value: float) -> str:
-    return "nan" if math.isnan(value) else f"{100 * value:+.2f}"
-
-
-def _rounds(row: Row, of: str) -> str:
-    short = row.rounds_planned is not None and row.rounds != row.rounds_planned
-    return f"{row.rounds}{of}{row.rounds_planned}" if short else str(row.rounds)
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+def _percent(value: float, sign: str = "") -> str:
+    return "nan" if math.isnan(value) else f"{100 * value:{sign}.2f}"
 
 
 def _measure(value: float) -> str:

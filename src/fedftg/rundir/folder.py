@@ -11,22 +11,12 @@ from fedftg.errors import InputError
 from fedftg.rundir import records
 from fedftg.rundir.records import PUT_BACK, Record
 
-_FIRST_FILES = {
-    "environment.json",
-    "environment.json.part",
-    "partition.json",
-    "partition.json.part",
-    "config.toml.part",
-}
-"""What a run that died before it was set up may leave; config.toml, written last, makes a folder a run."""
+# What a run that died before it was set up may leave; config.toml, written last, makes a folder a run.
+_FIRST_FILES = {"environment.json", "partition.json"}
 
 
 class RunFolder:
-    """Paths of a run's files, and the ways in which they are written.
-
-    Args:
-        path: the folder; need not exist yet.
-    """
+    """The files of a run; ``path`` need not exist yet."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -39,24 +29,20 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether all rounds were done, so that there is a summary."""
+        """Returns whether all rounds were done."""
         return self.summary_file.exists()
 
     def check_free(self) -> None:
         """Raises InputError where the folder holds something already."""
         try:
-            taken = self.path.exists() and {item.name for item in self.path.iterdir()} - _FIRST_FILES
+            names = {item.name for item in self.path.iterdir()} if self.path.exists() else set()
         except OSError as error:
             raise self._not_writable(error) from None
-        if taken:
-            raise InputError(f"{self.path} exists already; go on with it by --resume, or give another --out")
+        if {name for name in names if not name.endswith(".part")} - _FIRST_FILES:
+            raise InputError(f"{self.path} exists already; resume it by --resume, or give another --out")
 
     def create(self, config_toml: str, environment: Record, partition: Record) -> None:
-        """Makes the folder and writes what is known before the first round.
-
-        Raises:
-            InputError: the folder holds something already, or cannot be made.
-        """
+        """Makes the folder and writes what is known before the first round; raises InputError as `check_free` does."""
         self.check_free()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -81,32 +67,23 @@ class RunFolder:
         records.write_json(self.environment_file, {"sessions": [*before, {**last, **changed}]})
 
     def read_partition(self) -> Record:
-        """Returns who holds what, as it was written when the run started.
-
-        Raises:
-            InputError: the file is missing or damaged.
-        """
+        """Returns who holds what, as it was written when the run started."""
         try:
             return records.read_json(self.partition_file)
         except (OSError, ValueError) as error:
             raise InputError(f"{self.partition_file} cannot be read ({error}); start a new run") from None
 
     def check_records(self, num_rounds: int) -> None:
-        """Checks that a run can be resumed after the ``num_rounds`` rounds of its checkpoint, 0 where it has none.
-
-        Raises:
-            InputError: rounds have no record, a line is damaged, or the checkpoint was taken away: to resume would
-                overwrite what is left of the run.
-        """
+        """Raises InputError where records or the checkpoint, of ``num_rounds`` rounds (0: none), were taken away."""
         try:
             found = [row["round"] for row in records.read(self.rounds_file)]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{self.rounds_file} cannot be read ({error}); {PUT_BACK}") from None
-        for number in range(1, num_rounds + 1):
-            if found[number - 1 : number] != [number]:
-                raise InputError(
-                    f"{self.rounds_file} lacks round {number} of the {num_rounds} that the checkpoint has; {PUT_BACK}"
-                )
+        missing = next((number for number in range(1, num_rounds + 1) if found[number - 1 : number] != [number]), None)
+        if missing is not None:
+            raise InputError(
+                f"{self.rounds_file} lacks round {missing} of the {num_rounds} that the checkpoint has; {PUT_BACK}"
+            )
         # A run that dies between a record and its checkpoint has one of `every` rounds at most.
         every = self.read_config().get("checkpoint", {}).get("every", 1)
         if num_rounds == 0 and (self.finished or len(found) > every):
@@ -116,18 +93,14 @@ class RunFolder:
             )
 
     def read_config(self) -> dict[str, Any]:
-        """Returns the settings that the run was started with.
-
-        Raises:
-            InputError: the folder is no run.
-        """
+        """Returns the settings of the run; raises InputError where the folder is none."""
         try:
             return tomllib.loads(self.config_file.read_text(encoding="utf-8"))
         except OSError:
             raise InputError(
                 f"{self.path} holds no run (no config.toml); give the folder of a run, such as runs/default"
             ) from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise InputError(f"{self.config_file} is not valid TOML: {error}") from None
 
     def _not_writable(self, error: OSError) -> InputError:
@@ -137,18 +110,20 @@ class RunFolder:
 def summarise(header: Record, rows: Sequence[Record], targets: Sequence[float], peak_memory_mb: float) -> Record:
     """Returns the content of ``summary.json`` from the records of all rounds.
 
-    ``client_accuracy`` is that of the last evaluation. ``rounds_to`` gives for each target the first round whose
-    deployed (``refined``) accuracy reached it, or None.
+    ``rounds_to`` is, for each target, the first round whose ``refined`` accuracy reached it, or None.
     """
     evaluated = [row for row in rows if row.get("accuracy")]
     accuracy: Record = {}
     for kind in ("selected", "all", "refined"):
-        series = [(row["round"], row["accuracy"][kind]) for row in evaluated if row["accuracy"].get(kind) is not None]
-        if series:
-            last = [value for _, value in series[-10:]]
-            best_round, best = max(series, key=lambda pair: pair[1])
-            mean = sum(last) / len(last)
-            accuracy[kind] = {"final": last[-1], "best": best, "best_round": best_round, "mean_last_10": mean}
+        if series := {row["round"]: value for row in evaluated if (value := row["accuracy"].get(kind)) is not None}:
+            best_round = max(series, key=series.__getitem__)
+            last = list(series.values())[-10:]
+            accuracy[kind] = {
+                "final": last[-1],
+                "best": series[best_round],
+                "best_round": best_round,
+                "mean_last_10": sum(last) / len(last),
+            }
     clients: Record = next((row["client_accuracy"] for row in reversed(rows) if "client_accuracy" in row), {})
     reached = {
         str(target): next((row["round"] for row in evaluated if row["accuracy"]["refined"] >= target), None)

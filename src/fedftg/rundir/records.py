@@ -12,10 +12,7 @@ Record = dict[str, Any]
 
 PHASES = ("local", "aggregate", "refine", "evaluate", "checkpoint")
 """What a record's ``seconds`` are split into; aggregate includes clients' rows, checkpoint is writing the state."""
-
-
 PUT_BACK = "put the file back, or start a new run with another --out"
-"""What to do where a run's file is missing or damaged."""
 
 
 def finite(value: Any) -> Any:
@@ -33,8 +30,7 @@ def append(path: Path, record: Record) -> None:
     """Adds one line, and returns once it is on disk."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(finite(record), allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    flush(path)
 
 
 def read(path: Path) -> list[Record]:
@@ -65,14 +61,16 @@ def write_json(path: Path, value: Any) -> None:
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file aside, flushes it to disk and renames it: a reader sees the old file or the new one."""
     aside = path.with_name(path.name + ".part")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    aside.write_bytes(content)
+    flush(aside)
     os.replace(aside, path)
-    # A rename survives a power cut once its folder is on disk.
-    folder = os.open(path.parent, os.O_RDONLY)
+    flush(path.parent)  # a rename survives a power cut once its folder is on disk
+
+
+def flush(path: Path) -> None:
+    """Flushes a file or folder to disk (fsync)."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)

@@ -27,22 +27,14 @@ def write_tensors(path: Path, tensors: Params, metadata: dict[str, str] | None =
 
 
 def read_tensors(path: Path) -> Params:
-    """Returns the tensors of `write_tensors`, in the order in which they were written.
-
-    Raises:
-        InputError: the file is missing, torn or no safetensors file.
-    """
+    """Returns the tensors of `write_tensors`, in the order in which they were written."""
     with _opened(path) as file:
         order = json.loads((file.metadata() or {}).get("order", "null")) or list(file.keys())
         return {name: file.get_tensor(name) for name in order}
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Returns the metadata of `write_tensors`.
-
-    Raises:
-        InputError: the file is missing, torn or no safetensors file.
-    """
+    """Returns the metadata of `write_tensors`."""
     with _opened(path) as file:
         return dict(file.metadata() or {})
 
