@@ -94,6 +94,7 @@ def build(config: RunConfig, dataset: ImageDataset | None = None, progress: Prog
         "class_names": list(data.dataset.class_names),
         "class_counts": data.class_counts.tolist(),
         "digest": data.digest,
+        "image_shape": list(data.image_shape),
     }
     if data.holds_back:
         record["held_back"] = [data.num_held_back(client) for client in range(data.num_clients)]

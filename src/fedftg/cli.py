@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,6 +136,10 @@ def flower_new(folder: Path, recipe: str | None, overrides: Sequence[str]) -> No
 
 def main() -> None:
     """Runs the command line; every foreseeable error is one line on standard error."""
+    # What schedulers and closed terminals send ends a run as Ctrl-C does.
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
         cli(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -173,12 +178,13 @@ def listing() -> dict[str, list[str]]:
 def write_model(folder: Path, to: Path) -> int:
     """Writes the deployed (refined) global model of a run's last checkpoint; returns the round it is from.
 
-    Parameters and buffers are in one safetensors file under their names in the module, so that
-    ``module.load_state_dict(safetensors.torch.load_file(to))`` loads it.
+    The file is the model's ``state_dict``: ``module.load_state_dict(safetensors.torch.load_file(to))`` loads it.
 
     Raises:
         InputError: no run, no checkpoint yet, or a wrong file name.
     """
+    from fedftg.models import registry
+    from fedftg.models.functional import FunctionalModel
     from fedftg.rundir import checkpoint
     from fedftg.rundir.folder import RunFolder
 
@@ -191,8 +197,12 @@ def write_model(folder: Path, to: Path) -> int:
     if state is None:
         raise InputError(f"{folder} has no checkpoint yet; let the run finish a round first")
     metadata = {"model": json.dumps(config["model"]), "round": str(state.round)}
+    data = RunFolder(folder).read_partition()
+    model = registry.ModelConfig(**config["model"])
+    module = registry.build(model, len(data["class_names"]), tuple(data["image_shape"]), seed=0)
+    whole = FunctionalModel(module).module(state.params, state.buffers)
     try:
-        checkpoint.write_tensors(to, {**state.params, **state.buffers}, metadata)
+        checkpoint.write_tensors(to, whole.state_dict(), metadata)
     except OSError as error:
         raise InputError(f"cannot write {to}: {error.strerror}; choose another file by --to") from None
     return state.round
@@ -204,6 +214,7 @@ def write_partition(console: Console, config: RunConfig, out: Path | None) -> No
     Raises:
         InputError: an impossible partition, or ``out`` holds another one.
     """
+    from fedftg import loop
     from fedftg.data import sources
     from fedftg.data.federated import partition_dataset
     from fedftg.data.partition import class_counts, describe, needed_columns, skew, to_json
@@ -240,8 +251,7 @@ def write_partition(console: Console, config: RunConfig, out: Path | None) -> No
     _print(console, title)
     console.print(table.partition_table(counts.tolist(), names, skew(counts), held_back))
     if dataset.converted:
-        modes = ", ".join(f"{count} {mode}" for mode, count in dataset.converted.items())
-        _print(console, f"images that were not RGB and were converted: {modes}")
+        _print(console, f"images that were not RGB and were converted: {loop.modes(dataset.converted)}")
     _print(
         console, f"heatmap: {plots.partition_heatmap(counts.tolist(), names, file.with_name('partition.png'), title)}"
     )

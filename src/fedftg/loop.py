@@ -182,6 +182,8 @@ def execute(
 def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress) -> None:
     config = experiment.config
     progress.start(config, experiment.state.round, experiment.data.num_clients)
+    if converted := experiment.partition_record.get("converted"):
+        progress.note(f"images that were not RGB and were converted: {modes(converted)}")
     saved = experiment.state.round
     executor = experiment.executor.description
     record: Record | None = None
@@ -212,6 +214,11 @@ def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress) -
         raise
     finally:
         progress.finish()
+
+
+def modes(converted: Mapping[str, int]) -> str:
+    """Returns ``3 grey, 1 CMYK`` for counts of converted images."""
+    return ", ".join(f"{count} {mode}" for mode, count in converted.items())
 
 
 def _restore(experiment: Experiment, folder: RunFolder, session: Record) -> None:

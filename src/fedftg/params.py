@@ -70,13 +70,18 @@ def add_changes(total: Params, changes: Sequence[tuple[float, Params, Params]]) 
     result: Params = {}
     for name, start in total.items():
         value = start.clone()
-        sides = [side[name] for _, after, before in changes for side in (after, before)]
+        sides = [_number(side[name]) for _, after, before in changes for side in (after, before)]
         for target, *sources in _pieces(value, *sides):
             change = torch.empty_like(target)
             for index, (weight, _, _) in enumerate(changes):
                 target.add_(change.copy_(sources[2 * index]).sub_(sources[2 * index + 1]).mul_(weight))
         result[name] = value
     return result
+
+
+def _number(tensor: Tensor) -> Tensor:
+    """Returns a tensor that can be subtracted: booleans as 0 and 1."""
+    return tensor.byte() if tensor.dtype == torch.bool else tensor
 
 
 def _pieces(*tensors: Tensor) -> Iterator[Sequence[Tensor]]:

@@ -24,6 +24,9 @@ class Progress:
     def start(self, config: RunConfig, done: int, clients: int) -> None:
         """Comes before the first round of this session; ``done`` rounds were completed by earlier sessions."""
 
+    def note(self, text: str) -> None:
+        """Receives a line about what was left out, converted or guessed."""
+
     def phase(self, round: int, name: str, done: int, total: int) -> None:
         """Receives ``done`` of ``total`` parts of a phase (local, aggregate, refine, evaluate) of a round."""
 
@@ -55,6 +58,10 @@ class PlainLines(Progress):
         """Prints the name of the run."""
         self._rounds, self._first, self._started = config.rounds, done, time.monotonic()
         self._print(_headline(config, done, clients))
+
+    def note(self, text: str) -> None:
+        """Prints the line."""
+        self._print(text)
 
     def round_done(self, record: dict[str, Any]) -> None:
         """Prints round, accuracies, seconds, and an estimate of the time left."""
@@ -91,6 +98,10 @@ class Live(PlainLines):
         self._print(_headline(config, done, clients))
         self._task = self._bar.add_task(f"round {done}/{config.rounds}", total=config.rounds, completed=done, phase="")
         self._bar.start()
+
+    def note(self, text: str) -> None:
+        """Prints the line above the bar."""
+        self._bar.console.print(text, highlight=False)
 
     def phase(self, round: int, name: str, done: int, total: int) -> None:
         """Moves the bar within a round: most of its time is local training."""

@@ -70,7 +70,9 @@ class Layout:
     """
 
     def __init__(self, module: nn.Module, arrays: ArrayRecord) -> None:
-        own = dict(module.named_parameters()), dict(module.named_buffers())
+        free = {name: value for name, value in module.named_parameters() if value.requires_grad}
+        frozen = {name: value for name, value in module.named_parameters() if name not in free}
+        own = free, {**dict(module.named_buffers()), **frozen}
         self._params, self._buffers = list(own[0]), list(own[1])
         # A weight that two layers share has two names in a state_dict and one among the parameters.
         shared = dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,12 +29,16 @@ class FunctionalModel:
     def __init__(self, module: nn.Module) -> None:
         self._training = copy.deepcopy(module).train().requires_grad_(False)
         self._evaluating = copy.deepcopy(module).eval().requires_grad_(False)
+        self._trainable = {name for name, value in module.named_parameters() if value.requires_grad}
         self.has_batchnorm = any(isinstance(layer, _BATCH_NORMS) for layer in module.modules())
         self.has_dropout = any(map(_drops, module.modules()))
 
     def init(self) -> tuple[Params, Params]:
-        """Returns fresh copies of the parameters and the buffers that the module was given with."""
-        return values(self._evaluating)
+        """Returns fresh copies of the parameters and the buffers that the module was given with.
+
+        Frozen parameters (``requires_grad=False``) are among the buffers: nothing trains them.
+        """
+        return values(self._evaluating, self._trainable)
 
     def __call__(self, params: Params, buffers: Params, images: Tensor, *, train: bool) -> Tensor:
         """Returns logits ``(B, C)`` of images ``(B, D, H, W)``."""
@@ -63,15 +68,24 @@ class FunctionalModel:
         return logits, seen[-1]
 
     def module(self, params: Params, buffers: Params) -> nn.Module:
-        """Returns a new module, in evaluation mode, with copies of these values; its parameters require gradients."""
+        """Returns a new module, in evaluation mode, with copies of these values; frozen ones stay frozen."""
         module = copy.deepcopy(self._evaluating)
         module.load_state_dict({**params, **buffers}, strict=False)
-        return module.requires_grad_(True)
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name in self._trainable)
+        return module
 
 
-def values(module: nn.Module) -> tuple[Params, Params]:
-    """Returns copies of a module's parameters and buffers."""
-    return clone(dict(module.named_parameters())), clone(dict(module.named_buffers()))
+def values(module: nn.Module, trainable: Collection[str] | None = None) -> tuple[Params, Params]:
+    """Returns copies of a module's parameters and of its buffers, frozen parameters among the latter.
+
+    Args:
+        trainable: names of the parameters that are not frozen; None: those that require a gradient.
+    """
+    named = dict(module.named_parameters())
+    free = [name for name in named if (named[name].requires_grad if trainable is None else name in trainable)]
+    frozen = {name: tensor for name, tensor in named.items() if name not in free}
+    return clone({name: named[name] for name in free}), clone({**dict(module.named_buffers()), **frozen})
 
 
 def _drops(layer: nn.Module) -> bool:

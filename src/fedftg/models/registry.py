@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -62,20 +63,41 @@ def build(config: ModelConfig, num_classes: int, image_shape: tuple[int, int, in
         # The CPU generator alone: torch.manual_seed would also reset the accelerators' and leave them so.
         torch.default_generator.manual_seed(seed)
         try:
-            # In evaluation mode, so that the check leaves BatchNorm statistics alone.
-            model = factory(**arguments).eval()
-            shape = tuple(model(torch.zeros(2, *image_shape)).shape)
+            model = factory(**arguments)
+            if not isinstance(model, torch.nn.Module):
+                raise TypeError(f"it is a {type(model).__name__}, not a torch.nn.Module")
+            _check(model, config.name, num_classes, image_shape)
+        except InputError:
+            raise
         except Exception as error:
             raise InputError(
                 f"model {config.name!r} with args {config.args} fails on images of shape {image_shape}: "
                 f"{first_line(error)}"
             ) from error
-    if shape != (2, num_classes):
-        raise InputError(
-            f"model {config.name!r} turns 2 images of shape {image_shape} into {shape}; it must give logits of shape "
-            f"(2, {num_classes})"
-        )
     return model.train()
+
+
+def _check(model: nn.Module, name: str, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+    """Raises InputError for a model that cannot be trained here; calls copies, so that statistics stay as they are."""
+    import torch
+    from torch import nn
+
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | torch.jit.ScriptModule):
+        raise InputError(f"model {name!r} is a {type(model).__name__}; give the plain nn.Module")
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if bad := next((key for key, tensor in tensors.items() if tensor.is_complex()), None):
+        raise InputError(f"model {name!r} has complex values in {bad}, which cannot be averaged; use two real tensors")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError(f"model {name!r} has no parameter that requires a gradient; leave some unfrozen")
+    for mode in ("evaluation", "training"):
+        with torch.no_grad():
+            output = copy.deepcopy(model).train(mode == "training")(torch.zeros(2, *image_shape))
+        shape = tuple(output.shape) if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
+        if shape != (2, num_classes):
+            raise InputError(
+                f"model {name!r} turns 2 images of shape {image_shape} into {shape} in {mode} mode; it must give "
+                f"logits of shape (2, {num_classes})"
+            )
 
 
 def _factory(name: str) -> Factory:
