@@ -147,3 +147,14 @@ def page_names() -> Callable[[str], dict[str, Any]]:
     """Returns the names that the code blocks of a page may use without defining them."""
     pages = {"README.md": classifiers, "docs/refine.md": classifiers, "docs/data.md": own_images}
     return lambda page: pages.get(page, dict)()
+
+
+@pytest.fixture
+def tiny_settings() -> list[str]:
+    return TINY
+
+
+@pytest.fixture
+def fedftg_command(fedftg: Fedftg) -> Fedftg:
+    """The same command where a test needs the package's name."""
+    return fedftg
