@@ -71,7 +71,7 @@ class RunConfig(BaseModel):
     rounds: int = Field(default=20, ge=1)
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     threads: int = Field(default=0, ge=0, description="CPU threads; 0 leaves it to torch and OMP_NUM_THREADS")
-    plugins: tuple[str, ...] = Field(default=(), description="modules to import first; they register algorithms and refiners")
+    plugins: tuple[str, ...] = Field(default=(), description="modules to import first: algorithms, refiners")
     data: DataConfig = DataConfig()
     partition: PartitionConfig = PartitionConfig()
     cohort: CohortConfig = CohortConfig()

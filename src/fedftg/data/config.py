@@ -67,7 +67,7 @@ class PartitionConfig(BaseModel):
     column: str | None = Field(default=None, description="laws domain and natural: the data set's column that decides")
     file: Path | None = Field(default=None, description="law file: JSON with one list of training rows a client")
     feature_noise: float = Field(
-        default=0.0, ge=0, description="standard deviation of Gaussian noise on the last client's images, falling linearly to the first"
+        default=0.0, ge=0, description="standard deviation of noise on the last client, falling linearly to the first"
     )
     test_share: float = Field(
         default=0.0, ge=0, lt=1, description="share of each client's samples held back, for accuracy per client"
