@@ -260,10 +260,7 @@ def write_partition(console: Console, config: RunConfig, out: Path | None) -> No
 
 
 def _to_compare(console: Console, files: dict[str, Path], overrides: Sequence[str]) -> dict[str, RunConfig]:
-    """Returns the config of each recipe, overrides applied.
-
-    Settings of a refiner do not concern a base, a recipe with ``refiner.name = "none"``, beside a recipe that has one.
-    """
+    """Returns the config of each recipe, overrides applied."""
     from fedftg import config as configs
 
     bases = {item for item, path in files.items() if configs.load(path).refiner.name == "none"}

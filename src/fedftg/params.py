@@ -42,8 +42,6 @@ def weighted_mean(trees: Sequence[Params], weights: Sequence[float]) -> Params:
     Raises:
         ValueError: no tree, a negative weight, or weights that sum to 0.
     """
-    if len(trees) != len(weights):
-        raise ValueError(f"got {len(trees)} parameter sets and {len(weights)} weights; give one weight each")
     if any(weight < 0 for weight in weights) or not sum(weights) > 0:
         raise ValueError(f"weights must be >= 0 with a sum > 0, got {list(weights)}")
     total = float(sum(weights))
@@ -104,10 +102,7 @@ def to_device(params: Params, device: torch.device | str) -> Params:
 
 
 def first_non_finite(params: Params) -> str | None:
-    """Returns the name of the first tensor that holds a NaN or an infinity, or None if all are finite.
-
-    Tensors may lie on several devices: Adam's count of steps stays on the CPU.
-    """
+    """Returns the name of the first tensor that holds a NaN or an infinity, or None if all are finite."""
     floats = {name: tensor for name, tensor in params.items() if tensor.is_floating_point() and tensor.numel()}
     finite: dict[str, bool] = {}
     for device in {tensor.device for tensor in floats.values()}:  # one wait for each

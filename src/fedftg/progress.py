@@ -99,10 +99,6 @@ class Live(PlainLines):
         self._task = self._bar.add_task(f"round {done}/{config.rounds}", total=config.rounds, completed=done, phase="")
         self._bar.start()
 
-    def note(self, text: str) -> None:
-        """Prints the line above the bar."""
-        self._bar.console.print(text, highlight=False)
-
     def phase(self, round: int, name: str, done: int, total: int) -> None:
         """Moves the bar within a round: most of its time is local training."""
         share = {"local": 0.6 * done / total, "aggregate": 0.6, "refine": 0.62, "evaluate": 0.9}[name]

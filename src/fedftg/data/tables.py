@@ -52,11 +52,7 @@ def tables(
 
 
 def _files_by_split(root: Path) -> dict[str, list[Path]]:
-    """Returns the parquet files in a folder, else the arrow files, by the split that a file's name or folder names.
-
-    ``train-00000-of-00002.parquet``, ``train.parquet``, ``train/0000.parquet``, ``train.parquet/part-0.parquet`` of
-    Spark, ``train/data-00000-of-00001.arrow`` of save_to_disk, ``name-train.arrow`` of the datasets library's cache.
-    """
+    """Returns the parquet files in a folder, else the arrow files, by the split that a file's name or folder names."""
     found: dict[str, list[Path]] = {}
     files = [path for path in sorted(root.rglob("*")) if path.is_file() and visible(root, path)]
     suffix = ".parquet" if any(path.suffix == ".parquet" for path in files) else ".arrow"
@@ -142,11 +138,7 @@ def _no_column(path: Path, wanted: str, kinds: dict[str, str]) -> InputError:
 
 
 def _columns(path: Path, image: str | None, label: str | None) -> tuple[str, str, tuple[str, ...] | None]:
-    """Returns the image and the label column of a file, and the class names where its schema has them.
-
-    A column that is not named is the only one of the hub's type Image or ClassLabel, else the only one that can hold
-    images or integers, else one of words that is called label.
-    """
+    """Returns the image and the label column of a file, and the class names where its schema has them."""
     schema = next(_batches(path, None))
     kinds = _kinds(schema)
     features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})

@@ -2,7 +2,4 @@
 
 Zhang, Shen, Ding, Tao, Duan, "Fine-tuning Global Model via Data-Free Knowledge Distillation for Non-IID Federated
 Learning", CVPR 2022, https://arxiv.org/abs/2203.09249.
-
-Dimension letters: ``K`` teachers, ``B`` batch, ``C`` classes, ``D`` image channels, ``H W`` image height and width,
-``Z`` noise, ``I`` iterations.
 """

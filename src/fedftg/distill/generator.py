@@ -28,7 +28,6 @@ class Generator(nn.Module):
 
     Args:
         noise_dim: ``Z``; the public code uses 100 for CIFAR-10 and 256 for CIFAR-100.
-        num_classes: ``C``.
         image_shape: ``(D, H, W)`` with 1 or 3 channels and 8 to 224 pixels a side.
         width: channels after the second upsampling, which is the last one up to 32x32; 64 in the public code. Larger
             images halve them at each further upsampling, down to 8: 128x128 measured 4 times the time of 32x32;

@@ -29,10 +29,6 @@ def cohort(config: CohortConfig, candidates: list[int], seed: int, round: int) -
 
     ``probability`` is the FedFTG paper's Bernoulli sampling: each candidate joins independently, and an empty draw is
     repeated; 100 clients at 0.1 give 5 to 15 most of the time.
-
-    Args:
-        candidates: clients that may take part (those with data), ascending.
-        round: counted from 1; every round has its own seed.
     """
     rng = numpy_rng(seed, round, SERVER, "cohort")
     if config.size is not None:

@@ -55,10 +55,7 @@ class _Pickler(pickle.Pickler):
 
 
 class _Channel(NamedTuple):
-    """Values in turn to and from another process: tensors through a shared file, the rest through a pipe.
-
-    torch would take /dev/shm, which holds 64 MB in a container.
-    """
+    """Values in turn to and from another process: tensors through a shared file, the rest through a pipe."""
 
     connection: Connection
     file: BinaryIO

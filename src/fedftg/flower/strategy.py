@@ -298,8 +298,6 @@ class FedFTG(Refined):
 
     Args:
         strategy: the base; see `Refined` for it and the other arguments.
-        model: see `Refined`.
-        image_shape: see `Refined`.
         config: a preset (``fedftg``, ``paper``, ``official``), or a `DistillConfig`.
         absent_weight: >= 0: the weight of the previous round's model as a teacher for the classes of absent clients;
             0 is off. None: the preset's, 0 with a `DistillConfig`.

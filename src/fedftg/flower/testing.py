@@ -20,7 +20,6 @@ class LocalGrid(Grid):
     gives the error reply that a SuperNode sends; a missing node gives that of a SuperLink.
 
     Args:
-        app: what every node runs.
         node_configs: per node id (from 1), what ``flower-supernode --node-config`` would give it.
         run_config: what ``flwr run -c`` would give the apps.
     """

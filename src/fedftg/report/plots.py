@@ -104,9 +104,6 @@ def partition_heatmap(
     Classes that a client has no sample of are white. Counts are written into the cells while they are readable. Where
     one client holds more than 8 times the median, the colours are logarithmic. From `SORTED_FROM` clients on, clients
     are sorted by their biggest class.
-
-    Raises:
-        InputError: the file cannot be written.
     """
     counts = np.asarray(class_counts, dtype=np.float64)
     clients, classes = counts.shape
