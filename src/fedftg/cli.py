@@ -187,6 +187,7 @@ def write_model(folder: Path, to: Path) -> int:
     from fedftg.models.functional import FunctionalModel
     from fedftg.rundir import checkpoint
     from fedftg.rundir.folder import RunFolder
+    from fedftg.rundir.tensors import write_tensors
 
     config = RunFolder(folder).read_config()
     if to.suffix != ".safetensors":
@@ -198,11 +199,13 @@ def write_model(folder: Path, to: Path) -> int:
         raise InputError(f"{folder} has no checkpoint yet; let the run finish a round first")
     metadata = {"model": json.dumps(config["model"]), "round": str(state.round)}
     data = RunFolder(folder).read_partition()
-    model = registry.ModelConfig(**config["model"])
-    module = registry.build(model, len(data["class_names"]), tuple(data["image_shape"]), seed=0)
-    whole = FunctionalModel(module).module(state.params, state.buffers)
+    values = {**state.params, **state.buffers}
+    if "image_shape" in data:  # runs of 0.1 have none
+        model = registry.ModelConfig(**config["model"])
+        module = registry.build(model, len(data["class_names"]), tuple(data["image_shape"]), seed=0)
+        values = FunctionalModel(module).module(state.params, state.buffers).state_dict()
     try:
-        checkpoint.write_tensors(to, whole.state_dict(), metadata)
+        write_tensors(to, values, metadata)
     except OSError as error:
         raise InputError(f"cannot write {to}: {error.strerror}; choose another file by --to") from None
     return state.round

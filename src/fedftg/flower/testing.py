@@ -21,7 +21,6 @@ class LocalGrid(Grid):
 
     Args:
         node_configs: per node id (from 1), what ``flower-supernode --node-config`` would give it.
-        run_config: what ``flwr run -c`` would give the apps.
     """
 
     def __init__(

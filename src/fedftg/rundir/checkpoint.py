@@ -18,8 +18,6 @@ from fedftg.rundir.clients import ClientStore
 from fedftg.rundir.records import PUT_BACK, write_atomically
 from fedftg.rundir.tensors import read_tensors, write_tensors
 
-__all__ = ["Index", "commit", "load", "load_state", "save", "sweep", "write", "write_tensors"]
-
 FORMAT = 3
 Index = dict[str, Any]
 _SERVER_PARTS = ("params", "buffers", "server", "refiner")
