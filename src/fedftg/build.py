@@ -77,9 +77,8 @@ def build(config: RunConfig, dataset: ImageDataset | None = None, progress: Prog
     with_data = sum(size > 0 for size in sizes)
     made = parts(config, data, with_data)
     params, buffers, local = made.state.params, made.state.buffers, made.algorithm.local
-    clients = ClientStore(
-        lambda: local.init_memory(params, buffers), {**params, **buffers}, sizes, config.evaluation.track_all
-    )
+    track = config.evaluation.track_all or getattr(made.refiner, "reads_previous", False)
+    clients = ClientStore(lambda: local.init_memory(params, buffers), {**params, **buffers}, sizes, track)
     recipe = RunRecipe(
         config.plugins,
         config.model,

@@ -199,11 +199,12 @@ def write_model(folder: Path, to: Path) -> int:
         raise InputError(f"{folder} has no checkpoint yet; let the run finish a round first")
     metadata = {"model": json.dumps(config["model"]), "round": str(state.round)}
     data = RunFolder(folder).read_partition()
-    values = {**state.params, **state.buffers}
+    params, buffers = state.model
+    values = {**params, **buffers}
     if "image_shape" in data:  # runs of 0.1 have none
         model = registry.ModelConfig(**config["model"])
         module = registry.build(model, len(data["class_names"]), tuple(data["image_shape"]), seed=0)
-        values = FunctionalModel(module).module(state.params, state.buffers).state_dict()
+        values = FunctionalModel(module).module(params, buffers).state_dict()
     try:
         write_tensors(to, values, metadata)
     except OSError as error:

@@ -9,7 +9,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fedftg.algorithms.base import Algorithm, ClientResult, LocalTask, Metrics, Refiner, ServerState, rejection
+from fedftg.algorithms.base import (
+    Algorithm,
+    ClientResult,
+    LocalTask,
+    Metrics,
+    Refiner,
+    ServerState,
+    broadcast,
+    rejection,
+)
 from fedftg.config import RunConfig
 from fedftg.data.federated import FederatedData
 from fedftg.engine import sampling
@@ -56,11 +65,11 @@ class Experiment:
         # Where the aggregate is undone, so are the clients' memories: both belong together.
         results = [] if undone else results
         with clock.phase("refine"):
-            refined, refine_metrics, rolled_back = self._refine(number, selected, results, progress)
+            due = number % self.config.evaluation.every == 0 or number == self.config.rounds
+            refined, refine_metrics, rolled_back = self._refine(number, selected, results, due, progress)
         with clock.phase("aggregate"):
             clients = self.clients.updated(results)
         with clock.phase("evaluate"):
-            due = number % self.config.evaluation.every == 0 or number == self.config.rounds
             measured = self._evaluate(number, selected, refined, clients, progress) if due else Measured()
         self.state, self.clients = replace(refined, round=number), clients
         record: Record = {"round": number, "clients": cohort}
@@ -117,7 +126,7 @@ class Experiment:
             few = f"only {len(results)} of at least {self.min_results} client updates were"
             got = few if results else "no client update was"
             return self.state, {}, f"{got} usable; the global model stays as it was"
-        state, metrics = self.algorithm.server.step(self.state, results)
+        state, metrics = self.algorithm.server.step(replace(self.state, deployed={}), results)
         bad = _non_finite(state)
         if bad is not None:
             return self.state, {}, f"the aggregate was not finite ({bad}); the global model stays as it was"
@@ -128,28 +137,40 @@ class Experiment:
         return state, metrics, None
 
     def _refine(
-        self, number: int, state: ServerState, results: list[ClientResult], progress: Progress
+        self, number: int, selected: ServerState, results: list[ClientResult], due: bool, progress: Progress
     ) -> tuple[ServerState, Metrics, str | None]:
         if not results:
-            return state, {}, None
+            return selected, {}, None
         progress.phase(number, "refine", 0, 1)
+        if getattr(self.refiner, "reads_previous", False):
+            results = [replace(r, previous=self._previous(r.client)) for r in results]
+        selected = replace(selected, refiner=self.refiner.observe(selected, results))
+        if self.config.refiner.when == "evaluation" and not due:
+            return replace(selected, deployed=self.state.deployed or selected.deployed), {}, None
+        params, buffers = selected.model
+        start = replace(selected, params=params, buffers=buffers, deployed={})
         rng = torch_rng(self.config.seed, number, SERVER, "refine")
-        refined, metrics = self.refiner.refine(state, results, rng)
+        refined, metrics = self.refiner.refine(start, results, rng)
         bad = _non_finite(refined)
         if bad is not None:
-            return state, metrics, f"fine-tuning was not finite ({bad}); rolled back to the aggregate"
-        return refined, metrics, None
+            return selected, metrics, f"fine-tuning was not finite ({bad}); rolled back to the aggregate"
+        if refined is start:
+            return selected, metrics, None
+        return broadcast(selected, refined, self.config.refiner.broadcast), metrics, None
+
+    def _previous(self, client: int) -> Params:
+        return to_device(self.clients.upload(client), self.data.device) if client in self.clients else {}
 
     def _evaluate(
         self, number: int, selected: ServerState, refined: ServerState, clients: ClientStore, progress: Progress
     ) -> Measured:
-        models: Models = {"selected": (selected.params, selected.buffers)}
-        if clients.tracks_uploads:
+        models: Models = {"selected": selected.model}
+        if self.config.evaluation.track_all:
             average = to_device(clients.average(), self.data.device)
             params, buffers = ({name: average[name] for name in of} for of in (selected.params, selected.buffers))
             models["all"] = params, buffers
-        if refined is not selected:
-            models["refined"] = (refined.params, refined.buffers)
+        if refined.params is not selected.params or refined.deployed is not selected.deployed:
+            models["refined"] = refined.model
         measured = Measured()
         if self.data.has_test_data:
             size = self.config.evaluation.batch_size
@@ -172,7 +193,7 @@ class Experiment:
 
 
 def _non_finite(state: ServerState) -> str | None:
-    parts = (state.params, state.buffers, state.server, state.refiner)
+    parts = (state.params, state.buffers, state.server, state.refiner, state.deployed)
     return next((name for part in parts if (name := first_non_finite(part)) is not None), None)
 
 

@@ -175,7 +175,7 @@ def execute(
         summary = summarise(header, rows, config.evaluation.targets, peak_memory_mb())
         records.write_json(run_folder.summary_file, summary)
     summary = records.read_json(run_folder.summary_file)
-    model = experiment.model.module(experiment.state.params, experiment.state.buffers)
+    model = experiment.model.module(*experiment.state.model)
     return Run(folder, summary, experiment.state, model)
 
 
@@ -254,5 +254,5 @@ def _check_model(own: ServerState, kept: ServerState, folder: Path) -> None:
 
 
 def _on(state: ServerState, device: torch.device) -> ServerState:
-    parts = {part: to_device(getattr(state, part), device) for part in ("params", "buffers", "server", "refiner")}
+    parts = {part: to_device(getattr(state, part), device) for part in checkpoint.PARTS}
     return ServerState(round=state.round, **parts)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from fedftg.models.functional import FunctionalModel
@@ -65,6 +65,8 @@ class ClientResult:
     memory: Memory
     loss: float
     """Mean of the local loss over the client's steps; NaN where it made none."""
+    previous: Params = field(default_factory=dict)
+    """The client's upload before, parameters and buffers, if there was one and a refiner ``reads_previous``."""
 
 
 def rejection(result: ClientResult) -> str | None:
@@ -84,6 +86,34 @@ class ServerState:
     buffers: Params
     server: Memory
     refiner: Memory
+    deployed: Params = field(default_factory=dict)
+    """Parameters and buffers of the model that is deployed, where it is another than the one that clients receive."""
+
+    @property
+    def model(self) -> tuple[Params, Params]:
+        """Returns parameters and buffers of the model that is deployed."""
+        if not self.deployed:
+            return self.params, self.buffers
+        return {n: self.deployed[n] for n in self.params}, {n: self.deployed[n] for n in self.buffers}
+
+
+def broadcast(aggregate: ServerState, refined: ServerState, weight: float) -> ServerState:
+    """Returns the state that deploys the refined model and sends clients the aggregate, moved ``weight`` of the way.
+
+    Args:
+        aggregate: what the server rule returned.
+        refined: what the refiner made of ``aggregate.model``.
+        weight: 1 sends the refined model, 0 the aggregate.
+    """
+    if weight == 1 and not aggregate.deployed:
+        return refined
+    before, after = ({**params, **buffers} for params, buffers in (aggregate.model, refined.model))
+    sent = {
+        name: value + weight * (after[name] - before[name]) if weight and value.is_floating_point() else value
+        for name, value in {**aggregate.params, **aggregate.buffers}.items()
+    }
+    params, buffers = ({name: sent[name] for name in of} for of in (aggregate.params, aggregate.buffers))
+    return replace(refined, params=params, buffers=buffers, deployed=after)
 
 
 class LocalRule(Protocol):
@@ -124,15 +154,21 @@ class ServerRule(Protocol):
 
 
 class Refiner(Protocol):
-    """Improves the aggregated model on the server."""
+    """Improves the aggregated model on the server.
+
+    An attribute ``reads_previous = True`` asks for `ClientResult.previous`: the server then keeps one model per client.
+    """
 
     def init(self, params: Params, rng: torch.Generator) -> Memory:
         """Returns the refiner's memory before the first round, such as a generator's weights."""
 
+    def observe(self, state: ServerState, results: Sequence[ClientResult]) -> Memory:
+        """Returns the new memory after a round, whether or not the model is refined in it."""
+
     def refine(
         self, state: ServerState, results: Sequence[ClientResult], rng: torch.Generator
     ) -> tuple[ServerState, Metrics]:
-        """Returns the state with better parameters and the new memory; ``state`` stays as it is."""
+        """Returns the state with better parameters and the new memory, after `observe`; ``state`` stays as it is."""
 
 
 @dataclass(frozen=True)
@@ -168,12 +204,28 @@ class RefinerContext:
     std: tuple[float, ...] = ()
 
 
+When = Literal["round", "evaluation"]
+BROADCAST = (
+    "weight of the refined model in what clients receive next: 1 sends it, 0 sends the aggregate, so that refining "
+    "cannot harm training"
+)
+WHEN = "refine in every round, or only in rounds that are evaluated and the last; evaluation needs broadcast = 0"
+
+
 class RefinerConfig(BaseModel):
     """The settings of a refiner: subclass, give ``name`` a ``Literal`` type, and register it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
+    broadcast: float = Field(default=1.0, ge=0, le=1, description=BROADCAST)
+    when: When = Field(default="round", description=WHEN)
+
+    @model_validator(mode="after")
+    def _check_when(self) -> RefinerConfig:
+        if self.when == "evaluation" and self.broadcast:
+            raise ValueError(f"when = 'evaluation' needs broadcast = 0, got {self.broadcast}; or set when = 'round'")
+        return self
 
     @classmethod
     def defaults(cls, given: Mapping[str, Any], num_classes: int | None = None) -> dict[str, Any]:  # noqa: ARG003
@@ -194,6 +246,10 @@ class NoRefiner:
     def init(self, params: Params, rng: torch.Generator) -> Memory:  # noqa: ARG002
         """Remembers nothing."""
         return {}
+
+    def observe(self, state: ServerState, results: Sequence[ClientResult]) -> Memory:  # noqa: ARG002
+        """Returns the memory as it is."""
+        return state.refiner
 
     def refine(
         self,

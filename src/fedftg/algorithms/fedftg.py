@@ -19,10 +19,11 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
-from fedftg.algorithms.base import ClientResult, Memory, Metrics, Refiner, RefinerConfig, RefinerContext, ServerState
+from fedftg.algorithms.averages import AverageConfig, Averaged
+from fedftg.algorithms.base import ClientResult, Memory, Metrics, NoRefiner, Refiner, RefinerContext, ServerState
 from fedftg.distill.config import DistillConfig, preset
 from fedftg.distill.distiller import distil
 from fedftg.distill.generator import Generator
@@ -32,23 +33,37 @@ from fedftg.models.functional import values
 from fedftg.params import Params, prefixed, unprefixed
 from fedftg.seeds import forked
 
-_MODEL, _CLIENTS, _COUNTS = "past.model.", "past.clients", "past.counts"
+_MODEL, _CLIENTS, _COUNTS, _START = "past.model.", "past.clients", "past.counts", "start."
 
 ABSENT_WEIGHTS = {"fedftg": 1.0}
 """Of the presets; 0 for those that are not named."""
 
 
 @dataclass(frozen=True)
-class FedFTG:
+class FedFTG(NoRefiner):
     """Distils the clients of a round into the aggregate, on inputs from a generator that lives on the server."""
 
     config: DistillConfig
     context: RefinerContext
     absent_weight: float = 0.0
+    start: Averaged | None = None
+    """Makes the model that the student starts from; None: the aggregate."""
+
+    @property
+    def reads_previous(self) -> bool:
+        """Whether the start does."""
+        return self.start is not None and self.start.reads_previous
 
     def init(self, params: Params, rng: torch.Generator) -> Memory:  # noqa: ARG002
         """Returns the generator's initial weights, drawn from ``rng``."""
         return self._images(int(torch.randint(2**62, (), generator=rng))).memory()
+
+    def observe(self, state: ServerState, results: Sequence[ClientResult]) -> Memory:
+        """Takes the round into the average that the student starts from."""
+        if self.start is None:
+            return state.refiner
+        own = {name: value for name, value in state.refiner.items() if not name.startswith(_START)}
+        return own | prefixed(self.start.observe(_of_start(state), results), _START)
 
     def refine(
         self, state: ServerState, results: Sequence[ClientResult], rng: torch.Generator
@@ -57,7 +72,8 @@ class FedFTG:
         images = self._images(seed=0)
         images.load_memory(state.refiner)
         model = self.context.model
-        student = model.module(state.params, state.buffers)
+        start = state if self.start is None else self.start.refine(_of_start(state), results, rng)[0]
+        student = model.module(start.params, start.buffers)
         ordered = sorted((r for r in results if r.num_samples > 0), key=lambda result: result.client)
         known = known_counts(state.refiner) if self.absent_weight else {}
         params, buffers = [r.params for r in ordered], [r.buffers for r in ordered]
@@ -72,7 +88,7 @@ class FedFTG:
         scale = self.config.lr_decay**state.round
         metrics = distil(self.config, images, student, teachers, torch.stack(counts), rng=rng, lr_scale=scale)
         refined, statistics = values(student)
-        memory = images.memory()
+        memory = images.memory() | {name: v for name, v in state.refiner.items() if name.startswith(_START)}
         if self.absent_weight:
             known |= {r.client: r.class_counts.cpu().to(torch.int64) for r in ordered}
             clients = sorted(known)
@@ -86,6 +102,10 @@ class FedFTG:
         with forked(seed, torch.device("cpu")):
             generator = Generator(config.noise_dim, context.num_classes, context.image_shape, config.generator_width)
         return GeneratorImages(config, generator.to(context.device))
+
+
+def _of_start(state: ServerState) -> ServerState:
+    return replace(state, refiner=unprefixed(state.refiner, _START))
 
 
 def known_counts(memory: Memory) -> dict[int, Tensor]:
@@ -102,7 +122,7 @@ def absent_counts(known: Mapping[int, Tensor], present: Sequence[ClientResult]) 
     return total if bool(total.any()) else None
 
 
-class FedFTGConfig(RefinerConfig, DistillConfig):
+class FedFTGConfig(AverageConfig, DistillConfig):
     """``refiner.name = "fedftg"``: a preset, and any field of `DistillConfig` that should differ from it."""
 
     name: Literal["fedftg"] = "fedftg"
@@ -118,15 +138,15 @@ class FedFTGConfig(RefinerConfig, DistillConfig):
     def defaults(cls, given: Mapping[str, Any], num_classes: int | None = None) -> dict[str, Any]:
         """Returns the preset; from 100 classes on with the public code's noise of 256 for CIFAR-100."""
         name = str(given.get("preset", "fedftg"))
-        values = {**preset(name).model_dump(), "absent_weight": ABSENT_WEIGHTS.get(name, 0.0)}
+        values = {
+            **preset(name).model_dump(),
+            "absent_weight": ABSENT_WEIGHTS.get(name, 0.0),
+            **super().defaults(given),
+        }
         return {**values, "noise_dim": 256} if num_classes is not None and num_classes >= 100 else values
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_preset(cls, given: Any) -> Any:
-        return {**cls.defaults(given), **given} if isinstance(given, dict) else given
 
     def build(self, context: RefinerContext) -> Refiner:
         """Returns the refiner for one experiment."""
         config = DistillConfig(**self.model_dump(include=set(DistillConfig.model_fields)))
-        return FedFTG(config, context, self.absent_weight)
+        start = Averaged.build(self, context) if self.average != "aggregate" or self.prior_tau else None
+        return FedFTG(config, context, self.absent_weight, start)

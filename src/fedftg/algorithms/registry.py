@@ -24,6 +24,10 @@ REFINERS: Registry[type[RefinerConfig]] = Registry(
     {
         "none": "fedftg.algorithms.base:NoRefinerConfig",
         "fedftg": "fedftg.algorithms.fedftg:FedFTGConfig",
+        "head_prior": "fedftg.algorithms.averages:HeadPriorConfig",
+        "all": "fedftg.algorithms.averages:AllConfig",
+        "ema": "fedftg.algorithms.averages:EmaConfig",
+        "wima": "fedftg.algorithms.averages:WimaConfig",
     },
 )
 

@@ -20,7 +20,7 @@ from fedftg.rundir.tensors import read_tensors, write_tensors
 
 FORMAT = 3
 Index = dict[str, Any]
-_SERVER_PARTS = ("params", "buffers", "server", "refiner")
+PARTS = ("params", "buffers", "server", "refiner", "deployed")
 
 
 def save(state: ServerState, clients: ClientStore) -> None:
@@ -34,7 +34,7 @@ def write(state: ServerState, clients: ClientStore) -> Index:
     state_file = f"state-{state.round:06d}.safetensors"
     rows = clients.flush()
     tensors = tree.prefixed(clients.change_sum, "change_sum/")
-    for part in _SERVER_PARTS:
+    for part in PARTS:
         tensors |= tree.prefixed(getattr(state, part), part + "/")
     write_tensors(clients.folder / state_file, tensors)
     return {"format": FORMAT, "round": state.round, "state": state_file, **rows}
@@ -77,7 +77,7 @@ def load_state(folder: Path) -> ServerState | None:
 
 
 def _state(index: Index, tensors: Params) -> ServerState:
-    parts = {part: tree.unprefixed(tensors, part + "/") for part in _SERVER_PARTS}
+    parts = {part: tree.unprefixed(tensors, part + "/") for part in PARTS}
     return ServerState(round=int(index["round"]), **parts)
 
 

@@ -67,6 +67,10 @@ class ClientStore:
         """Returns a client's memory, on the CPU."""
         return self._rows.read(self._slots[client], "memory/") if client in self._slots else self._init_memory()
 
+    def __contains__(self, client: int) -> bool:
+        """Returns whether a client took part."""
+        return client in self._slots
+
     def upload(self, client: int) -> Params:
         """Returns a client's last upload, parameters and buffers together; the initial model before its first."""
         return self._rows.read(self._slots[client], "upload/") if client in self._slots else self._initial
