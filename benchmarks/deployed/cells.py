@@ -1,0 +1,74 @@
+"""The cells: what each sets on top of its recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+PROTOCOL = Path(__file__).parent.parent / "accuracy" / "protocol.toml"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One experiment, run with every seed."""
+
+    name: str
+    settings: tuple[str, ...] = ()
+    """What follows ``--set``."""
+    recipe: Path | None = PROTOCOL
+    """None: ``paper_base``."""
+    folder: str = "cifar10"
+    """In ``--data-root``."""
+    ceiling: bool = True
+    """Whether the ensemble of all last uploads is evaluated after the last round."""
+    long: bool = False
+    """Evaluated around rounds 50, 100 and 200 instead of at the end."""
+
+    def evaluations(self, rounds: int) -> Sequence[int]:
+        """Returns the rounds after which the variants are evaluated: ten, every second one up to the last."""
+        ends = [end for end in (50, 100, 200) if end < rounds] if self.long else []
+        step = 2 if rounds <= 500 else 10
+        return sorted({n for end in [*ends, rounds] for n in range(end - 9 * step, end + 1, step) if n > 0})
+
+
+_SKEWS = {"b0.1": (), "b0.3": ("partition.alpha=0.3",), "iid": ("partition.law=iid",)}
+_MODELS = {"gn": (), "bn": ("model.name=lenet_bn",), "plain": ("model.name=lenet", "local.lr=0.05")}
+_ALGORITHMS = ("fedavg", "fedprox", "feddyn", "scaffold", "moon")
+
+
+def _cifar10(algorithm: str, skew: str, model: str) -> Cell:
+    return Cell(
+        f"{algorithm}-{skew}-{model}", (f"algorithm.name={algorithm}", *_SKEWS[skew], *_MODELS[model])
+    )
+
+
+_GRID = [("fedavg", skew, "gn") for skew in _SKEWS]
+_GRID += [("fedavg", "b0.1", "bn"), ("fedavg", "b0.1", "plain")]
+_GRID += [(algorithm, "b0.1", "gn") for algorithm in _ALGORITHMS[1:]]
+_GRID += [("fedavg", skew, model) for model, skew in product(("bn", "plain"), ("b0.3", "iid"))]
+_GRID += [(algorithm, "b0.3", "gn") for algorithm in _ALGORITHMS[1:]]
+
+_OTHER = [
+    Cell(f"{name}-{skew}", (*settings, *_SKEWS[skew]), folder=folder)
+    for (name, folder, settings), skew in product(
+        (
+            ("tiny20", "tiny-imagenet-20", ("data.name=tiny_imagenet", "model.name=convnet", "data.max_train=10000")),
+            ("cifar100", "cifar100-part", ("data.name=cifar100", "data.max_train=10000")),
+        ),
+        _SKEWS,
+    )
+]
+
+CELLS = {cell.name: cell for cell in [
+    *(_cifar10(*one) for one in _GRID),
+    *_OTHER,
+    Cell("long-fedavg-b0.1-gn", ("rounds=200",), long=True),
+]}  # fmt: skip
+
+_GPU = ("executor.group=5", "threads=2", "evaluation.batch_size=2000", "checkpoint.every=50")
+PAPER = {cell.name: cell for cell in [
+    Cell("paper-b0.3", _GPU, recipe=None, ceiling=False),
+    Cell("paper-iid", (*_GPU, "partition.law=iid"), recipe=None, ceiling=False),
+]}  # fmt: skip

@@ -1,0 +1,85 @@
+"""Tables of the kept results, filled into the blocks of ``benchmarks/results/deployed.md``."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from fedftg.rundir import records
+
+FOLDER = Path(__file__).parent.parent / "results"
+RESULTS = FOLDER / "deployed.jsonl"
+PAGE = FOLDER / "deployed.md"
+DEFAULT = "all + prior"
+FREE = ("aggregate", "ema", "wima", "all")
+"""The free rivals that the default has to beat in each cell."""
+
+Line = dict[str, Any]
+_BLOCK = re.compile(r"(<!-- table ([^:]+):[^>]*-->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+
+
+def load() -> list[Line]:
+    """Returns the kept results; of two of one run, the later one."""
+    return list({(line["cell"], line["seed"]): line for line in records.read(RESULTS)}.values())
+
+
+def write_page() -> None:
+    """Fills every block ``<!-- table PREFIX SEEDS: ... -->`` with the cells of that prefix and those seeds."""
+    lines = load()
+
+    def fill(found: re.Match[str]) -> str:
+        prefix, seeds, *what = found[2].split()
+        chosen = {int(seed) for seed in seeds.split(",")}
+        use = [line for line in lines if re.match(prefix, line["cell"]) and line["seed"] in chosen]
+        return found[1] + (table(use, *what) if use else "Not measured yet.\n") + found[4]
+
+    PAGE.write_text(_BLOCK.sub(fill, PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def mean(line: Line, name: str, until: int | None = None) -> float:
+    """Returns the mean of the last ten evaluations (up to a round), in %."""
+    values = [
+        value
+        for number, value in zip(line["rounds"], line["accuracy"][name], strict=True)
+        if value is not None and (until is None or number <= until)
+    ]
+    return 100 * statistics.mean(values[-10:])
+
+
+def table(lines: list[Line], what: str = "") -> str:
+    """Returns a row per cell: each variant's mean ± standard deviation over seeds, and the default's lead.
+
+    Args:
+        what: ``imbalanced`` for the accuracies on the imbalanced test set, ``rounds`` for rows at rounds 50, 100, 200.
+    """
+    names = [name for name in lines[0]["accuracy"] if not name.endswith(", imbalanced")]
+    cells: dict[str, list[Line]] = defaultdict(list)
+    for line in lines:
+        cells[line["cell"]].append(line)
+    rows = [["cell", "seeds", *names, f"{DEFAULT} - best free", "seeds won"]]
+    ends = [50, 100, 200] if what == "rounds" else [None]
+    for (cell, found), end in ((item, end) for item in cells.items() for end in ends):
+        suffix = ", imbalanced" if what == "imbalanced" else ""
+        by_name = {name: [mean(line, name + suffix, end) for line in found] for name in names}
+        best = max(FREE, key=lambda name: statistics.mean(by_name[name]))
+        leads = [ours - theirs for ours, theirs in zip(by_name[DEFAULT], by_name[best], strict=True)]
+        won = sum(
+            by_name[DEFAULT][i] > max(by_name[name][i] for name in FREE) for i in range(len(found))
+        )
+        label = cell if end is None else f"{cell}, round {end}"
+        rows.append(
+            [label, str(len(found)), *(spread(by_name[name]) for name in names), f"{spread(leads, '+')} ({best})",
+             f"{won} of {len(found)}"]
+        )  # fmt: skip
+    return "\n".join(
+        ["| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]]
+    ) + "\n"
+
+
+def spread(values: list[float], sign: str = "") -> str:
+    """Returns ``mean ± standard deviation``."""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.2f}{deviation}"
