@@ -23,7 +23,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 import small_federation as small
 
-from fedftg.algorithms.base import ClientResult, RefinerConfig, RefinerContext, ServerState
+from fedftg.algorithms.base import ClientResult, NoRefiner, RefinerConfig, RefinerContext, ServerState
 from fedftg.algorithms.registry import REFINERS, register_refiner
 from fedftg.distill.distiller import distil
 from fedftg.distill.generator import Generator
@@ -135,7 +135,7 @@ def test_each_strategy_is_its_aggregate_distilled(name: str, app: ClientApp) -> 
     assert result.train_metrics_clientapp[1]["fedftg-teachers"] == CLIENTS
 
 
-class AddConfig(RefinerConfig):
+class AddConfig(NoRefiner, RefinerConfig):
     """A refiner that the library does not know: it adds a number to all parameters."""
 
     name: Literal["add"] = "add"
