@@ -26,7 +26,7 @@ sets is in [refine](refine.md); the names of data sets and models are in [data](
 
 
 def row(key: str, field: FieldInfo, of: str = "", default: Any = None) -> str:
-    """One key; ``of`` names the algorithm or refiner that has it."""
+    """One key; ``of`` names the algorithms or refiners that have it."""
     shown = "" if default is None else f"`{list(default) if isinstance(default, tuple) else default}`"
     meaning = (field.description or "").replace("|", "\\|")
     return f"| `{key}`{f' ({of})' if of else ''} | {shown} | {meaning} |\n"
@@ -34,15 +34,14 @@ def row(key: str, field: FieldInfo, of: str = "", default: Any = None) -> str:
 
 def registered(kind: str, table: Mapping[str, type[BaseModel]], default: str) -> list[str]:
     """The names of a table, and the keys of each with the defaults of its class."""
-    lines = [f"| `{kind}.name` | `{default}` | {', '.join(table)} |\n"]
+    owners: dict[str, list[str]] = {}  # by a row without them: what several share stands here once
     for name, config in table.items():
         values = dict(config())
-        lines += [
-            row(f"{kind}.{key}", field, name, values[key])
-            for key, field in config.model_fields.items()
-            if key != "name"
-        ]
-    return lines
+        for key, field in config.model_fields.items():
+            if key != "name":
+                owners.setdefault(row(f"{kind}.{key}", field, "OWNERS", values[key]), []).append(name)
+    rows = [line.replace("OWNERS", ", ".join(names)) for line, names in owners.items()]
+    return [f"| `{kind}.name` | `{default}` | {', '.join(table)} |\n", *rows]
 
 
 def rendered() -> str:

@@ -64,6 +64,11 @@ def parts(config: RunConfig, data: FederatedData, with_data: int) -> Parts:
     return Parts(model, algorithm, refiner, state)
 
 
+def keeps_uploads(config: RunConfig, refiner: Refiner) -> bool:
+    """Returns whether the server keeps every client's last upload."""
+    return config.evaluation.track_all or getattr(refiner, "reads_previous", False)
+
+
 def build(config: RunConfig, dataset: ImageDataset | None = None, progress: Progress | None = None) -> Experiment:
     """Loads and partitions the data, and builds every object of a run; writes nothing but the cache of images.
 
@@ -77,8 +82,8 @@ def build(config: RunConfig, dataset: ImageDataset | None = None, progress: Prog
     with_data = sum(size > 0 for size in sizes)
     made = parts(config, data, with_data)
     params, buffers, local = made.state.params, made.state.buffers, made.algorithm.local
-    track = config.evaluation.track_all or getattr(made.refiner, "reads_previous", False)
-    clients = ClientStore(lambda: local.init_memory(params, buffers), {**params, **buffers}, sizes, track)
+    keep = keeps_uploads(config, made.refiner)
+    clients = ClientStore(lambda: local.init_memory(params, buffers), {**params, **buffers}, sizes, keep)
     recipe = RunRecipe(
         config.plugins,
         config.model,

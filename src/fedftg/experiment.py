@@ -122,14 +122,15 @@ class Experiment:
         return kept, rejected
 
     def _aggregate(self, results: list[ClientResult]) -> tuple[ServerState, Metrics, str | None]:
+        before = replace(self.state, deployed={}) if self.state.deployed else self.state
         if len(results) < self.min_results:
             few = f"only {len(results)} of at least {self.min_results} client updates were"
             got = few if results else "no client update was"
-            return self.state, {}, f"{got} usable; the global model stays as it was"
-        state, metrics = self.algorithm.server.step(replace(self.state, deployed={}), results)
+            return before, {}, f"{got} usable; the global model stays as it was"
+        state, metrics = self.algorithm.server.step(before, results)
         bad = _non_finite(state)
         if bad is not None:
-            return self.state, {}, f"the aggregate was not finite ({bad}); the global model stays as it was"
+            return before, {}, f"the aggregate was not finite ({bad}); the global model stays as it was"
         losses = [(result.loss, result.num_samples) for result in results if math.isfinite(result.loss)]
         total = sum(size for _, size in losses)
         if total:
@@ -140,15 +141,16 @@ class Experiment:
         self, number: int, selected: ServerState, results: list[ClientResult], due: bool, progress: Progress
     ) -> tuple[ServerState, Metrics, str | None]:
         if not results:
-            return selected, {}, None
+            return self.state, {}, None
         progress.phase(number, "refine", 0, 1)
         if getattr(self.refiner, "reads_previous", False):
             results = [replace(r, previous=self._previous(r.client)) for r in results]
-        selected = replace(selected, refiner=self.refiner.observe(selected, results))
-        if self.config.refiner.when == "evaluation" and not due:
-            return replace(selected, deployed=self.state.deployed or selected.deployed), {}, None
         params, buffers = selected.model
         start = replace(selected, params=params, buffers=buffers, deployed={})
+        memory = self.refiner.observe(start, results)
+        start, selected = replace(start, refiner=memory), replace(selected, refiner=memory)
+        if self.config.refiner.when == "evaluation" and not due:
+            return replace(selected, deployed=self.state.deployed), {}, None
         rng = torch_rng(self.config.seed, number, SERVER, "refine")
         refined, metrics = self.refiner.refine(start, results, rng)
         bad = _non_finite(refined)

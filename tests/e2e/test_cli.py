@@ -30,6 +30,7 @@ def fails(done: Any, tmp_path: Path, *expected: str) -> None:
         (["run", "--set", "cohort.size=21"], "cohort.size must be at most"),
         (["run", "--set", "data.name=cifar10", "--set", "data.root=nowhere"], "nowhere"),
         (["run", "--set", "model.name=lenet_bn", "--set", "local.batch_size=1"], "local.batch_size must be >= 2"),
+        (["run", "--set", "refiner.when=evaluation"], "when = 'evaluation' needs broadcast = 0, got 1.0; or set when"),
         (["run", "--resume", "--out", "nothing"], "holds no run"),
         (["rnu"], "run"),
         (["compare", "default"], "two or more"),

@@ -92,26 +92,30 @@ def assert_same(ours: Params, theirs: Params) -> None:
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the uninterrupted run of each algorithm is kept for all points of interruption."""
+    """Where the uninterrupted run of each setting is kept for all points of interruption."""
     return tmp_path_factory.mktemp("uninterrupted")
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "point", "every"),
+    ("setting", "point", "every"),
     [
-        *(("scaffold", point, 1) for point in ("local", "clients", "checkpoint-file", "checkpoint-index")),
-        ("moon", "checkpoint-index", 1),
-        ("moon", "clients", 4),
-        ("feddyn", "local", 2),
+        *(
+            ("algorithm.name=scaffold", point, 1)
+            for point in ("local", "clients", "checkpoint-file", "checkpoint-index")
+        ),
+        ("algorithm.name=moon", "checkpoint-index", 1),
+        ("algorithm.name=moon", "clients", 4),
+        ("algorithm.name=feddyn", "local", 2),
+        ("refiner.average=all", "clients", 1),
     ],
 )
 def test_killed_and_resumed(
-    fedftg: Any, tiny: list[str], read_records: Read, uninterrupted: Path, tmp_path: Path, algorithm: str, point: str,
+    fedftg: Any, tiny: list[str], read_records: Read, uninterrupted: Path, tmp_path: Path, setting: str, point: str,
     every: int,
 ) -> None:  # fmt: skip
     (tmp_path / "killer.py").write_text(KILLER.format(point=point, mark=tmp_path / "mark"))
-    settings = ["default", *tiny, "--set", f"algorithm.name={algorithm}"]
-    whole = uninterrupted / algorithm
+    settings = ["default", *tiny, "--set", setting]
+    whole = uninterrupted / setting
     if not whole.exists():
         done = fedftg("run", *settings, "--out", str(whole))
         assert done.returncode == 0, done.stderr

@@ -11,7 +11,7 @@ from fedftg.flower import wire
 
 def assert_same(federation: Any, one: Any, other: Any, names: tuple[str, str] = ("served", "simulated")) -> None:
     assert federation.rows(names[0]) == federation.rows(names[1])
-    for part in ("params", "buffers", "server", "refiner"):
+    for part in ("params", "buffers", "server", "refiner", "deployed"):
         left, right = getattr(one.state, part), getattr(other.state, part)
         assert list(left) == list(right)
         assert all(torch.equal(left[name], right[name]) for name in left), part
@@ -41,6 +41,25 @@ def test_three_rounds_are_those_of_the_simulator(federation: Callable[..., Any],
 def test_other_settings_too(federation: Callable[..., Any], overrides: tuple[str, ...]) -> None:
     fed = federation("algorithm.name=feddyn", "refiner.name=none", *overrides)
     assert_same(fed, fed.serve(fed.grid()), fed.simulate())
+
+
+DEPLOYED = [
+    ("refiner.name=head_prior",),
+    ("refiner.name=all", "refiner.prior_tau=0.5", "evaluation.track_all=false"),
+    ("refiner.name=ema", "evaluation.every=2", "partition.test_share=0.3"),
+    ("refiner.name=wima", "refiner.window=2"),
+    ("refiner.name=fedftg", "refiner.broadcast=0", "refiner.average=all"),
+]
+
+
+@pytest.mark.parametrize("overrides", DEPLOYED, ids=lambda given: given[0])
+def test_a_model_that_is_deployed_and_not_sent(federation: Callable[..., Any], overrides: tuple[str, ...]) -> None:
+    fed = federation(*overrides)
+    run = fed.serve(fed.grid())
+    assert_same(fed, run, fed.simulate())
+    assert run.state.deployed
+    row = fed.rows("served")[-1]
+    assert row["loss"]["refined"] != row["loss"]["selected"]
 
 
 def test_what_clients_hold_back_is_measured_on_their_nodes(federation: Callable[..., Any]) -> None:

@@ -37,8 +37,9 @@ ALGORITHM_SETTINGS: dict[str, dict[str, Any]] = {
 NAMES = {"feddyn": FedDyn, "scaffold": Scaffold, "moon": Moon}
 
 
-def config(algorithm: str, refined: bool = False) -> RunConfig:
-    refiner = {"name": "fedftg", **small.CONFIG.model_dump(), "absent_weight": 1.0} if refined else {"name": "none"}
+def config(algorithm: str, refined: bool = False, refiner: dict[str, Any] | None = None) -> RunConfig:
+    fedftg = {"name": "fedftg", **small.CONFIG.model_dump(), "absent_weight": 1.0}
+    refiner = refiner or (fedftg if refined else {"name": "none"})
     given: dict[str, Any] = {"rounds": ROUNDS, "seed": 5, "threads": 1, "data": {"name": "digits"}, "refiner": refiner}
     given["partition"] = {"law": "dirichlet", "num_clients": CLIENTS, "alpha": 0.5}
     given |= {"cohort": {"size": 3}, "model": {"name": "lenet_bn"}, "executor": {"name": "sequential"}}
@@ -135,6 +136,50 @@ def test_equals_the_simulator(algorithm: str, refined: bool, same_cohorts: Calla
         assert [report.rolled_back for report in strategy.reports] == [None] * ROUNDS
     assert result.train_metrics_clientapp[1]["loss"] > 0
     assert result.train_metrics_clientapp[1]["update-norm"] > 0
+
+
+@pytest.mark.parametrize(
+    "refiner",
+    [
+        {"name": "head_prior"},
+        {"name": "all", "prior_tau": 0.5, "recency": 0.9},
+        {"name": "ema"},
+        {"name": "wima", "window": 2, "broadcast": 0.5, "when": "round"},
+        {"name": "fedftg", **small.CONFIG.model_dump(), "absent_weight": 1.0, "broadcast": 0.0, "average": "all"},
+    ],
+    ids=lambda settings: settings["name"],
+)
+def test_what_is_deployed_is_the_simulator_s(
+    refiner: dict[str, Any], same_cohorts: Callable[..., None], tmp_path: Path
+) -> None:
+    """In one go, and stopped after round 2; nobody evaluates, so that refiners due for evaluation act in round 3."""
+    settings = config("fedprox", refiner=refiner)
+    here = Simulated(settings)
+    sent = here.run()
+    deployed = {name: value for part in here.experiment.state.model for name, value in part.items()}
+    assert any(not torch.equal(sent[name], deployed[name]) for name in sent)
+
+    def strategy(**more: Any) -> Refined:
+        shape = here.experiment.data.image_shape
+        return Refined(here.strategy(), settings.refiner, here.module, shape, seed=5, **more)
+
+    grid = LocalGrid.of(here.client_app(), CLIENTS)
+    same_cohorts(settings)
+    whole = strategy()
+    assert_equal(whole.start(grid, here.initial, ROUNDS).arrays, deployed)
+    rounds = ROUNDS if settings.refiner.when == "round" else 1
+    assert [report.seconds > 0 for report in whole.reports].count(True) == rounds
+
+    kept = {"checkpoint": tmp_path}
+    same_cohorts(settings)
+    strategy(**kept).start(grid, here.initial, 2)
+    assert_equal(strategy(**kept).start(grid, here.initial, ROUNDS).arrays, deployed)
+    found = strategy(**kept)
+    number, arrays = found.restore() or (0, here.initial)
+    assert number == ROUNDS
+    assert_equal(arrays, sent)
+    assert found.deployed is not None
+    assert_equal(found.deployed, deployed)
 
 
 def test_a_stopped_server_resumes_with_clients_that_were_ahead(

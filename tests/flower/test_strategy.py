@@ -23,7 +23,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 import small_federation as small
 
-from fedftg.algorithms.base import ClientResult, RefinerConfig, RefinerContext, ServerState
+from fedftg.algorithms.base import ClientResult, NoRefiner, RefinerConfig, RefinerContext, ServerState
 from fedftg.algorithms.registry import REFINERS, register_refiner
 from fedftg.distill.distiller import distil
 from fedftg.distill.generator import Generator
@@ -135,7 +135,7 @@ def test_each_strategy_is_its_aggregate_distilled(name: str, app: ClientApp) -> 
     assert result.train_metrics_clientapp[1]["fedftg-teachers"] == CLIENTS
 
 
-class AddConfig(RefinerConfig):
+class AddConfig(NoRefiner, RefinerConfig):
     """A refiner that the library does not know: it adds a number to all parameters."""
 
     name: Literal["add"] = "add"
@@ -207,6 +207,75 @@ def test_a_registered_refiner_is_known_by_its_name(app: ClientApp, request: pyte
     register_refiner("add", AddConfig)
     result = run(refined(BASES["FedAdam"](), "add"), LocalGrid.of(app, CLIENTS), 1)
     assert result.train_metrics_clientapp[1]["fedftg-mean-size"] == 2.5
+
+
+class Seen(small.FaultyGrid):
+    """Notes the first head bias in messages of each kind."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.heads: dict[str, list[float]] = {}
+        self.before_push = self.note
+
+    def note(self, messages: list[Message]) -> None:
+        for message in messages[:1]:
+            head = float(small.state(message.content["arrays"])["head.bias"][0])
+            self.heads.setdefault(message.metadata.message_type, []).append(head)
+
+
+@pytest.mark.parametrize(("weight", "sent"), [(0.0, [0.0, 1.0]), (0.5, [0.0, 6.0]), (1.0, [0.0, 11.0])])
+def test_clients_train_on_the_broadcast_and_evaluate_the_deployed_model(weight: float, sent: list[float]) -> None:
+    """From zeros the aggregate moves by 1 a round, refining adds 10: clients get 1 + 10 weight in round 2."""
+    zero = {key: torch.zeros_like(value) for key, value in small.net().state_dict().items()}
+    app, central = moving_app(2 / 3), list[float]()
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return Message(RecordDict({"metrics": MetricRecord({"num-examples": 1})}), reply_to=message)
+
+    def look(_: int, arrays: ArrayRecord) -> None:
+        central.append(float(small.state(arrays)["head.bias"][0]))
+
+    options = {"min_train_nodes": 2, "min_available_nodes": 2}
+    strategy = refined(flower.FedAvg(**options), AddConfig(broadcast=weight))
+    grid = Seen(app, {1: {"partition-id": 0}, 2: {"partition-id": 1}})
+    result = strategy.start(grid, ArrayRecord(zero), 2, evaluate_fn=look)
+    deployed = [11.0, sent[1] + 11]
+    assert grid.heads["train"] == pytest.approx(sent)
+    assert grid.heads["evaluate"] == pytest.approx(deployed)
+    assert central == pytest.approx([0.0, *deployed])
+    assert float(small.state(result.arrays)["head.bias"][0]) == pytest.approx(deployed[1])
+    assert (strategy.deployed is None) == (weight == 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "evaluate_fn", "refined_in"),
+    [(TWO, None, [3]), (TWO, lambda *_: None, [1, 2, 3]), ({**TWO, "fraction_evaluate": 1.0}, None, [1, 2, 3])],
+)
+def test_refining_for_evaluation_alone_waits_for_one(
+    options: dict[str, Any], evaluate_fn: Any, refined_in: list[int], app: ClientApp
+) -> None:
+    given = AddConfig(broadcast=0.0, when="evaluation")
+    strategy = refined(flower.FedAvg(**options), given)
+    result = run(strategy, LocalGrid.of(app, 2), 3, evaluate_fn=evaluate_fn)
+    metrics = result.train_metrics_clientapp
+    assert [number for number in metrics if "fedftg-mean-size" in metrics[number]] == refined_in
+    plain = run(refined(flower.FedAvg(**TWO), "none"), LocalGrid.of(app, 2), 3)
+    moved = small.state(result.arrays)["head.bias"] - small.state(plain.arrays)["head.bias"]
+    assert torch.allclose(moved, torch.tensor(10.0))
+
+
+def test_the_label_priors_are_taken_out_by_name(app: ClientApp) -> None:
+    shards = small.data(CLIENTS)
+    labels = [small.samples(shards, client)[1] for client in range(CLIENTS)]
+    strategy = Refined(BASES["FedAvg"](), "head_prior", model=small.net(), image_shape=small.IMAGE_SHAPE)
+    found = small.state(run(strategy, LocalGrid.of(app, CLIENTS), 1).arrays)
+    plain = small.state(run(refined(BASES["FedAvg"](), "none"), LocalGrid.of(app, CLIENTS), 1).arrays)
+    logs = [len(of) * ((torch.bincount(of, minlength=10) + 0.5) / (len(of) + 5)).log() for of in labels]
+    prior = torch.stack(logs).sum(dim=0) / sum(map(len, labels))
+    expected = plain["head.bias"] - 0.5 * (prior - prior.mean())
+    assert torch.allclose(found["head.bias"], expected, atol=1e-6)
+    assert all(torch.equal(found[name], plain[name]) for name in plain if name != "head.bias")
 
 
 def test_frozen_parameters_keep_the_aggregate_s_values(app: ClientApp) -> None:

@@ -5,10 +5,10 @@
     all:   m = sum_k v_k w_k / sum_k v_k                   w_k client k's last upload, v_k = n_k recency^age_k
     head:  b_c <- b_c + tau (log q_c - sum_k v_k log((n_k^c + 1/2) / (n_k + C/2)) / sum_k v_k)
 
-b_c is the bias of class c in the last layer, q the class distribution to expect, uniform unless given. A client's logits
-carry the log of its own label prior, and averaging weights is close to averaging logits: so the priors are taken out
-member by member (logit adjustment: Menon et al., ICLR 2021, arXiv 2007.07314). The last sum is one over clients: it can
-come from secure aggregation, see `shifted`.
+b_c is the bias of class c in the last layer, q the class distribution to expect, uniform unless given. A client's
+logits carry the log of its own label prior, and averaging weights is close to averaging logits: so the priors are taken
+out member by member (logit adjustment: Menon et al., ICLR 2021, arXiv 2007.07314). Both sums of the last line are over
+clients and can come from secure aggregation: docs/algorithms/averages.md.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class AverageFields(BaseModel):
         "last upload (all; the server keeps one model per client)",
     )
     ema_decay: float = Field(
-        default=0.8, ge=0, lt=1, description="b: weight of the earlier average; 0 gives the aggregate"
+        default=0.8, ge=0, lt=1, description="ema: b, weight of the earlier average; 0 gives the aggregate"
     )
-    window: int = Field(default=5, ge=1, description="W: aggregates in wima; 1 gives the aggregate")
+    window: int = Field(default=5, ge=1, description="wima: W, how many aggregates; 1 gives the aggregate")
     recency: float = Field(
         default=1.0, gt=0, le=1, description="all: factor on an upload's weight per round since it came; 1 ignores age"
     )
@@ -89,7 +89,10 @@ class Averaged(NoRefiner):
         if given and (len(given) != classes or min(given) <= 0):
             raise InputError(f"refiner.target_prior must be {classes} positive numbers, got {list(given)}")
         needed = config.prior_tau > 0 or config.class_rows
-        return cls(config, context, head_bias(context.model, context.image_shape) if needed else "")
+        bias = head_bias(context.model, context.image_shape) if needed else ""
+        if config.class_rows and _weight_of(bias) not in context.model.init()[0]:
+            raise InputError(f"refiner.class_rows needs a parameter {_weight_of(bias)!r} beside {bias!r}; set it false")
+        return cls(config, context, bias)
 
     @property
     def reads_previous(self) -> bool:
@@ -98,6 +101,7 @@ class Averaged(NoRefiner):
 
     def observe(self, state: ServerState, results: Sequence[ClientResult]) -> Memory:
         """Takes a round's aggregate and uploads into the average."""
+        results = [result for result in results if result.num_samples > 0]
         seen = {
             client: (share * self.config.recency, counts) for client, (share, counts) in _seen(state.refiner).items()
         }
@@ -113,7 +117,7 @@ class Averaged(NoRefiner):
                 memory |= prefixed(one, f"{_WINDOW}{age}.")
         elif self.config.average == "all":
             memory = prefixed(self._exchanged(state, results, seen), _SUM)
-        seen |= {r.client: (1.0, r.class_counts.cpu().double()) for r in results if r.num_samples > 0}
+        seen |= {result.client: (1.0, result.class_counts.cpu().double()) for result in results}
         return memory | _seen_memory(seen)
 
     def refine(
@@ -130,11 +134,12 @@ class Averaged(NoRefiner):
         elif self.config.average != "aggregate":
             values = self._divided(values, unprefixed(state.refiner, _SUM), seen)
         if self.config.prior_tau:
-            cohort = [result.client for result in results if result.num_samples > 0]
-            members = seen.values() if self.config.prior_of == "all" else [seen[client] for client in cohort]
-            prior = label_log_prior([counts for _, counts in members], [share for share, _ in members])
-            target = torch.tensor(self.config.target_prior or [1.0] * len(prior), dtype=torch.float64).log()
-            values = shifted(values, self.bias, self.config.prior_tau * (target - prior))
+            cohort = seen.keys() if self.config.prior_of == "all" else {result.client for result in results}
+            members = [of for client, of in seen.items() if client in cohort]
+            weights = torch.stack([share * counts.sum() for share, counts in members])
+            priors = label_log_prior(torch.stack([counts for _, counts in members]))
+            target = torch.tensor(self.config.target_prior or [1.0] * priors.shape[1], dtype=torch.float64).log()
+            values = shifted(values, self.bias, self.config.prior_tau * (target - weights @ priors / weights.sum()))
         params, buffers = ({name: values[name] for name in of} for of in (state.params, state.buffers))
         return replace(state, params=params, buffers=buffers), {}
 
@@ -163,27 +168,20 @@ class Averaged(NoRefiner):
     def _weight(self, name: str, share: float, counts: Tensor, like: Tensor) -> Tensor:
         """Returns a client's weight in a tensor: its samples, or by class in the rows of the last layer."""
         total = counts.sum().double()
-        if self.config.class_rows and name in (self.bias, self.bias.removesuffix("bias") + "weight"):
+        if self.config.class_rows and name in (self.bias, _weight_of(self.bias)):
             rows = counts.double() + total / 1000  # a class that nobody holds is averaged like everything else
             total = rows.view(-1, *[1] * (like.ndim - 1))
         return (share * total).to(like.device)
 
 
-def label_log_prior(counts: Sequence[Tensor], shares: Sequence[float] = ()) -> Tensor:
-    """Returns the mean over clients of the log of their label priors, ``(C,)`` float64, weighted by samples.
-
-    Args:
-        counts: of each client, ``(C,)`` samples a class.
-        shares: factors on the clients' weights; () weights by samples alone.
-    """
-    table = torch.stack([one.cpu().double() for one in counts])
-    weights = table.sum(dim=1) * torch.tensor(list(shares) or [1.0] * len(table), dtype=torch.float64)
-    priors = (table + 0.5) / (table.sum(dim=1, keepdim=True) + 0.5 * table.shape[1])
-    return weights @ priors.log() / weights.sum()
+def label_log_prior(counts: Tensor) -> Tensor:
+    """Returns the log of a client's label prior, float64, from its samples a class; ``(..., C)`` both."""
+    counts = counts.double()
+    return ((counts + 0.5) / (counts.sum(dim=-1, keepdim=True) + 0.5 * counts.shape[-1])).log()
 
 
 def shifted(values: Params, bias: str, shift: Tensor) -> Params:
-    """Returns the same values with ``shift``, ``(C,)`` of mean 0 after centring, added to the bias."""
+    """Returns the same values with ``shift``, ``(C,)``, minus its mean added to the parameter named ``bias``."""
     moved = values[bias].double() + (shift - shift.mean()).to(values[bias].device)
     return {**values, bias: moved.to(values[bias].dtype)}
 
@@ -208,6 +206,10 @@ def head_bias(model: FunctionalModel, image_shape: Sequence[int]) -> str:
         "the label-prior correction adds to the bias of the model's last layer, which must be trainable; this model "
         "has none: give the layer bias=True, or set refiner.prior_tau=0 (and class_rows=false)"
     )
+
+
+def _weight_of(bias: str) -> str:
+    return bias.removesuffix("bias") + "weight"
 
 
 Seen = dict[int, tuple[float, Tensor]]

@@ -258,7 +258,7 @@ def _prepare(grid: Grid, config: RunConfig, settings: AppSettings, folder: RunFo
         lambda: {LAST_COUNTED: torch.tensor(0)},
         {**parts.state.params, **parts.state.buffers},
         [sum(counts) for counts in record["class_counts"]],  # so a resumed run has the weights of its start
-        config.evaluation.track_all,
+        build.keeps_uploads(config, parts.refiner),
     )
     return NodesExperiment(
         **vars(parts),

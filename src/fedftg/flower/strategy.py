@@ -22,7 +22,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch import nn
 
-from fedftg.algorithms.base import ClientResult, Memory, RefinerConfig, RefinerContext, ServerState
+from fedftg.algorithms.base import ClientResult, Memory, RefinerConfig, RefinerContext, ServerState, broadcast
 from fedftg.algorithms.fedftg import FedFTGConfig
 from fedftg.algorithms.registry import REFINERS
 from fedftg.config import parse
@@ -50,16 +50,25 @@ class RefineReport:
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     rolled_back: str | None = None
-    """Why the result is the base strategy's aggregate, or the model before; None: it was refined."""
+    """Why the result is the base strategy's aggregate, or the model before; None: it was refined, or was not due."""
 
 
 class Refined(Strategy):
-    """A Flower strategy whose aggregate a refiner improves in every round.
+    """A Flower strategy whose aggregate a refiner improves.
+
+    Clients are sent the aggregate, moved towards the refined model by the weight ``refiner.broadcast`` (1: the refined
+    model). What is evaluated, by clients and by ``evaluate_fn``, and what `start` returns is the refined model. With
+    ``refiner.when = "evaluation"`` it is made in every round where ``evaluate_fn`` is given or the base asks clients to
+    evaluate (``fraction_evaluate``), else in the last one.
 
     Sampling, messages, aggregation and evaluation are the base strategy's, and what it raises is raised. Replies with
     NaN or other arrays than the model's reach the base as errors. Results do not depend on the order of replies. Where
     the refined model is not finite, or the refiner raises ``RuntimeError`` (out of memory), the base's aggregate is
     returned; where the aggregate is not finite, the global model stays. Each is logged, and in `reports`.
+
+    A refiner that averages every client's last upload (``average = "all"``) keeps one model per client that ever took
+    part, in memory on the CPU and in the checkpoint, which is written after each round. Clients are known by
+    `partition-id`; without it a restarted node is a new client.
 
     Args:
         base: of ``flwr.serverapp.strategy``, or one of your own for Flower's Message API.
@@ -90,6 +99,8 @@ class Refined(Strategy):
             refiner = REFINERS[refiner](name=refiner)
         self.base = base
         self.reports: list[RefineReport] = []
+        self.deployed: ArrayRecord | None = None
+        """The refined model, where clients receive another one."""
         self._config, self._module, self._seed = refiner, model, seed
         self._checkpoint = None if checkpoint is None else Path(checkpoint) / "refined.safetensors"
         self._device = torch.device(resolve_device(device))
@@ -101,6 +112,8 @@ class Refined(Strategy):
         self._memory: Memory = self._refiner.init(trainable.init()[0], torch_rng(seed, 0, SERVER, "refiner"))
         self._layout: Layout | None = None
         self._sent = ArrayRecord()
+        self._uploads: dict[int, Params] = {}  # the last of each client, where the refiner reads it
+        self._only: int | None = None  # the one round that is refined, where none but it is due
         self._offset = 0  # rounds done in earlier sessions; Flower's loop counts from 1
 
     def configure_train(
@@ -117,7 +130,7 @@ class Refined(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Returns the base's aggregate, refined, and its metrics with those of the refining (``fedftg-...``)."""
+        """Returns what clients receive next, and the base's metrics with those of the refining (``fedftg-...``)."""
         assert self._layout is not None, "configure_train comes first"
         report = RefineReport(server_round + self._offset)
         weights = [vars(self.base).get(key) for key in ("weighted_by_key", "train_loss_key")]
@@ -140,8 +153,9 @@ class Refined(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Returns the base's messages."""
-        return type(self.base).configure_evaluate(self.base, server_round + self._offset, arrays, config, grid)
+        """Returns the base's messages, with the model that is deployed."""
+        number, arrays = server_round + self._offset, self.deployed or arrays
+        return type(self.base).configure_evaluate(self.base, number, arrays, config, grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Returns the base's metrics."""
@@ -154,7 +168,7 @@ class Refined(Strategy):
         self.base.summary()
 
     def restore(self) -> tuple[int, ArrayRecord] | None:
-        """Loads the checkpoint and returns the number of rounds done and the model after them; None: there is none.
+        """Loads the checkpoint and returns the number of rounds done and what clients receive next; None: none there.
 
         `start` calls it; call it before a loop of your own. `InputError` where it is of a run with other settings.
         """
@@ -168,6 +182,10 @@ class Refined(Strategy):
                 raise InputError(f"{self._checkpoint} is {was}; use the same, or another folder")
         self._memory = unprefixed(tensors, "refiner/")
         _load_state(self.base, unprefixed(tensors, "base/"))
+        uploads = unprefixed(tensors, "uploads/")
+        clients = {name.partition("/")[0] for name in uploads}
+        self._uploads = {int(client): unprefixed(uploads, client + "/") for client in clients}
+        self.deployed = encode(unprefixed(tensors, "deployed/")) or None
         arrays = encode(unprefixed(tensors, "arrays/"))
         self._layout = Layout(self._module, arrays)
         return int(saved["round"]), arrays
@@ -187,15 +205,19 @@ class Refined(Strategy):
         ``num_rounds`` counts from the very first round: 10 after a checkpoint of round 4 runs 6 more. ``evaluate_fn``
         and the result have the true numbers of rounds, Flower's log lines count from 1.
         """
+        self.deployed = None
         found = self.restore()
         done, arrays = found or (0, initial_arrays)
         self._offset = done
         if done:
             _log.warning("resumed after round %d from %s; give another folder to start anew", done, self._checkpoint)
-        evaluate = evaluate_fn and (lambda number, arrays: evaluate_fn(number + done, arrays))
+        evaluate = evaluate_fn and (lambda number, arrays: evaluate_fn(number + done, self.deployed or arrays))
+        asked = evaluate_fn is not None or getattr(self.base, "fraction_evaluate", 1) > 0
+        self._only = num_rounds if self._config.when == "evaluation" and not asked else None
         if type(self.base).start is not Strategy.start:
             _log.warning("the start() of %s is not used, but Flower's", type(self.base).__name__)
         result = super().start(grid, arrays, num_rounds - done, timeout, train_config, evaluate_config, evaluate)
+        result.arrays = self.deployed or result.arrays
         if not done:
             return result
         result.arrays = result.arrays or arrays
@@ -237,7 +259,7 @@ class Refined(Strategy):
         return message
 
     def _refine(self, arrays: ArrayRecord | None, teachers: list[ClientResult], report: RefineReport) -> Params | None:
-        """Returns the refined aggregate, or the aggregate or None where that fails; completes the report."""
+        """Returns what clients receive, the aggregate or None where refining fails; completes the report."""
         assert self._layout is not None
         aggregate = None if arrays is None else self._layout.accept(arrays)
         bad = first_non_finite(aggregate or {})
@@ -246,44 +268,64 @@ class Refined(Strategy):
             report.rolled_back = f"{reason}; the global model stays as it was"
             return None
         if not teachers:
+            self.deployed = None
             report.rolled_back = "there was no teacher"
             return aggregate
         report.teachers = [one.client for one in teachers]
         start, device = time.perf_counter(), self._device
         try:
             placed = [
-                replace(one, params=to_device(one.params, device), buffers=to_device(one.buffers, device))
+                replace(
+                    one,
+                    params=to_device(one.params, device),
+                    buffers=to_device(one.buffers, device),
+                    previous=to_device(self._uploads.get(one.client, {}), device),
+                )
                 for one in teachers
             ]
             params, buffers = (to_device(part, device) for part in self._layout.split(aggregate))
             state = ServerState(report.round - 1, params, buffers, {}, to_device(self._memory, device))
+            state = replace(state, refiner=self._refiner.observe(state, placed))
+            self._memory = to_device(state.refiner, "cpu")
+            if getattr(self._refiner, "reads_previous", False):
+                self._uploads |= {one.client: {**one.params, **one.buffers} for one in teachers}
+            if self._only not in (None, report.round):
+                return aggregate
             rng = torch_rng(self._seed, report.round, SERVER, "refine")
-            state, report.metrics = self._refiner.refine(state, placed, rng)
-            refined = self._layout.join(state.params, state.buffers)
-            bad = first_non_finite(refined) or first_non_finite(state.refiner)
+            refined, report.metrics = self._refiner.refine(state, placed, rng)
+            model = self._layout.join(refined.params, refined.buffers)
+            bad = first_non_finite(model) or first_non_finite(refined.refiner)
             if bad is not None:
                 raise FloatingPointError(f"{bad} of the refined model is not finite")
         except (RuntimeError, FloatingPointError) as error:
+            self.deployed = None
             report.rolled_back = first_line(error)
             _log.error("the refiner failed", exc_info=True)
             return aggregate
         report.seconds = time.perf_counter() - start
-        self._memory = to_device(state.refiner, "cpu")
-        return refined
+        self._memory = to_device(refined.refiner, "cpu")
+        sent = broadcast(state, refined, self._config.broadcast)
+        self.deployed = encode(model) if sent.deployed else None
+        return self._layout.join(sent.params, sent.buffers)
 
     def _logged(self, report: RefineReport, metrics: MetricRecord | None) -> MetricRecord:
         """Logs a report, and returns the base's metrics with its, without seconds: the same in each run."""
         count = len(report.teachers)
         if report.rolled_back:
             _log.error("round %d: not refined: %s", report.round, report.rolled_back)
-        else:
+        elif report.seconds:
             _log.info("round %d: refined with %d teachers in %.1f s", report.round, count, report.seconds)
         rolled_back = int(report.rolled_back is not None)
         own = {"teachers": count, "left-out": len(report.left_out), "rolled-back": rolled_back, **report.metrics}
         return MetricRecord(dict(metrics or {}) | {f"fedftg-{key.replace('_', '-')}": own[key] for key in own})
 
     def _save(self, path: Path, number: int, arrays: Params) -> None:
+        assert self._layout is not None
         tensors = prefixed(arrays, "arrays/") | prefixed(self._memory, "refiner/")
+        for client, upload in self._uploads.items():
+            tensors |= prefixed(upload, f"uploads/{client}/")
+        if self.deployed is not None:
+            tensors |= prefixed(self._layout.accept(self.deployed), "deployed/")
         tensors |= prefixed(_state_of(self.base), "base/")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, tensors, {"refined": json.dumps({"round": number, **self._settings()})})
