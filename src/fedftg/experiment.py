@@ -144,11 +144,12 @@ class Experiment:
         progress.phase(number, "refine", 0, 1)
         if getattr(self.refiner, "reads_previous", False):
             results = [replace(r, previous=self._previous(r.client)) for r in results]
-        selected = replace(selected, refiner=self.refiner.observe(selected, results))
-        if self.config.refiner.when == "evaluation" and not due:
-            return replace(selected, deployed=self.state.deployed or selected.deployed), {}, None
         params, buffers = selected.model
         start = replace(selected, params=params, buffers=buffers, deployed={})
+        memory = self.refiner.observe(start, results)
+        selected, start = replace(selected, refiner=memory), replace(start, refiner=memory)
+        if self.config.refiner.when == "evaluation" and not due:
+            return replace(selected, deployed=self.state.deployed or selected.deployed), {}, None
         rng = torch_rng(self.config.seed, number, SERVER, "refine")
         refined, metrics = self.refiner.refine(start, results, rng)
         bad = _non_finite(refined)

@@ -103,6 +103,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("moon", "checkpoint-index", 1),
         ("moon", "clients", 4),
         ("feddyn", "local", 2),
+        ("fedacg", "checkpoint-index", 1),
     ],
 )
 def test_killed_and_resumed(

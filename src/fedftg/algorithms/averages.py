@@ -5,10 +5,10 @@
     all:   m = sum_k v_k w_k / sum_k v_k                   w_k client k's last upload, v_k = n_k recency^age_k
     head:  b_c <- b_c + tau (log q_c - sum_k v_k log((n_k^c + 1/2) / (n_k + C/2)) / sum_k v_k)
 
-b_c is the bias of class c in the last layer, q the class distribution to expect, uniform unless given. A client's logits
-carry the log of its own label prior, and averaging weights is close to averaging logits: so the priors are taken out
-member by member (logit adjustment: Menon et al., ICLR 2021, arXiv 2007.07314). The last sum is one over clients: it can
-come from secure aggregation, see `shifted`.
+b_c is the bias of class c in the last layer, q the class distribution to expect, uniform unless given. A client's
+logits carry the log of its own label prior, and averaging weights is close to averaging logits: so the priors are taken
+out member by member (logit adjustment: Menon et al., ICLR 2021, arXiv 2007.07314). The last sum is one over clients: it
+can come from secure aggregation, see `shifted`.
 """
 
 from __future__ import annotations
@@ -178,8 +178,13 @@ def label_log_prior(counts: Sequence[Tensor], shares: Sequence[float] = ()) -> T
     """
     table = torch.stack([one.cpu().double() for one in counts])
     weights = table.sum(dim=1) * torch.tensor(list(shares) or [1.0] * len(table), dtype=torch.float64)
-    priors = (table + 0.5) / (table.sum(dim=1, keepdim=True) + 0.5 * table.shape[1])
-    return weights @ priors.log() / weights.sum()
+    return weights @ log_prior(table) / weights.sum()
+
+
+def log_prior(counts: Tensor) -> Tensor:
+    """Returns the log of label priors, smoothed by half a sample a class: ``(..., C)`` float64, as the counts."""
+    table = counts.double()
+    return ((table + 0.5) / (table.sum(dim=-1, keepdim=True) + 0.5 * table.shape[-1])).log()
 
 
 def shifted(values: Params, bias: str, shift: Tensor) -> Params:
