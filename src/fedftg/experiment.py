@@ -148,9 +148,9 @@ class Experiment:
         params, buffers = selected.model
         start = replace(selected, params=params, buffers=buffers, deployed={})
         memory = self.refiner.observe(start, results)
-        start, selected = replace(start, refiner=memory), replace(selected, refiner=memory)
+        selected, start = replace(selected, refiner=memory), replace(start, refiner=memory)
         if self.config.refiner.when == "evaluation" and not due:
-            return replace(selected, deployed=self.state.deployed), {}, None
+            return replace(selected, deployed=self.state.deployed or selected.deployed), {}, None
         rng = torch_rng(self.config.seed, number, SERVER, "refine")
         refined, metrics = self.refiner.refine(start, results, rng)
         bad = _non_finite(refined)

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from fedftg.algorithms.base import ClientResult, LocalTask, ServerState
+from fedftg.algorithms.fedacg import FedACGConfig
 from fedftg.algorithms.fedavg import FedAvgConfig
+from fedftg.algorithms.fedavgm import FedAvgMConfig
 from fedftg.algorithms.feddyn import FedDynConfig
 from fedftg.algorithms.fedprox import FedProxConfig
+from fedftg.algorithms.fedvarp import FedVARPConfig
 from fedftg.algorithms.moon import MoonConfig, contrastive
 from fedftg.algorithms.scaffold import ScaffoldConfig
 
@@ -117,7 +120,48 @@ def test_contrastive_by_hand():
     assert contrastive(current, other, other, 0.5).item() == pytest.approx(math.log(2))
 
 
-@pytest.mark.parametrize("config", [FedAvgConfig(), FedProxConfig(), FedDynConfig(), ScaffoldConfig(), MoonConfig()])
+def test_fedavgm_by_hand():
+    """From w = 1 with m = 2 and beta = 0.5 to a mean of 4: m = 0.5 * 2 + 3 = 4, w = 1 + 4 = 5; at rate 0.5 w = 3."""
+    start = state(1.0, {"w": torch.tensor([2.0])})
+    after = step(FedAvgMConfig(beta=0.5).build(2), start, [result(0, 2.0), result(1, 6.0)])
+    assert (after.params["w"].item(), after.server["w"].item()) == (5.0, 4.0)
+    slow = step(FedAvgMConfig(beta=0.5, server_lr=0.5).build(2), start, [result(0, 4.0)])
+    assert (slow.params["w"].item(), slow.server["w"].item()) == (3.0, 4.0)
+
+
+def test_fedacg_by_hand():
+    """theta = 1, m = 2, lambda = 0.5: clients got a = 2. Their mean is 5, so m = 0.5 * 2 + 3 = 4.
+
+    theta = 1 + 4 = 5 is deployed, clients receive 5 + 0.5 * 4 = 7. Locally, with beta = 1, from a = 2 to target 6: as
+    FedProx above, 4.
+    """
+    algorithm = FedACGConfig(momentum=0.5, beta=1).build(2)
+    start = state(2.0, {"w": torch.tensor([2.0])})
+    after = step(algorithm, start, [result(0, 4.0), result(1, 6.0)])
+    assert (after.deployed["w"].item(), after.params["w"].item(), after.server["w"].item()) == (5.0, 7.0, 4.0)
+    assert descend(algorithm, task(start, algorithm, {}), target=6.0, steps=2)[0]["w"].item() == 4.0
+
+
+def test_fedvarp_by_hand():
+    """N = 4, a = 1, mean of all h_k = 2. Client 0 goes to 4 (d = 3, h_0 = 1), client 1 to 2 (d = 1, h_1 = 5).
+
+    w = 1 + ((3 - 1) + (1 - 5)) / 2 + 2 = 2;  h = 2 + ((3 - 1) + (1 - 5)) / 4 = 1.5. The client uploads the old h_k and
+    keeps the new one.
+    """
+    algorithm = FedVARPConfig().build(4)
+    start = state(1.0, {"w": torch.tensor([2.0])})
+    extra, memory = algorithm.local.finish(
+        {"w": torch.tensor([4.0])}, {}, task(start, algorithm, {"w": torch.ones(1)}), 1
+    )
+    assert (extra["w"].item(), memory["w"].item()) == (1.0, 3.0)
+    after = step(algorithm, start, [result(0, 4.0, 9, extra), result(1, 2.0, 1, {"w": torch.tensor([5.0])})])
+    assert (after.params["w"].item(), after.server["w"].item()) == (2.0, 1.5)
+
+
+EVERY = [FedAvgConfig(), FedProxConfig(), FedDynConfig(), ScaffoldConfig(), MoonConfig(), FedAvgMConfig()]
+
+
+@pytest.mark.parametrize("config", [*EVERY, FedACGConfig(), FedVARPConfig()])
 def test_upload_like_is_zeros_in_the_form_of_what_finish_uploads(config):
     algorithm = config.build(2)
     now = state(1.0, algorithm.server.init({"w": torch.zeros(1)}))

@@ -145,7 +145,13 @@ def params_after(name, last, sizes=lambda _: 12, **settings):
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("fedprox", {"mu": 0}), ("moon", {"mu": 0}), ("feddyn", {"alpha": 0, "weighting": "samples"})],
+    [
+        ("fedprox", {"mu": 0}),
+        ("moon", {"mu": 0}),
+        ("feddyn", {"alpha": 0, "weighting": "samples"}),
+        ("fedavgm", {"beta": 0}),
+        ("fedacg", {"momentum": 0, "beta": 0}),
+    ],
 )
 def test_identity_with_fedavg(name, settings):
     """Over several rounds, with clients of different sizes, bit for bit."""
@@ -154,14 +160,36 @@ def test_identity_with_fedavg(name, settings):
 
 
 def test_identity_with_fedavg_equal_sizes():
-    """Uniform weights are those by size where sizes are equal; SCAFFOLD's control variates are zero in round 1."""
+    """Uniform weights are those by size where sizes are equal; in round 1 SCAFFOLD and FedVARP remember zeros."""
     assert_same(params_after("feddyn", 4, alpha=0), params_after("fedavg", 4))
     assert_same(params_after("scaffold", 1), params_after("fedavg", 1))
+    assert_same(params_after("fedvarp", 1), params_after("fedavg", 1))
+
+
+@every_algorithm
+@pytest.mark.parametrize("loss", ["balanced_softmax", "fedrs"])
+def test_any_loss_goes_with_any_algorithm(name, loss):
+    """The loss changes what a client returns; with tau = 0 and alpha = 1 it is cross-entropy, bit for bit."""
+    algorithm = make(name)
+    task = make_task(algorithm, initial(algorithm), 1, algorithm.local.init_memory(*MODEL.init()))
+    on = SETTINGS.model_copy(update={"loss": loss})
+    off = on.model_copy(update={"loss_tau": 0.0, "loss_alpha": 1.0})
+    plain, ours, same = (
+        train(MODEL, algorithm.local, task, batches(1, 1), torch.tensor([7, 5, 0]), settings).params
+        for settings in (SETTINGS, on, off)
+    )
+    assert_same(same, plain)
+    assert not torch.equal(ours["4.bias"], plain["4.bias"])
 
 
 @pytest.mark.parametrize(
     ("name", "last", "settings"),
-    [("fedprox", 7, {"mu": 0.5}), ("moon", 7, {"mu": 5.0}), ("feddyn", 7, {"alpha": 0.1}), ("scaffold", 2, {})],
+    [
+        ("fedprox", 7, {"mu": 0.5}),
+        ("moon", 7, {"mu": 5.0}),
+        ("feddyn", 7, {"alpha": 0.1}),
+        *((name, 2, {}) for name in ("scaffold", "fedavgm", "fedacg", "fedvarp")),
+    ],
 )
 def test_differs_from_fedavg_where_it_should(name, last, settings):
     ours, fedavg = params_after(name, last, **settings), params_after("fedavg", last)

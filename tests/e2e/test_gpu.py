@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an 
 
 
 @pytest.mark.parametrize("preset", ["paper", "official", "fedftg"])
-@pytest.mark.parametrize("algorithm", ["fedavg", "fedprox", "feddyn", "scaffold", "moon"])
+@pytest.mark.parametrize("algorithm", ["fedavg", "fedprox", "feddyn", "scaffold", "moon", "fedvarp"])
 def test_recorded_steps_and_fine_tuning(
     python_m_fedftg: Any, tiny: list[str], tmp_path: Path, read_records: Callable[..., Any], algorithm: str, preset: str
 ) -> None:
@@ -30,10 +30,11 @@ def test_recorded_steps_and_fine_tuning(
     assert "NVIDIA" in sessions[-1]["device"]
 
 
-@pytest.mark.parametrize("algorithm", ["fedavg", "scaffold"])
+@pytest.mark.parametrize(("algorithm", "loss"), [("fedavg", "balanced_softmax"), ("scaffold", "cross_entropy")])
 def test_recorded_steps_compute_what_sequential_does(
-    python_m_fedftg: Any, no_refiner: list[str], tmp_path: Path, read_records: Callable[..., Any], algorithm: str
-) -> None:
+    python_m_fedftg: Any, no_refiner: list[str], tmp_path: Path, read_records: Callable[..., Any], algorithm: str,
+    loss: str,
+) -> None:  # fmt: skip
     """Also in later rounds, which replay at half the rate. Last batches have many sizes; three clients step together.
 
     Convolutions in TF32 round by about a thousandth, and the rounds add it up.
@@ -42,7 +43,7 @@ def test_recorded_steps_compute_what_sequential_does(
     for name in ("sequential", "cuda_graph"):
         given = [*no_refiner, "--set", "device=cuda", "--set", f"executor.name={name}", "--set", "rounds=4"]
         given += ["--set", "partition.sizes=lognormal", "--set", "partition.sigma=0.5", "--set", "local.momentum=0.5"]
-        given += ["--set", f"algorithm.name={algorithm}", "--set", "local.lr_decay=0.5"]
+        given += ["--set", f"algorithm.name={algorithm}", "--set", "local.lr_decay=0.5", "--set", f"local.loss={loss}"]
         given += ["--set", "executor.group=3"] if name == "cuda_graph" else []
         done = python_m_fedftg("run", *given, "--out", name)
         assert done.returncode == 0, done.stderr

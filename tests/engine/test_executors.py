@@ -121,6 +121,15 @@ class Again:
         return replay
 
 
+@pytest.mark.parametrize("loss", ["balanced_softmax", "fedrs"])
+def test_recorded_steps_have_the_loss_of_each_client(loss: Any) -> None:
+    """Clients take turns in one slot, and its recording reads their class counts."""
+    model, algorithm = make_model("lenet"), make_algorithm("moon")
+    settings = SETTINGS.model_copy(update={"loss": loss})
+    executor = CudaGraphExecutor(model, DATA, settings, 1, recorder=Again())
+    assert_like_sequential(executor, algorithm.local, make_tasks(algorithm, model), settings)
+
+
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("model_name", ["lenet", "lenet_bn"])
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))

@@ -6,7 +6,7 @@ from torch import nn
 
 from fedftg.algorithms.base import LocalTask
 from fedftg.algorithms.fedavg import PlainLocal
-from fedftg.engine.local_train import LocalConfig, Sgd, clip, train
+from fedftg.engine.local_train import LocalConfig, Sgd, clip, local_model, train
 from fedftg.models.functional import FunctionalModel
 from fedftg.params import Params
 
@@ -64,6 +64,31 @@ def test_no_batch_gives_the_model_back() -> None:
     result = train(model, PlainLocal(), task, [], torch.zeros(3), LocalConfig())
     assert math.isnan(result.loss)
     assert all(torch.equal(result.params[name], tensor) for name, tensor in task.params.items())
+
+
+def test_logits_of_a_loss_by_hand() -> None:
+    """Counts 3, 0, 1 of C = 3: log((n + 0.5) / 5.5) = log(7/11), log(1/11), log(3/11), at tau = 2 twice that.
+
+    FedRS halves the logit of the class that the client does not hold. In evaluation mode logits stay.
+    """
+    model, counts, images = FunctionalModel(layers()), torch.tensor([3, 0, 1]), BATCHES[0][0]
+
+    def logits(model: FunctionalModel, train: bool = True) -> torch.Tensor:
+        params, buffers = model.init()
+        return model(params, buffers, images, train=train)
+
+    plain, features = logits(model), model.with_features(*model.init(), images, train=True)[1]
+    balanced = local_model(model, LocalConfig(loss="balanced_softmax", loss_tau=2.0), counts)
+    expected = [2 * math.log(share / 11) for share in (7, 1, 3)]
+    torch.testing.assert_close(logits(balanced) - plain, torch.tensor(expected).expand(6, 3))
+    fedrs = local_model(model, LocalConfig(loss="fedrs"), counts)
+    assert torch.equal(logits(fedrs), plain * torch.tensor([1.0, 0.5, 1.0]))
+    for adjusted in (balanced, fedrs):
+        assert torch.equal(logits(adjusted, train=False), logits(model, train=False))
+        both = adjusted.with_features(*model.init(), images, train=True)
+        assert torch.equal(both[0], logits(adjusted))
+        assert torch.equal(both[1], features)
+    assert local_model(model, LocalConfig(), counts) is model
 
 
 def test_clip_by_hand() -> None:

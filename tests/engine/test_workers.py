@@ -98,18 +98,24 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 def assert_same_runs(ours: fedftg.Run, theirs: fedftg.Run) -> None:
     assert rows(ours.folder) == rows(theirs.folder)
-    for part in ("params", "buffers", "server"):
+    for part in ("params", "buffers", "server", "deployed"):
         left, right = getattr(ours.state, part), getattr(theirs.state, part)
         assert list(left) == list(right)
         assert all(torch.equal(left[name], right[name]) for name in left), part
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "model"),
-    [("fedavg", "lenet"), *((name, "lenet_bn") for name in ("fedprox", "feddyn", "scaffold", "moon"))],
+    ("algorithm", "model", "loss"),
+    [
+        ("fedavg", "lenet", "cross_entropy"),
+        *((name, "lenet_bn", "cross_entropy") for name in ("fedprox", "feddyn", "scaffold", "moon")),
+        ("moon", "lenet_bn", "balanced_softmax"),
+        ("fedacg", "lenet_bn", "fedrs"),
+    ],
 )
-def test_same_bits_as_sequential(algorithm: str, model: str, tmp_path: Path) -> None:
+def test_same_bits_as_sequential(algorithm: str, model: str, loss: str, tmp_path: Path) -> None:
     settings = {**SETTINGS, "rounds": 2, "algorithm": {"name": algorithm}, "model": {"name": model}}
+    settings["local"] = {**SETTINGS["local"], "loss": loss}
     ours = fedftg.run(settings, out=tmp_path / "workers")
     assert_same_runs(ours, fedftg.run({**settings, **SEQUENTIAL}, out=tmp_path / "sequential"))
 

@@ -18,7 +18,9 @@ def assert_same(federation: Any, one: Any, other: Any, names: tuple[str, str] = 
 
 
 @pytest.mark.parametrize("refiner", ["none", "fedftg"])
-@pytest.mark.parametrize("algorithm", ["fedavg", "fedprox", "feddyn", "scaffold", "moon"])
+@pytest.mark.parametrize(
+    "algorithm", ["fedavg", "fedprox", "feddyn", "scaffold", "moon", "fedavgm", "fedacg", "fedvarp"]
+)
 def test_three_rounds_are_those_of_the_simulator(federation: Callable[..., Any], algorithm: str, refiner: str) -> None:
     fed = federation(f"algorithm.name={algorithm}", f"refiner.name={refiner}")
     run = fed.serve(fed.grid())
@@ -35,6 +37,8 @@ def test_three_rounds_are_those_of_the_simulator(federation: Callable[..., Any],
         ("partition.feature_noise=0.3", "partition.law=quantity"),
         ("cohort.probability=0.5", "checkpoint.every=2"),
         ("evaluation.track_all=false", "local.momentum=0.9"),
+        ("local.loss=balanced_softmax", "local.loss_tau=0.5"),
+        ("local.loss=fedrs",),
         ("partition.test_share=0.3", "evaluation.every=2", "partition.feature_noise=0.3"),
     ],
 )

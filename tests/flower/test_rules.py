@@ -33,6 +33,9 @@ ALGORITHM_SETTINGS: dict[str, dict[str, Any]] = {
     "feddyn": {"alpha": 0.1},
     "scaffold": {"server_lr": 0.9},
     "moon": {"mu": 1.0, "temperature": 0.5},
+    "fedavgm": {"beta": 0.5},
+    "fedacg": {"momentum": 0.5},
+    "fedvarp": {},
 }
 NAMES = {"feddyn": FedDyn, "scaffold": Scaffold, "moon": Moon}
 
@@ -61,7 +64,8 @@ class Simulated:
     def run(self) -> dict[str, torch.Tensor]:
         for _ in range(ROUNDS):
             self.experiment.run_round(Progress())
-        return {**self.experiment.state.params, **self.experiment.state.buffers}
+        params, buffers = self.experiment.state.model
+        return {**params, **buffers}
 
     def client_app(self, **more: Any) -> ClientApp:
         app, data = ClientApp(), self.experiment.data
@@ -182,11 +186,12 @@ def test_what_is_deployed_is_the_simulator_s(
     assert_equal(found.deployed, deployed)
 
 
+@pytest.mark.parametrize(("algorithm", "memories"), [("scaffold", 3), ("fedacg", 0)])
 def test_a_stopped_server_resumes_with_clients_that_were_ahead(
-    tmp_path: Path, same_cohorts: Callable[..., None]
+    algorithm: str, memories: int, tmp_path: Path, same_cohorts: Callable[..., None]
 ) -> None:
     """The server dies after its clients have trained round 3, their memories on disk are a round ahead of it."""
-    settings = config("scaffold", refined=True)
+    settings = config(algorithm, refined=True)
     here = Simulated(settings)
     app = here.client_app(state_dir=tmp_path / "nodes")
     checkpoint = {"checkpoint": tmp_path / "server"}
@@ -201,7 +206,7 @@ def test_a_stopped_server_resumes_with_clients_that_were_ahead(
     same_cohorts(settings, 3)
     with pytest.raises(KeyboardInterrupt):
         here.wrapped(here.strategy(), **checkpoint).start(Dying.of(app, CLIENTS), here.initial, ROUNDS)
-    assert len(list((tmp_path / "nodes").rglob("memory-000003.safetensors"))) == 3
+    assert len(list((tmp_path / "nodes").rglob("memory-000003.safetensors"))) == memories
     same_cohorts(settings, 3)
     result = here.wrapped(here.strategy(), **checkpoint).start(LocalGrid.of(app, CLIENTS), here.initial, ROUNDS)
     assert_equal(result.arrays, here.run())

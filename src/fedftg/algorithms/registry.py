@@ -17,6 +17,9 @@ ALGORITHMS: Registry[type[AlgorithmConfig]] = Registry(
         "feddyn": "fedftg.algorithms.feddyn:FedDynConfig",
         "scaffold": "fedftg.algorithms.scaffold:ScaffoldConfig",
         "moon": "fedftg.algorithms.moon:MoonConfig",
+        "fedavgm": "fedftg.algorithms.fedavgm:FedAvgMConfig",
+        "fedacg": "fedftg.algorithms.fedacg:FedACGConfig",
+        "fedvarp": "fedftg.algorithms.fedvarp:FedVARPConfig",
     },
 )
 REFINERS: Registry[type[RefinerConfig]] = Registry(

@@ -19,7 +19,7 @@ from fedftg import params as tree
 from fedftg.algorithms.base import Batch, ClientResult, LocalRule, LocalTask
 from fedftg.data.federated import FederatedData
 from fedftg.engine.executors import SequentialExecutor
-from fedftg.engine.local_train import LocalConfig, Sgd, client_batches, client_step, result_of
+from fedftg.engine.local_train import LocalConfig, Sgd, client_batches, client_step, local_model, result_of
 from fedftg.errors import ClientError, InputError, first_line
 from fedftg.models.functional import FunctionalModel
 from fedftg.params import Params
@@ -100,7 +100,9 @@ class RoundInputs:
 class ClientSlot:
     """The tensors that one client at a time is trained in."""
 
-    def __init__(self, task: LocalTask, inputs: RoundInputs, settings: LocalConfig) -> None:
+    def __init__(self, task: LocalTask, inputs: RoundInputs, settings: LocalConfig, class_counts: Tensor) -> None:
+        self._settings = settings
+        self._class_counts = class_counts.to(inputs.lr.device, copy=True)
         self.params = {name: tensor.detach().clone().requires_grad_() for name, tensor in task.params.items()}
         self.buffers = tree.clone(task.buffers)
         self.memory = tree.clone(task.memory)
@@ -115,8 +117,9 @@ class ClientSlot:
         self.loss = torch.zeros((), device=device)
         self.images: dict[torch.Size, tuple[Tensor, Tensor]] = {}
 
-    def load(self, task: LocalTask, inputs: RoundInputs) -> None:
+    def load(self, task: LocalTask, inputs: RoundInputs, class_counts: Tensor) -> None:
         """Starts a client: the received model, its memory, no momentum."""
+        self._class_counts.copy_(class_counts)
         _copy((self.params, self.buffers, self.memory), (task.params, task.buffers, task.memory))
         for tensor in self.sgd.velocity:
             tensor.zero_()
@@ -135,10 +138,11 @@ class ClientSlot:
         momentum = {f"momentum/{index}": tensor for index, tensor in enumerate(self.sgd.velocity)}
         return {**self.params, **self.buffers, **momentum}
 
-    def step(self, model: FunctionalModel, rule: LocalRule, max_grad_norm: float, shape: torch.Size) -> None:
+    def step(self, model: FunctionalModel, rule: LocalRule, shape: torch.Size) -> None:
         """Makes one step on the last batch of this shape."""
-        batch = Batch(*self.images[shape])
-        loss = client_step(model, rule, self.params, self.buffers, batch, self.task, self.sgd, max_grad_norm)
+        own, batch = local_model(model, self._settings, self._class_counts), Batch(*self.images[shape])
+        most = self._settings.max_grad_norm
+        loss = client_step(own, rule, self.params, self.buffers, batch, self.task, self.sgd, most)
         self.loss.copy_(loss)
 
 
@@ -247,9 +251,10 @@ class CudaGraphExecutor:
         if self._inputs.numbers != before:
             self._recordings.clear()
         for task in tasks[len(self._slots) :]:
-            self._slots.append(ClientSlot(task, self._inputs, self._settings))
+            counts = self._data.class_counts[task.client]
+            self._slots.append(ClientSlot(task, self._inputs, self._settings, counts))
         for slot, task in zip(self._slots, tasks, strict=False):
-            slot.load(task, self._inputs)
+            slot.load(task, self._inputs, self._data.class_counts[task.client])
 
     def _replay(self, rule: LocalRule, key: Key) -> None:
         recording = self._recordings.pop(key, None) or self._record(rule, key)
@@ -261,8 +266,9 @@ class CudaGraphExecutor:
     def _record(self, rule: LocalRule, key: Key) -> Part:
         """Returns a recording that was compared with the step itself; the slots are unchanged."""
         slots = [self._slots[index] for index, _ in key]
-        step = (self._model, rule, self._settings.max_grad_norm)
-        parts: list[Part] = [partial(slot.step, *step, shape) for slot, (_, shape) in zip(slots, key, strict=True)]
+        parts: list[Part] = [
+            partial(slot.step, self._model, rule, shape) for slot, (_, shape) in zip(slots, key, strict=True)
+        ]
         state = {f"{index}/{name}": tensor for index, slot in enumerate(slots) for name, tensor in slot.state().items()}
         before = tree.clone(state)
         for part in parts:

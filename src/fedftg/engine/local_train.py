@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,9 +11,10 @@ from torch import Tensor
 from torch.optim.sgd import sgd as torch_sgd
 
 from fedftg import params as tree
+from fedftg.algorithms.averages import label_log_prior
 from fedftg.algorithms.base import Batch, ClientResult, LocalRule, LocalTask
 from fedftg.data.federated import FederatedData
-from fedftg.models.functional import FunctionalModel
+from fedftg.models.functional import AdjustedModel, FunctionalModel
 from fedftg.params import Params
 
 
@@ -31,6 +33,13 @@ class LocalConfig(BaseModel):
     max_grad_norm: float = Field(
         default=10.0, ge=0, description="gradients are clipped at this norm; 0 switches it off"
     )
+    loss: Literal["cross_entropy", "balanced_softmax", "fedrs"] = Field(
+        default="cross_entropy",
+        description="of what logits, with any algorithm, while a client trains: the model's, those plus loss_tau times "
+        "the log of the client's label prior, or those of classes that it does not hold times loss_alpha",
+    )
+    loss_tau: float = Field(default=1.0, ge=0, description="balanced_softmax: 0 gives cross_entropy (paper: 1)")
+    loss_alpha: float = Field(default=0.5, ge=0, le=1, description="fedrs: 1 gives cross_entropy (paper: 0.5)")
 
     def lr_at(self, round: int) -> float:
         """Returns the rate in a round counted from 1."""
@@ -49,6 +58,20 @@ def client_batches(
         rng=torch.Generator().manual_seed(task.seed),
         min_batch=2 if model.has_batchnorm else 1,
     )
+
+
+def local_model(model: FunctionalModel, settings: LocalConfig, class_counts: Tensor) -> FunctionalModel:
+    """Returns the model with the logits that a client with these ``(C,)`` class counts trains on; a GPU can record it.
+
+    ``balanced_softmax`` is that of Ren and others, NeurIPS 2020, arXiv 2007.10740, with the client's own prior;
+    ``fedrs`` is the restricted softmax of Li and Zhan, KDD 2021. See docs/algorithms/client_losses.md.
+    """
+    if settings.loss == "cross_entropy":
+        return model
+    scale = torch.ones_like(class_counts, dtype=torch.float32)
+    if settings.loss == "fedrs":
+        return AdjustedModel(model, scale.masked_fill(class_counts == 0, settings.loss_alpha), scale * 0)
+    return AdjustedModel(model, scale, (settings.loss_tau * label_log_prior(class_counts)).float())
 
 
 def clip(grads: Params, max_norm: float) -> Params:
@@ -151,6 +174,7 @@ def train(
     buffers = tree.clone(task.buffers)
     sgd = Sgd(params, task.lr, settings)
     losses: list[Tensor] = []
+    model = local_model(model, settings, class_counts.to(next(iter(params.values())).device))
     for images, labels in batches:
         batch = Batch(images, labels)
         losses.append(client_step(model, rule, params, buffers, batch, task, sgd, settings.max_grad_norm))

@@ -10,6 +10,7 @@ import math
 import secrets
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
-from fedftg.algorithms.base import ClientResult, Memory, ServerState
+from fedftg.algorithms.base import ClientResult, Memory, ServerState, broadcast
 from fedftg.algorithms.registry import ALGORITHMS
 from fedftg.config import parse
 from fedftg.engine.local_train import LocalConfig
@@ -27,6 +28,7 @@ from fedftg.flower import wire
 from fedftg.flower.wire import Layout, Order
 from fedftg.params import Params, first_non_finite, prefixed, unprefixed
 
+_LAST = ("params", "buffers", "deployed")
 _log = logging.getLogger("flwr")
 
 
@@ -83,6 +85,7 @@ class RuleStrategy(FedAvg):
         )
         self._layout: Layout | None = None
         self._state: ServerState | None = None
+        self._last: ServerState | None = None  # as the rule returned it, where it deploys another model than it sends
         self._memory: Memory | None = None
         self._initial: Params = {}  # the model, where clients that have not taken part yet need it
         self._aggregated: set[int] = set()  # nodes
@@ -98,6 +101,9 @@ class RuleStrategy(FedAvg):
             if any(bool(value.any()) for value in self._rules.local.init_memory(params, buffers).values()):
                 self._initial = self._layout.join(params, buffers)  # a client's first memory is made of it
         self._state = ServerState(server_round - 1, params, buffers, self._memory, {})
+        if self._last is not None:  # what clients receive is moved as the deployed model was since (`Refined`)
+            self._state = replace(broadcast(self._last, self._state, 1.0), deployed={})
+            arrays = wire.encode(self._layout.join(self._state.params, self._state.buffers))
         self._order = self._order.model_copy(update={"round": server_round})
         records: dict[str, Any] = {self.configrecord_key: ConfigRecord({**config, **self._order.config()})}
         if sent := self._rules.server.message(self._state):
@@ -138,22 +144,26 @@ class RuleStrategy(FedAvg):
         if not any(result.num_samples > 0 for result in results):
             return None, None
         state, measured = self._rules.server.step(self._state, results)
-        bad = first_non_finite({**state.params, **state.buffers}) or first_non_finite(state.server)
+        parts = {**state.params, **state.buffers}, state.server, state.deployed
+        bad = next((name for part in parts if (name := first_non_finite(part)) is not None), None)
         if bad is not None:
             _log.error("round %d: the aggregate is not finite (%s); the global model stays", server_round, bad)
             return None, None
-        self._memory = state.server
+        self._memory, self._last = state.server, state if state.deployed else None
         self._aggregated |= {message.metadata.src_node_id for message in messages}
         counted = self._order.counted | {result.client: server_round for result in results}
         self._order = self._order.model_copy(update={"counted": counted})
         metrics = self.train_metrics_aggr_fn([message.content for message in messages], key)
         metrics.update({name.replace("_", "-"): value for name, value in measured.items()})
-        return wire.encode(self._layout.join(state.params, state.buffers)), metrics
+        return wire.encode(self._layout.join(*state.model)), metrics
 
     def state_tensors(self) -> Params:
         """Returns what a resumed run needs: the server's memory and the order, with the rounds that counted."""
         order = torch.tensor(list(self._order.model_dump_json().encode()), dtype=torch.uint8)
-        return {"order": order, **prefixed(self._memory or {}, "memory/"), **prefixed(self._initial, "initial/")}
+        kept = {"order": order, **prefixed(self._memory or {}, "memory/"), **prefixed(self._initial, "initial/")}
+        for part in _LAST if self._last is not None else ():
+            kept |= prefixed(getattr(self._last, part), f"last/{part}/")
+        return kept
 
     def load_state_tensors(self, tensors: Params) -> None:
         """Restores what `state_tensors` returned; `InputError` for other settings than this run's."""
@@ -163,6 +173,8 @@ class RuleStrategy(FedAvg):
                 raise InputError(f"the checkpoint is of a run with {name} = {getattr(before, name)}; use the same")
         self._order = before
         self._memory, self._initial = unprefixed(tensors, "memory/"), unprefixed(tensors, "initial/")
+        params, buffers, deployed = (unprefixed(tensors, f"last/{part}/") for part in _LAST)
+        self._last = ServerState(0, params, buffers, {}, {}, deployed) if deployed else None
 
 
 class FedDyn(RuleStrategy):

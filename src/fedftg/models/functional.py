@@ -76,6 +76,19 @@ class FunctionalModel:
         return module
 
 
+class AdjustedModel(FunctionalModel):
+    """A model whose logits in training mode are ``scale * logits + shift``, both ``(C,)``; all else is the model's."""
+
+    def __init__(self, model: FunctionalModel, scale: Tensor, shift: Tensor) -> None:
+        vars(self).update(vars(model))
+        self._scale, self._shift = scale, shift
+
+    def __call__(self, params: Params, buffers: Params, images: Tensor, *, train: bool) -> Tensor:
+        """Returns logits ``(B, C)`` of images ``(B, D, H, W)``."""
+        logits = super().__call__(params, buffers, images, train=train)
+        return self._scale * logits + self._shift if train else logits
+
+
 def values(module: nn.Module, trainable: Collection[str] | None = None) -> tuple[Params, Params]:
     """Returns copies of a module's parameters and of its buffers, frozen parameters among the latter.
 
