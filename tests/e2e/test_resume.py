@@ -107,11 +107,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("algorithm.name=moon", "clients", 4),
         ("algorithm.name=feddyn", "local", 2),
         ("refiner.average=all", "clients", 1),
-        *(("scaffold", point, 1) for point in ("local", "clients", "checkpoint-file", "checkpoint-index")),
-        ("moon", "checkpoint-index", 1),
-        ("moon", "clients", 4),
-        ("feddyn", "local", 2),
-        ("fedacg", "checkpoint-index", 1),
+        ("algorithm.name=fedacg", "checkpoint-index", 1),
     ],
 )
 def test_killed_and_resumed(
