@@ -33,7 +33,7 @@ from fedftg.rundir.records import Record
 from fedftg.seeds import SERVER, seed_for, torch_rng
 
 Models = dict[str, tuple[Params, Params]]
-"""Parameters and buffers of the models that a round evaluates, by kind: ``selected``, ``all``, ``refined``."""
+"""Parameters and buffers of what a round evaluates: ``selected``, ``all``, ``refined`` (deployed), ``sent``."""
 
 
 @dataclass
@@ -173,6 +173,9 @@ class Experiment:
             models["all"] = params, buffers
         if refined.params is not selected.params or refined.deployed is not selected.deployed:
             models["refined"] = refined.model
+        sent, deployed = refined.params, refined.model[0]
+        if any(sent[n] is not deployed[n] and sent[n] is not selected.model[0][n] for n in sent):
+            models["sent"] = refined.params, refined.buffers
         measured = Measured()
         if self.data.has_test_data:
             size = self.config.evaluation.batch_size

@@ -102,18 +102,18 @@ def broadcast(aggregate: ServerState, refined: ServerState, weight: float) -> Se
 
     Args:
         aggregate: what the server rule returned.
-        refined: what the refiner made of ``aggregate.model``.
+        refined: what the refiner made of ``aggregate.model``; where it has a deployed model of its own, that stays.
         weight: 1 sends the refined model, 0 the aggregate.
     """
     if weight == 1 and not aggregate.deployed:
         return refined
-    before, after = ({**params, **buffers} for params, buffers in (aggregate.model, refined.model))
+    before, after = {**aggregate.model[0], **aggregate.model[1]}, {**refined.params, **refined.buffers}
     sent = {
         name: value + weight * (after[name] - before[name]) if weight and value.is_floating_point() else value
         for name, value in {**aggregate.params, **aggregate.buffers}.items()
     }
     params, buffers = ({name: sent[name] for name in of} for of in (aggregate.params, aggregate.buffers))
-    return replace(refined, params=params, buffers=buffers, deployed=after)
+    return replace(refined, params=params, buffers=buffers, deployed=refined.deployed or after)
 
 
 class LocalRule(Protocol):

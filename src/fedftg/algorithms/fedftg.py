@@ -33,7 +33,9 @@ from fedftg.models.functional import values
 from fedftg.params import Params, prefixed, unprefixed
 from fedftg.seeds import forked
 
-_MODEL, _CLIENTS, _COUNTS, _START = "past.model.", "past.clients", "past.counts", "start."
+_MODEL, _CLIENTS, _COUNTS, _AVERAGE = "past.model.", "past.clients", "past.counts", "average."
+
+AverageAt = Literal["start", "end"]
 
 ABSENT_WEIGHTS = {"fedftg": 1.0}
 """Of the presets; 0 for those that are not named."""
@@ -46,24 +48,25 @@ class FedFTG(NoRefiner):
     config: DistillConfig
     context: RefinerContext
     absent_weight: float = 0.0
-    start: Averaged | None = None
-    """Makes the model that the student starts from; None: the aggregate."""
+    average: Averaged | None = None
+    """What is deployed, or what the student starts from; None: the student, from the aggregate."""
+    average_at: AverageAt = "end"
 
     @property
     def reads_previous(self) -> bool:
-        """Whether the start does."""
-        return self.start is not None and self.start.reads_previous
+        """Whether the average does."""
+        return self.average is not None and self.average.reads_previous
 
     def init(self, params: Params, rng: torch.Generator) -> Memory:  # noqa: ARG002
         """Returns the generator's initial weights, drawn from ``rng``."""
         return self._images(int(torch.randint(2**62, (), generator=rng))).memory()
 
     def observe(self, state: ServerState, results: Sequence[ClientResult]) -> Memory:
-        """Takes the round into the average that the student starts from."""
-        if self.start is None:
+        """Takes the round into the average."""
+        if self.average is None:
             return state.refiner
-        own = {name: value for name, value in state.refiner.items() if not name.startswith(_START)}
-        return own | prefixed(self.start.observe(_of_start(state), results), _START)
+        own = {name: value for name, value in state.refiner.items() if not name.startswith(_AVERAGE)}
+        return own | prefixed(self.average.observe(_of_average(state), results), _AVERAGE)
 
     def refine(
         self, state: ServerState, results: Sequence[ClientResult], rng: torch.Generator
@@ -72,7 +75,9 @@ class FedFTG(NoRefiner):
         images = self._images(seed=0)
         images.load_memory(state.refiner)
         model = self.context.model
-        start = state if self.start is None else self.start.refine(_of_start(state), results, rng)[0]
+        start = state
+        if self.average is not None and self.average_at == "start":
+            start = self.average.refine(_of_average(state), results, rng)[0]
         student = model.module(start.params, start.buffers)
         ordered = sorted((r for r in results if r.num_samples > 0), key=lambda result: result.client)
         known = known_counts(state.refiner) if self.absent_weight else {}
@@ -88,14 +93,18 @@ class FedFTG(NoRefiner):
         scale = self.config.lr_decay**state.round
         metrics = distil(self.config, images, student, teachers, torch.stack(counts), rng=rng, lr_scale=scale)
         refined, statistics = values(student)
-        memory = images.memory() | {name: v for name, v in state.refiner.items() if name.startswith(_START)}
+        memory = images.memory() | {name: v for name, v in state.refiner.items() if name.startswith(_AVERAGE)}
         if self.absent_weight:
             known |= {r.client: r.class_counts.cpu().to(torch.int64) for r in ordered}
             clients = sorted(known)
             memory |= {_CLIENTS: torch.tensor(clients), _COUNTS: torch.stack([known[client] for client in clients])}
             memory |= prefixed({**refined, **statistics}, _MODEL)
         means = {name: float(metric.mean()) for name, metric in metrics.items()}
-        return replace(state, params=refined, buffers=statistics, refiner=memory), means
+        tuned = replace(state, params=refined, buffers=statistics, refiner=memory)
+        if self.average is not None and self.average_at == "end":
+            deployed = self.average.refine(_of_average(tuned), results, rng)[0]
+            tuned = replace(tuned, deployed={**deployed.params, **deployed.buffers})
+        return tuned, means
 
     def _images(self, seed: int) -> GeneratorImages:
         config, context = self.config, self.context
@@ -104,8 +113,8 @@ class FedFTG(NoRefiner):
         return GeneratorImages(config, generator.to(context.device))
 
 
-def _of_start(state: ServerState) -> ServerState:
-    return replace(state, refiner=unprefixed(state.refiner, _START))
+def _of_average(state: ServerState) -> ServerState:
+    return replace(state, refiner=unprefixed(state.refiner, _AVERAGE))
 
 
 def known_counts(memory: Memory) -> dict[int, Tensor]:
@@ -133,6 +142,11 @@ class FedFTGConfig(AverageConfig, DistillConfig):
         description="last round's model is one more teacher, with this times the class counts that absent clients gave "
         "when they last took part; 0 is off, 1 counts the absent like the present",
     )
+    average_at: AverageAt = Field(
+        default="end",
+        description="end: the average (or the fine-tuned model), corrected, is deployed and the fine-tuned model sent; "
+        "start: the student starts from the average",
+    )
 
     @classmethod
     def defaults(cls, given: Mapping[str, Any], num_classes: int | None = None) -> dict[str, Any]:
@@ -148,5 +162,5 @@ class FedFTGConfig(AverageConfig, DistillConfig):
     def build(self, context: RefinerContext) -> Refiner:
         """Returns the refiner for one experiment."""
         config = DistillConfig(**self.model_dump(include=set(DistillConfig.model_fields)))
-        start = Averaged.build(self, context) if self.average != "aggregate" or self.prior_tau else None
-        return FedFTG(config, context, self.absent_weight, start)
+        average = Averaged.build(self, context) if self.average != "aggregate" or self.prior_tau else None
+        return FedFTG(config, context, self.absent_weight, average, self.average_at)
