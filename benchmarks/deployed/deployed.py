@@ -22,7 +22,7 @@ from threading import Timer
 from typing import Any
 
 import torch
-from cells import CELLS, PAPER, Cell
+from cells import CELLS, DRY, PAPER, Cell
 from tables import RESULTS, load, write_page
 from torch import Tensor
 
@@ -130,6 +130,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this many minutes")
     parser.add_argument("--paper", action="store_true", help="the paper's protocol instead, in this process")
     parser.add_argument("--rounds", type=int, help="for a trial: fewer rounds, and no result is kept")
+    parser.add_argument("--dry", action="store_true", help="with --paper, on the CPU: few rounds, clients and images")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     until = time.monotonic() + 60 * given.minutes
@@ -137,10 +138,11 @@ def main() -> None:
     cells = [c for c in wanted.values() if any(part in c.name for part in given.cells.split(","))]
     jobs = [(cell, int(seed)) for seed in ("0" if given.paper else given.seeds).split(",") for cell in cells]
     done = {(line["cell"], line["seed"]) for line in load()}
-    missing = [job for job in jobs if given.rounds or (job[0].name, job[1]) not in done]
+    trial = given.rounds or given.dry
+    missing = [job for job in jobs if trial or (job[0].name, job[1]) not in done]
     if given.one or given.paper:
         for cell, seed in missing:
-            run(cell, seed, given.data_root, given.rounds, until)
+            run(cell, seed, given.data_root, given.rounds, until, DRY if given.dry else ())
     else:
         print(f"{len(jobs)} runs, {len(missing)} of them to do", flush=True)
 
@@ -153,26 +155,28 @@ def main() -> None:
 
         with ThreadPoolExecutor(given.jobs) as pool:
             list(pool.map(work, missing))
-    if not given.one and not given.rounds:
+    if not given.one and not trial:
         write_page()
 
 
-def run(cell: Cell, seed: int, data_root: Path | None, rounds: int | None, until: float) -> None:
+def run(
+    cell: Cell, seed: int, data_root: Path | None, rounds: int | None, until: float, dry: Sequence[str] = ()
+) -> None:
     """Runs one cell to its end, or until the time is up, and keeps the result of a whole run."""
-    settings = [*cell.settings, f"seed={seed}", f"name={cell.name}"]
-    settings += [f"data.root={data_root / cell.folder}"] if data_root else []
+    settings = [*cell.settings, *dry, f"seed={seed}", f"name={cell.name}"]
+    settings += [f"data.root={data_root / cell.folder}"] if data_root and cell.folder else []
     settings += [f"rounds={rounds}"] if rounds else []
-    config = configs.load(cell.recipe or recipes.find("paper_base"), settings)
+    config = configs.load(recipes.find(cell.recipe), settings)
     config = configs.from_mapping(configs.apply(config.model_dump(mode="json", exclude_none=True), [
         f"evaluation.every={config.rounds}", "evaluation.track_all=true",
     ]))  # fmt: skip
-    folder = RUNS / (f"trial-{rounds}" if rounds else "whole") / cell.name / f"seed{seed}"
+    folder = RUNS / (f"trial-{rounds or dry[0]}" if rounds or dry else "whole") / cell.name / f"seed{seed}"
     timer = Timer(max(until - time.monotonic(), 0.1), interrupt_main) if until < float("inf") else None
 
     def prepare() -> Experiment:
         experiment = build(config, progress=progress)
         evaluations = cell.evaluations(config.rounds)
-        experiment.refiner = Measured(experiment, evaluations, evaluations[-1:] if cell.ceiling else ())
+        experiment.refiner = Measured(experiment, evaluations, evaluations[-1:])
         return experiment
 
     progress = Progress()
@@ -202,14 +206,16 @@ def run(cell: Cell, seed: int, data_root: Path | None, rounds: int | None, until
         "seconds": {phase: round(sum(row["seconds"][phase] for row in rows), 1) for phase in rows[0]["seconds"]},
     }
     print(f"{cell.name} seed {seed}: {time.monotonic() - start:.0f} s", flush=True)
-    if not rounds:
+    if not (rounds or dry):
         records.append(RESULTS, result)
 
 
 def _commit() -> str:
     git = ["git", "-C", str(Path(__file__).parent)]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run([*git, "status", "--porcelain", "--", "../../src"], capture_output=True, text=True, check=False)
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "--", "../../src"], capture_output=True, text=True, check=False
+    )
     return commit.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
 
 

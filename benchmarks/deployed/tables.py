@@ -66,17 +66,13 @@ def table(lines: list[Line], what: str = "") -> str:
         by_name = {name: [mean(line, name + suffix, end) for line in found] for name in names}
         best = max(FREE, key=lambda name: statistics.mean(by_name[name]))
         leads = [ours - theirs for ours, theirs in zip(by_name[DEFAULT], by_name[best], strict=True)]
-        won = sum(
-            by_name[DEFAULT][i] > max(by_name[name][i] for name in FREE) for i in range(len(found))
-        )
+        won = sum(by_name[DEFAULT][i] > max(by_name[name][i] for name in FREE) for i in range(len(found)))
         label = cell if end is None else f"{cell}, round {end}"
         rows.append(
             [label, str(len(found)), *(spread(by_name[name]) for name in names), f"{spread(leads, '+')} ({best})",
              f"{won} of {len(found)}"]
         )  # fmt: skip
-    return "\n".join(
-        ["| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]]
-    ) + "\n"
+    return "\n".join(["| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]]) + "\n"
 
 
 def spread(values: list[float], sign: str = "") -> str:
