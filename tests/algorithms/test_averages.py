@@ -124,6 +124,16 @@ def test_label_priors_by_hand():
     assert moved["w"] == 1
 
 
+def test_two_sums_over_clients_are_enough_for_the_correction():
+    """As under secure aggregation: the server knows the sums of n_k and of n_k log p_k, and no client's counts."""
+    counts = [torch.tensor([9, 0]), torch.tensor([0, 4]), torch.tensor([5, 6])]
+    samples = torch.stack([one.sum() for one in counts]).sum()
+    logs = torch.stack([one.sum() * label_log_prior(one) for one in counts]).sum(dim=0)
+    by_sums = shifted(model(7.0), "head.bias", -0.5 * logs / samples)
+    given = [(7.0, [result(client, 1.0, tuple(one.tolist())) for client, one in enumerate(counts)])]
+    assert torch.equal(play(built("head_prior"), given)[0].params["head.bias"], by_sums["head.bias"])
+
+
 LOG19 = math.log(19)
 
 

@@ -109,6 +109,35 @@ def test_a_model_that_is_not_finite_leaves_the_average(settings: list[str], monk
     assert row["loss"]["refined"] == expected["loss"]["refined"] != expected["loss"]["selected"]
 
 
+def test_a_server_rule_may_deploy_another_model_than_it_sends(settings: list[str]) -> None:
+    """The refiner's aggregate is what the rule deploys, and its weight moves what the rule sends."""
+
+    class Leading:
+        """Sends the aggregate plus 1."""
+
+        def __init__(self, rule: Any) -> None:
+            self.rule, self.aggregate = rule, dict[str, torch.Tensor]()
+            self.message = rule.message
+
+        def step(self, state: Any, results: Any) -> Any:
+            assert not state.deployed
+            after, metrics = self.rule.step(state, results)
+            self.aggregate = after.params
+            sent = {name: value + 1 for name, value in after.params.items()}
+            return replace(after, params=sent, deployed={**after.params, **after.buffers}), metrics
+
+    for refiner in (["refiner.name=wima", "refiner.window=1"], ["refiner.name=none"]):
+        made = build.build(from_mapping(apply({}, [*settings, *refiner])))
+        rule = Leading(made.algorithm.server)
+        made.algorithm = replace(made.algorithm, server=rule)  # type: ignore[arg-type]
+        for _ in range(2):
+            row = made.run_round(Progress())
+            for name, value in rule.aggregate.items():
+                assert torch.equal(made.state.model[0][name], value)
+                assert torch.equal(made.state.params[name], value + 1)
+            assert row["loss"]["refined"] == row["loss"]["selected"]
+
+
 @pytest.mark.parametrize("refiner", [["refiner.name=all", "refiner.prior_tau=0.5"], ["refiner.name=wima"]])
 def test_four_rounds_are_two_and_two(
     run: Run, read_records: Callable[[Path], Rows], tmp_path: Path, refiner: list[str]

@@ -155,7 +155,7 @@ class Averaged(NoRefiner):
                 uploads.append((-share, counts, result.previous))
             for share, counts, upload in uploads:
                 for name, value in total.items():
-                    value += upload[name].double() * self._weight(name, share, counts, value)
+                    value.addcmul_(upload[name], self._weight(name, share, counts, value))
         return total
 
     def _divided(self, like: Params, total: Params, seen: Seen) -> Params:
