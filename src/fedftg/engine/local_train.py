@@ -39,7 +39,7 @@ class LocalConfig(BaseModel):
         "the log of the client's label prior, or those of classes that it does not hold times loss_alpha",
     )
     loss_tau: float = Field(default=1.0, ge=0, description="balanced_softmax: 0 gives cross_entropy (paper: 1)")
-    loss_alpha: float = Field(default=0.5, ge=0, le=1, description="fedrs: 1 gives cross_entropy (paper: 0.5)")
+    loss_alpha: float = Field(default=0.5, ge=0, le=1, description="fedrs: 1 gives cross_entropy")
 
     def lr_at(self, round: int) -> float:
         """Returns the rate in a round counted from 1."""
