@@ -137,9 +137,8 @@ def flower_new(folder: Path, recipe: str | None, overrides: Sequence[str]) -> No
 def main() -> None:
     """Runs the command line; every foreseeable error is one line on standard error."""
     # What schedulers and closed terminals send ends a run as Ctrl-C does.
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     try:
         cli(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -230,18 +229,18 @@ def write_partition(console: Console, config: RunConfig, out: Path | None) -> No
     finally:
         progress.finish()
     labels = dataset.train_labels.numpy()
-    clients = partition_dataset(dataset, law, config.seed)
-    held_back = [len(test) for test in clients.held_back] if law.test_share > 0 else None
+    parts, _, tests = partition_dataset(dataset, law, config.seed)
+    held_back = [len(test) for test in tests] if law.test_share > 0 else None
     groups: list[str] | None = None
     if law.column is not None and law.law in ("domain", "natural"):
         values = dataset.columns[law.column]
-        groups = [str(values[part[0]]) if len(part) else "-" for part in clients.whole]
-    counts, names = class_counts(clients.whole, labels, dataset.num_classes), list(dataset.class_names)
+        groups = [str(values[part[0]]) if len(part) else "-" for part in parts]
+    counts, names = class_counts(parts, labels, dataset.num_classes), list(dataset.class_names)
     dumped = config.model_dump(mode="json", exclude_none=True)
     about = {key: dumped[key] for key in ("data", "partition", "seed")}
     optional = {"held_back": held_back, "groups": groups, "converted": dict(dataset.converted) or None}
     about |= {key: value for key, value in optional.items() if value is not None}
-    text = to_json(clients.whole, labels, law=law.law, class_names=names, about=about)
+    text = to_json(parts, labels, law=law.law, class_names=names, about=about)
     # Never over another partition, which a run may be using.
     file, number = (out or RUNS / "partitions" / config.name) / "partition.json", 1
     while file.exists() and file.read_text("utf-8") != text:

@@ -16,7 +16,7 @@ from flwr.supercore.fab_format_version import normalize_and_validate_fab_format,
 import fedftg
 from fedftg import config as configs
 from fedftg.flower import project
-from fedftg.flower.settings import AppSettings, app_settings, node_settings, on_node, on_server
+from fedftg.flower.settings import AppSettings, NodeSettings, on_node, on_server
 
 
 def loaded(path: Path) -> ModuleType:
@@ -35,7 +35,7 @@ def test_an_app_has_everything(tmp_path: Path) -> None:
     given = tomllib.loads((tmp_path / "My App" / "pyproject.toml").read_text())
     assert given["project"]["name"] == "my-app"
     app = given["tool"]["flwr"]["app"]
-    assert app_settings(app["config"]) == AppSettings()
+    assert AppSettings(**app["config"]) == AppSettings()
     assert set(app["config"]) == {field.alias for field in AppSettings.model_fields.values()}
     package = tmp_path / "My App" / project.PACKAGE
     recipe = configs.load(package / "recipe.toml")
@@ -86,11 +86,11 @@ def test_an_app_holds_wherever_it_is_unpacked(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "elsewhere").mkdir()
     Path("app").rename(tmp_path / "elsewhere" / "app")
     package = tmp_path / "elsewhere" / "app" / project.PACKAGE
-    given = on_server(package / "recipe.toml", app_settings({}))
+    given = on_server(package / "recipe.toml", AppSettings())
     assert given.partition.file is not None
     assert json.loads(given.partition.file.read_text()) == rows
     assert given.data.root == tmp_path / "somewhere"
-    node = on_node(package / "recipe.toml", app_settings({}), node_settings({"partition-id": 1}))
+    node = on_node(package / "recipe.toml", AppSettings(), NodeSettings(**{"partition-id": 1}))
     assert node.partition.file == given.partition.file
     assert "module `json` must be installed" in (tmp_path / "elsewhere" / "app" / "README.md").read_text()
     with pytest.raises(fedftg.InputError, match=r"gone\.json: No such file"):

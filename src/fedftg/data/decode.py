@@ -39,7 +39,7 @@ def decode(content: Stored, side: int | None = None, resize: Resize = "crop") ->
     try:
         with Image.open(content if isinstance(content, Path) else io.BytesIO(content)) as image:
             mode = image.mode
-            if mode in _GREY | _COLOUR and not _has_16_bits(image):
+            if mode in _GREY | _COLOUR:
                 if side is not None:
                     # JPEGs may be decoded at a fraction of their size that leaves work for the antialiased resize.
                     image.draft(None, (2 * side, 2 * side))
@@ -47,15 +47,7 @@ def decode(content: Stored, side: int | None = None, resize: Resize = "crop") ->
     # Pillow's decoders raise many kinds: OSError, SyntaxError, ValueError, struct.error, ...
     except Exception as error:
         raise InputError(f"the image cannot be decoded ({first_line(error)}); replace or remove it") from error
-    raise InputError(f"images of mode {mode!r} or of 16 bits are not supported; convert them to 8-bit grey or RGB")
-
-
-def _has_16_bits(image: Image.Image) -> bool:
-    # Pillow would drop the lower bits. PNG and TIFF have them in its raw mode (RGB;16B), PPM in the largest value.
-    details = [part[3] for part in getattr(image, "tile", ())]
-    if image.format == "PPM":
-        return any(isinstance(detail, tuple) and detail[-1] > 255 for detail in details)
-    return image.format in ("PNG", "TIFF") and ";16" in str(details)
+    raise InputError(f"images of mode {mode!r} are not supported; convert them to 8-bit grey or RGB")
 
 
 def _plain(image: Image.Image) -> Image.Image:

@@ -32,8 +32,6 @@ def cohort(config: CohortConfig, candidates: list[int], seed: int, round: int) -
     """
     rng = numpy_rng(seed, round, SERVER, "cohort")
     if config.size is not None:
-        if config.size > len(candidates):
-            raise ValueError(f"cohort.size {config.size} is more than the {len(candidates)} clients that have data")
         chosen = rng.choice(len(candidates), size=config.size, replace=False)
         return sorted(candidates[index] for index in chosen)
     if config.probability is not None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fedftg.algorithms.base import LocalTask, Memory, ServerState
 from fedftg.algorithms.registry import ALGORITHMS
+from fedftg.config import parse
 from fedftg.data import sources
 from fedftg.data.config import DataConfig, PartitionConfig
 from fedftg.data.dataset import ImageDataset
@@ -29,7 +30,7 @@ from fedftg.engine.machine import cpu_threads, keep_freed_memory, resolve_device
 from fedftg.errors import InputError
 from fedftg.flower import wire
 from fedftg.flower.nodes import ClientFacts
-from fedftg.flower.settings import agreement, app_settings, node_settings, on_node
+from fedftg.flower.settings import AppSettings, NodeSettings, agreement, on_node
 from fedftg.flower.wire import CONFIG, METRICS, NUM_EXAMPLES, PARTITION_ID, Layout, Order
 from fedftg.models import registry
 from fedftg.models.functional import FunctionalModel
@@ -66,7 +67,8 @@ def client_app(recipe: str | Path) -> ClientApp:
 
 class _Node:
     def __init__(self, recipe: Path, context: Context) -> None:
-        self.app, self.settings = app_settings(context.run_config), node_settings(context.node_config)
+        self.app = parse(AppSettings, dict(context.run_config), "app config")
+        self.settings = parse(NodeSettings, dict(context.node_config), "node config")
         self.config = on_node(recipe, self.app, self.settings)
         self.client = self.settings.partition_id
         self._context = context
@@ -149,8 +151,7 @@ def _partitioned(
     """Returns the data set and, per client, the rows to train on and to hold back; an ``owner`` has all rows."""
     dataset = sources.load(data, columns=needed_columns(partition))
     if owner is None:
-        divided = partition_dataset(dataset, partition, seed)
-        return dataset, divided.train, divided.held_back
+        return dataset, *partition_dataset(dataset, partition, seed)[1:]
     labels = dataset.train_labels.numpy()
     whole = _only(owner, partition.num_clients, np.arange(len(labels)))
     return dataset, *hold_back(whole, labels, partition.test_share, numpy_rng(seed, 0, SERVER, "hold_back"))

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from fedftg import build, loop
 from fedftg.algorithms.base import ClientResult, LocalRule, LocalTask
-from fedftg.config import RunConfig
+from fedftg.config import RunConfig, parse
 from fedftg.data import sources
 from fedftg.engine.evaluate import Measured, over_clients
 from fedftg.engine.executors import Executor, Rejected
@@ -25,7 +25,7 @@ from fedftg.errors import InputError
 from fedftg.experiment import Experiment, Models
 from fedftg.flower import wire
 from fedftg.flower.nodes import Log, NodeFederation, Nodes, facts_of, joint_normalisation
-from fedftg.flower.settings import AppSettings, app_settings, on_server
+from fedftg.flower.settings import AppSettings, on_server
 from fedftg.flower.wire import ARRAYS, CLASS_COUNTS, CONFIG, LOSS, MESSAGE, NUM_EXAMPLES, PARTITION_ID, Order
 from fedftg.loop import Run
 from fedftg.params import to_device
@@ -65,7 +65,7 @@ def serve(grid: Grid, recipe: Path, run_config: Mapping[str, Any], progress: Pro
     Raises:
         InputError: wrong settings, too few nodes within the bound, or other data than the resumed run had.
     """
-    settings = app_settings(run_config)
+    settings = parse(AppSettings, dict(run_config), "app config")
     config = on_server(recipe, settings)
     folder = Path(settings.out) if settings.out else Path("runs", config.name)
     log = partial(Console(soft_wrap=True).print, highlight=False, markup=False)
