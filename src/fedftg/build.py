@@ -42,10 +42,7 @@ def parts(config: RunConfig, data: FederatedData, with_data: int) -> Parts:
         InputError: the model, the cohort or the algorithm is impossible for this federation.
     """
     if config.cohort.size is not None and config.cohort.size > with_data:
-        raise InputError(
-            f"cohort.size must be at most the number of clients with data, {with_data}, got {config.cohort.size}; "
-            f"set cohort.size={with_data} or less, or partition the data among more clients"
-        )
+        raise InputError(f"cohort.size must be at most {with_data}, the clients with data, got {config.cohort.size}")
     module = models.build(config.model, data.num_classes, data.image_shape, seed_for(config.seed, 0, SERVER, "model"))
     model = FunctionalModel(module.to(data.device))
     params, buffers = model.init()

@@ -43,7 +43,7 @@ def test_renumbered_labels_keep_their_order_and_their_numbers_as_names():
         (["cat"], [0], None, "one split has words as labels, the other integers"),
         ([0, 1, 5, 3, 3], [0], None, "train row 3: label 3 comes after a gap: no training row has label 2"),
         ([4, 2, 1], [1], None, "train row 2: label 1 comes after a gap: .* data.renumber_labels=true"),
-        (["cat ", "dog", "cat"], ["dog"], None, "labels: classes 'cat' and 'cat ' have one name, or differ only in"),
+        (["cat ", "dog", "cat"], ["dog"], None, "labels: 'cat' and 'cat ' are equal but for"),
     ],
 )
 def test_labels_that_are_refused(train, test, names, expected):
@@ -54,5 +54,5 @@ def test_labels_that_are_refused(train, test, names, expected):
 def test_class_names_that_are_alike():
     check_names(["A", "a"], "file")
     for names, fold in ((["A", "a"], str.casefold), (["a", "b", "a"], str)):
-        with pytest.raises(InputError, match=r"file: classes '[Aa]' and 'a' have one name, or differ only in case"):
+        with pytest.raises(InputError, match=r"file: '[Aa]' and 'a' are equal but for case"):
             check_names(names, "file", fold)

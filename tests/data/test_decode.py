@@ -76,7 +76,7 @@ def test_order_is_kept_and_the_first_bad_image_is_named(hub):
     with pytest.raises(InputError, match="split 1, row 20: the image cannot be decoded"):
         whole(encoded[:150], encoded[150:])
     encoded[100] = hub.encode(hub.colour(1, size=9)[0])
-    with pytest.raises(InputError, match=r"split 0, row 100: the image is 9x9 .*, the first one is 8x8; set"):
+    with pytest.raises(InputError, match=r"split 0, row 100: \(H, W\) is \(9, 9\), of the first \(8, 8\); set"):
         whole(encoded)
 
 

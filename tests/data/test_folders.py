@@ -51,7 +51,7 @@ def test_train_and_test_with_numeric_names_in_their_order(tmp_path, hub, test):
 def test_classes_at_the_top_with_a_share_held_out(tmp_path, hub):
     """10 images a class, a share of 0.2: 2 of each are held out, 8 stay."""
     made = write(hub, tmp_path, ["ant", "bee"], count=10)
-    assert "the folders are: ant, bee; set data.train_split, or data.test_share" in error_of(tmp_path)
+    assert "has no folder train, but ant, bee; set data.train_split, or data.test_share" in error_of(tmp_path)
     data = read(tmp_path, test_share=0.2)
     assert data.train_labels.bincount().tolist() == [8, 8]
     assert data.test_labels.bincount().tolist() == [2, 2]
@@ -72,9 +72,9 @@ def test_named_splits_deeper_folders_and_other_files(tmp_path, hub):
     write(hub, tmp_path / "eval", ["n1", "n2"])
     data = read(tmp_path, train_split="fit", test_split="eval")
     assert (data.class_names, data.train_labels.tolist()) == (("n1", "n2"), [0, 0, 1, 1, 1])
-    folders = "the folders are: eval, fit, store"
-    assert f"has no folder exam; {folders}" in error_of(tmp_path, train_split="fit", test_split="exam")
-    assert f"has no folder train; {folders}" in error_of(tmp_path, test_split="eval")
+    folders = "but eval, fit, store; set"
+    assert f"has no folder exam, {folders}" in error_of(tmp_path, train_split="fit", test_split="exam")
+    assert f"has no folder train, {folders}" in error_of(tmp_path, test_split="eval")
 
 
 def test_folders_that_cannot_be_used(tmp_path, hub):
@@ -96,7 +96,7 @@ def test_folders_that_cannot_be_used(tmp_path, hub):
 @pytest.mark.parametrize("twin", ["CAT", "cat "])
 def test_folders_that_differ_in_case_or_spaces(tmp_path, hub, twin):
     write(hub, tmp_path / "train", ["cat", twin])
-    assert "have one name, or differ only in case or spaces; merge or rename them" in error_of(tmp_path, test_share=0.5)
+    assert "are equal but for case or spaces; rename a class" in error_of(tmp_path, test_share=0.5)
 
 
 def test_folder_name_of_an_old_zip_file(tmp_path, hub):
@@ -111,7 +111,7 @@ def test_errors_name_the_file(tmp_path, hub):
     path = tmp_path / "train" / "dog" / "1.png"
     path.write_bytes(hub.encode(hub.colour(1, size=9)[0]))
     message = error_of(tmp_path)
-    assert f"{path}: the image is 9x9 (width x height), the first one is 8x8; set data.image_size" in message
+    assert f"{path}: (H, W) is (9, 9), of the first (8, 8); set data.image_size" in message
     assert read(tmp_path, image_size=8).image_shape == (3, 8, 8)
     path.write_bytes(path.read_bytes()[:60])
     assert f"{path}: the image cannot be decoded" in error_of(tmp_path)

@@ -88,7 +88,7 @@ def test_frozen_shared_and_boolean_values(nets, fedftg_command, tiny_settings, a
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("Auxiliary", "into a tuple in training mode; it must give logits of shape (2, 10)"),
+        ("Auxiliary", "gives a tuple in training mode; it must give logits (2, 10)"),
         ("Complex", "has complex values in wave"),
         ("parallel", "is a DataParallel; give the plain nn.Module"),
         ("scripted", "ScriptModule; give the plain nn.Module"),

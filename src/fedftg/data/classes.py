@@ -35,10 +35,7 @@ def check_names(names: Iterable[str], where: str, fold: Callable[[str], str] = s
     seen: dict[str, str] = {}
     for name in names:
         if (folded := fold(name)) in seen:
-            raise InputError(
-                f"{where}: classes {seen[folded]!r} and {name!r} have one name, or differ only in case or spaces; "
-                "merge or rename them"
-            )
+            raise InputError(f"{where}: {seen[folded]!r} and {name!r} are equal but for case or spaces; rename a class")
         seen[folded] = name
 
 

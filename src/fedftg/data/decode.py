@@ -89,8 +89,7 @@ def decode_all(
                 pixels, mode = decode(content, side, resize)
                 if done and pixels.shape[:2] != images.shape[2:]:
                     raise InputError(
-                        f"the image is {pixels.shape[1]}x{pixels.shape[0]} (width x height), the first one is "
-                        f"{images.shape[3]}x{images.shape[2]}; set data.image_size"
+                        f"(H, W) is {pixels.shape[:2]}, of the first {images.shape[2:]}; set data.image_size"
                     )
             except InputError as error:
                 raise InputError(f"{split.labels.where(int(row))}: {error}") from error

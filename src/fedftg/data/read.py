@@ -59,8 +59,7 @@ def choose(config: DataConfig, found: Mapping[str, T], source: object, kind: str
         if chosen[-1] is None and (role == "train" or given or config.test_share == 0):
             listed = ", ".join(sorted(found)[:20]) or "none"
             raise InputError(
-                f"{source} has no {kind} {', '.join(names)}; the {kind}s are: {listed}; set data.{role}_split, "
-                "or data.test_share to hold out a share for testing"
+                f"{source} has no {kind} {', '.join(names)}, but {listed}; set data.{role}_split, or data.test_share"
             )
     assert chosen[0] is not None
     return chosen[0], chosen[1]
@@ -128,9 +127,7 @@ def _folders(root: Path) -> dict[str, Path]:
 def _class_folders(root: Path, least: int = 2) -> Labelled:
     folders = _folders(root)
     if len(folders) < least:
-        raise InputError(
-            f"{root} has {len(folders)} class folder(s) {list(folders)}; data.root must have one folder for each class"
-        )
+        raise InputError(f"{root} has {len(folders)} class folder(s) {list(folders)}; data.root must have one a class")
     if odd := [name for name in folders if not name.isprintable()]:  # not UTF-8, such as from an old zip file
         raise InputError(f"{root}: the folder name {odd[0]!a} cannot be printed; rename it")
     check_names(folders, str(root), lambda name: name.strip().casefold())
@@ -190,9 +187,8 @@ def _array_split(path: Path, content: Mapping[str, NDArray[Any]], name: str) -> 
     pixels = images.dtype == np.uint8 and images.ndim in (3, 4) and images.shape[3:] in ((), (1,), (3,))
     if not pixels or labels.shape != images.shape[:1] or labels.dtype.kind not in "iuU":
         raise InputError(
-            f"{path}: {name!r} is {images.dtype} of shape {content[name].shape}, {key!r} {labels.dtype} of shape "
-            f"{labels.shape}; they must be unsigned bytes (N, H, W), (N, H, W, D) or (N, D, H, W), D 1 or 3, and N "
-            "integers or words"
+            f"{path}: {name!r} must be uint8 (N, H, W), (N, H, W, D) or (N, D, H, W), D 1 or 3, and {key!r} N integers "
+            f"or words, got {images.dtype} {content[name].shape} and {labels.dtype} {labels.shape}"
         )
 
     def column(other: str) -> NDArray[Any]:

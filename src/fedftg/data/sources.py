@@ -74,9 +74,7 @@ def _tables(config: DataConfig, source: Source) -> read.Splits:
 
 
 def _tensors(config: DataConfig) -> read.Splits:  # noqa: ARG001
-    raise InputError(
-        "data set 'tensors' is given in Python: fedftg.run(..., dataset=...); else use data.name = 'arrays' and a file"
-    )
+    raise InputError("data set 'tensors' is for fedftg.run(..., dataset=...); for a file take data.name = 'arrays'")
 
 
 _CLOTHES = (

@@ -71,8 +71,7 @@ def _check_shards(files: Sequence[Path]) -> None:
     totals = {int(match[1]) if (match := re.search(r"-\d+-of-(\d+)", path.stem)) else 0 for path in files}
     if totals not in ({0}, {len(files)}):
         raise InputError(
-            f"{len(files)} shard(s) beside {files[0]}, but their names count {' and '.join(map(str, sorted(totals)))}; "
-            "complete the download, or remove those of another set"
+            f"{len(files)} shard(s) beside {files[0]}, their names say {sorted(totals)}; complete the download"
         )
 
 
@@ -81,19 +80,14 @@ def _downloaded(config: DataConfig, hub_id: str, subset: str | None) -> dict[str
     try:
         import datasets  # takes two seconds, and is no dependency of the package
     except ImportError as error:
-        raise InputError(
-            f"downloading {hub_id} needs the datasets library; pip install 'fedftg[data]', or set data.root"
-        ) from error
+        raise InputError(f"to download {hub_id}, pip install 'fedftg[data]', or set data.root") from error
     try:
         loaded = datasets.load_dataset(hub_id, subset, revision=config.revision)
     # Whatever the network, the library or the files do wrong; there is no common class.
     except Exception as error:
-        only = f' --include "{subset}/*"' if subset else ""
-        only += f" --revision {config.revision}" if config.revision else ""
         raise InputError(
-            f"{hub_id} cannot be loaded from the hub ({textwrap.shorten(str(error), 300)}); correct data.hub_id or "
-            "data.subset, log in with 'hf auth login', or where there is network run "
-            f"'hf download {hub_id} --repo-type dataset --local-dir DIR{only}', and set data.root to DIR"
+            f"{hub_id} cannot be loaded from the hub ({textwrap.shorten(str(error), 300)}); check data.hub_id, or set "
+            f"data.root to DIR after 'hf download {hub_id} --repo-type dataset --local-dir DIR'"
         ) from error
     return {str(name): [Path(part["filename"]) for part in split.cache_files] for name, split in loaded.items()}
 

@@ -159,12 +159,9 @@ def _check(models: Mapping[str, Classifier], images: Tensor, num_classes: int) -
             logits = frozen(model)(images)
         except Exception as error:
             raise InputError(
-                f"{name} does not take images of shape {tuple(images.shape)} on {images.device}: {first_line(error)}; "
-                "pass the image_shape that it was trained with, and put all models on one device"
+                f"{name} does not take images {tuple(images.shape)} on {images.device} ({first_line(error)}); pass its "
+                "image_shape, and put all models on one device"
             ) from error
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         if got != (len(images), num_classes):
-            raise InputError(
-                f"{name} must return logits of shape (batch, classes) = {(len(images), num_classes)}, got {got}; "
-                "student, teachers and class_counts must have the same classes"
-            )
+            raise InputError(f"{name} must return logits {(2, num_classes)}, the classes of class_counts, got {got}")

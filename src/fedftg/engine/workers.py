@@ -112,10 +112,7 @@ class WorkersExecutor:
         if problem is not None:
             raise InputError(f"executor.name=workers: {problem}, or take executor.name=sequential")
         if data.device.type != "cpu":
-            raise InputError(
-                f"executor.name=workers trains on the CPU and device is {str(data.device)!r}; take device=cpu, or "
-                "executor.name=sequential"
-            )
+            raise InputError(f"executor.name=workers needs device=cpu, got {data.device}; or take sequential")
         self.description = f"workers: {count} processes of one thread"
         self._recipe = recipe
         self._data = data

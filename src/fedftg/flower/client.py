@@ -174,8 +174,7 @@ def class_counts(labels: Tensor | np.ndarray[Any, Any] | Sequence[int], num_clas
     if given.numel() == 0:
         return [0] * num_classes
     if given.ndim != 1 or given.is_floating_point() or int(given.min()) < 0 or int(given.max()) >= num_classes:
-        found = f"{given.dtype} of shape {tuple(given.shape)}, {given.min()} to {given.max()}"
-        raise InputError(f"labels must be a list of whole numbers from 0 to {num_classes - 1}, got {found}")
+        raise InputError(f"labels must be a list of whole numbers from 0 to {num_classes - 1}, got {str(labels)[:80]}")
     return [int(count) for count in torch.bincount(given.long(), minlength=num_classes)]
 
 
@@ -319,8 +318,8 @@ class ClientMemory:
             if reset:
                 return initial
             raise InputError(
-                f"this node has no memory of round {last} of its client, or a damaged one; put its old state-dir back, "
-                "or set lost-memory=reset (local_train: lost_memory='reset')"
+                f"this node has no memory of round {last} of its client, or a damaged one; put its old state-dir "
+                "back, or set lost-memory=reset (local_train: lost_memory='reset')"
             ) from None
 
     def _path(self, round: int) -> Path:

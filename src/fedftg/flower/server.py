@@ -172,9 +172,7 @@ class GridExecutor:
 
     def __init__(self, experiment: NodesExperiment) -> None:
         self._experiment = experiment
-        state = experiment.state
-        self._params, self._buffers = state.params, state.buffers
-        self._extra = experiment.algorithm.local.upload_like(state.params)
+        self._extra = experiment.algorithm.local.upload_like(experiment.state.params)
 
     def run(self, rule: LocalRule, tasks: Iterable[LocalTask]) -> Iterator[ClientResult | Rejected]:  # noqa: ARG002
         """Yields one result or reason a task; an update that does not fit the model is a reason."""
@@ -213,7 +211,7 @@ class GridExecutor:
         if isinstance(reply, str):
             return Rejected(task.client, reply)
         # Values that are not finite are rejected by the round, as the simulator's are.
-        read = wire.read_reply(reply, {**self._params, **self._buffers}, extra=self._extra, finite=False)
+        read = wire.read_reply(reply, {**task.params, **task.buffers}, extra=self._extra, finite=False)
         if read.problem is not None:
             return Rejected(task.client, read.problem)
         counts = list(self._experiment.data.known[task.client].class_counts)
@@ -226,8 +224,8 @@ class GridExecutor:
             client=task.client,
             num_samples=task.num_samples,
             class_counts=torch.tensor(counts, dtype=torch.int64),
-            params=to_device({name: read.arrays[name] for name in self._params}, device),
-            buffers=to_device({name: read.arrays[name] for name in self._buffers}, device),
+            params=to_device({name: read.arrays[name] for name in task.params}, device),
+            buffers=to_device({name: read.arrays[name] for name in task.buffers}, device),
             extra=to_device(read.extra, device),
             memory={LAST_COUNTED: torch.tensor(task.round)},
             loss=loss,

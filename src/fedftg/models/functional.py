@@ -54,10 +54,7 @@ class FunctionalModel:
         module = self._training if train else self._evaluating
         linears = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
         if not linears:
-            raise InputError(
-                f"{type(module).__name__} has no nn.Linear layer, so its representation is unknown; "
-                "end the model with a linear classifier, or use an algorithm other than moon"
-            )
+            raise InputError(f"moon needs a model that ends with nn.Linear, {type(module).__name__} has none")
         seen: list[Tensor] = []
 
         def keep_input(_: nn.Module, inputs: tuple[Any, ...]) -> None:

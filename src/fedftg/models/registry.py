@@ -71,8 +71,7 @@ def build(config: ModelConfig, num_classes: int, image_shape: tuple[int, int, in
             raise
         except Exception as error:
             raise InputError(
-                f"model {config.name!r} with args {config.args} fails on images of shape {image_shape}: "
-                f"{first_line(error)}"
+                f"model {config.name!r} with args {config.args} fails on images {image_shape}: {first_line(error)}"
             ) from error
     return model.train()
 
@@ -94,10 +93,7 @@ def _check(model: nn.Module, name: str, num_classes: int, image_shape: tuple[int
             output = copy.deepcopy(model).train(mode == "training")(torch.zeros(2, *image_shape))
         shape = tuple(output.shape) if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
         if shape != (2, num_classes):
-            raise InputError(
-                f"model {name!r} turns 2 images of shape {image_shape} into {shape} in {mode} mode; it must give "
-                f"logits of shape (2, {num_classes})"
-            )
+            raise InputError(f"model {name!r} gives {shape} in {mode} mode; it must give logits {(2, num_classes)}")
 
 
 def _factory(name: str) -> Factory:
@@ -111,8 +107,7 @@ def _factory(name: str) -> Factory:
         inspect.signature(factory)  # fails where it cannot be called
     except Exception as error:
         raise InputError(
-            f"model {name!r} cannot be imported ({first_line(error)}); check the spelling, install it, or start in "
-            "its folder"
+            f"model {name!r} cannot be imported ({first_line(error)}); check the spelling, or start in its folder"
         ) from error
     return factory
 
@@ -124,7 +119,5 @@ def _arguments(config: ModelConfig, factory: Factory, offered: dict[str, Any]) -
     names = [name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD]
     if wrong := [name for name in config.args if name not in names and not takes_any]:
         own = ", ".join(name for name in names if name not in offered)
-        raise InputError(
-            f"model {config.name!r} takes no argument {wrong[0]!r}; allowed in model.args: {own or 'none'}"
-        )
+        raise InputError(f"model {config.name!r} takes no {wrong[0]!r}; allowed in model.args: {own or 'none'}")
     return {name: value for name, value in offered.items() if name in names or takes_any} | config.args
