@@ -56,7 +56,7 @@ class PartitionConfig(BaseModel):
     sizes: Literal["equal", "lognormal"] = Field(
         default="equal", description="laws iid and dirichlet: samples per client, all equal or log-normal with sigma"
     )
-    sigma: float = Field(default=0.0, ge=0, description="sigma of log-normal sizes; above 2 few hold nearly all")
+    sigma: float = Field(default=0.0, ge=0, description="of log-normal sizes; above 2 few clients hold nearly all")
     min_samples: int = Field(default=0, ge=0, description="law class_dirichlet: least samples of a client, in 10 draws")
     classes_per_client: int = Field(default=2, ge=1, description="law pathological: classes that each client holds")
     shards_per_client: int = Field(default=2, ge=1, description="law shards: blocks of the data sorted by class")
