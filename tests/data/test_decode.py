@@ -143,11 +143,15 @@ def png_of_16_bits():
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [(b"P6 8 8 1023\n" + b"\x03\xff" * 192, [255, 255, 255]), (png_of_16_bits(), [3, 7, 11])],
+    [
+        (b"P6 8 8 1023\n" + b"\x03\xff" * 192, ([255, 255, 255], "RGB")),
+        (png_of_16_bits(), ([3, 7, 11], "16-bit RGB")),
+    ],
     ids=["ppm", "png"],
 )
-def test_sixteen_bit_colour_becomes_eight_bit(content, expected):
-    assert decoded(content)[0][0, 0].tolist() == expected
+def test_sixteen_bit_colour_becomes_eight_bit_and_is_named(content, expected):
+    pixels, mode = decoded(content)
+    assert (pixels[0, 0].tolist(), mode) == expected
 
 
 def test_transparent_images_are_put_on_white(hub):

@@ -39,11 +39,12 @@ def decode(content: Stored, side: int | None = None, resize: Resize = "crop") ->
     try:
         with Image.open(content if isinstance(content, Path) else io.BytesIO(content)) as image:
             mode = image.mode
+            depth = "16-bit " if ";16" in str(getattr(image, "tile", "")) else ""  # PNG, TIFF: read as 8 bits
             if mode in _GREY | _COLOUR:
                 if side is not None:
                     # JPEGs may be decoded at a fraction of their size that leaves work for the antialiased resize.
                     image.draft(None, (2 * side, 2 * side))
-                return np.asarray(_resized(_plain(image), side, resize)), mode
+                return np.asarray(_resized(_plain(image), side, resize)), depth + mode
     # Pillow's decoders raise many kinds: OSError, SyntaxError, ValueError, struct.error, ...
     except Exception as error:
         raise InputError(f"the image cannot be decoded ({first_line(error)}); replace or remove it") from error
