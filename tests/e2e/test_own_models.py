@@ -89,7 +89,7 @@ def test_frozen_shared_and_boolean_values(nets, fedftg_command, tiny_settings, a
     ("name", "expected"),
     [
         ("Auxiliary", "into a tuple in training mode; it must give logits of shape (2, 10)"),
-        ("Complex", "has complex values in wave"),
+        ("Complex", "has complex or sparse values in wave"),
         ("parallel", "is a DataParallel; give the plain nn.Module"),
         ("scripted", "ScriptModule; give the plain nn.Module"),
         ("frozen", "has no parameter that requires a gradient"),

@@ -37,6 +37,8 @@ class ImageDataset:
     """Further columns ``(N,)`` of the training rows, integers or strings: a domain, a writer."""
     converted: Mapping[str, int] = field(default_factory=dict)
     """How many images were converted to RGB, by the mode in which they were stored (``grey``, ``CMYK``, ...)."""
+    notes: tuple[str, ...] = ()
+    """Lines about what was left out or guessed."""
 
     @property
     def num_classes(self) -> int:
@@ -130,6 +132,7 @@ def _labels(split: str, images: Tensor, labels: Any) -> RawLabels:
             f"{tuple(images.shape)}"
         )
     values = _tensor(labels).numpy()
+    values = values[:, 0] if values.shape[1:] == (1,) else values
     if values.shape != (len(images),) or values.dtype.kind not in "iu":
         raise InputError(
             f"{split} labels must be {len(images)} integers, one an image, got {values.dtype} of shape {values.shape}"
