@@ -119,6 +119,4 @@ def _check_fit(config: RunConfig, algorithm: Algorithm, model: FunctionalModel, 
     try:
         torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     except RuntimeError as error:
-        raise InputError(
-            f"model {config.model.name!r} cannot be trained ({first_line(error)}); mend its forward"
-        ) from error
+        raise InputError(f"model {config.model.name!r} cannot be trained ({first_line(error)})") from error

@@ -74,9 +74,7 @@ def compare(items: Sequence[str], overrides: Sequence[str], out: Path) -> None:
         folders[item] = _run_if_missing(config, out, _progress(console))
     found = [folders[item].resolve() for item in items]
     if len(set(found)) < len(items):
-        raise InputError(
-            f"{', '.join(items)}: two of them are one run, {max(found, key=found.count)}; compare different ones"
-        )
+        raise InputError(f"{', '.join(items)}: two of these are the same run; compare different ones")
     name = "+".join(dict.fromkeys(path.name for path in found))
     for record in _report(console, [folders[item] for item in items], out / "comparisons" / name[:120]):
         _print(console, f"run folder: {record.folder}")
@@ -190,8 +188,6 @@ def write_model(folder: Path, to: Path) -> int:
     Raises:
         InputError: no run, no checkpoint yet, or a wrong file name.
     """
-    from torch import Tensor
-
     from fedftg.models import registry
     from fedftg.models.functional import FunctionalModel
     from fedftg.rundir import checkpoint
@@ -213,10 +209,8 @@ def write_model(folder: Path, to: Path) -> int:
         model = registry.ModelConfig(**config["model"])
         module = registry.build(model, len(data["class_names"]), tuple(data["image_shape"]), seed=0)
         values = FunctionalModel(module).module(state.params, state.buffers).state_dict()
-    if odd := [name for name, value in values.items() if not isinstance(value, Tensor)]:
-        raise InputError(
-            f"{odd[0]} of the model is no tensor, which the file cannot hold; leave it out of the state_dict"
-        )
+    if odd := [name for name, value in values.items() if not hasattr(value, "dtype")]:
+        raise InputError(f"{odd[0]} is no tensor, so the file cannot hold it; leave it out of the model's state_dict")
     try:
         write_tensors(to, values, metadata)
     except OSError as error:

@@ -118,7 +118,8 @@ def to_device(params: Params, device: torch.device | str) -> Params:
 
 def first_non_finite(params: Params) -> str | None:
     """Returns the name of the first tensor that holds a NaN or an infinity, or None if all are finite."""
-    floats = {name: tensor for name, tensor in params.items() if tensor.is_floating_point() and tensor.numel()}
+    tensors = {name: tensor for name, tensor in params.items() if isinstance(tensor, Tensor)}  # extra state may be none
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()}
     finite: dict[str, bool] = {}
     for device in {tensor.device for tensor in floats.values()}:  # one wait for each
         there = {name: tensor for name, tensor in floats.items() if tensor.device == device}

@@ -155,7 +155,7 @@ def test_what_is_only_in_the_transparency_and_white_is_refused(hub, mode):
     white = Image.new("L", (8, 8), 255)
     layers = Image.merge("LA", (white, shape)) if mode == "LA" else Image.merge("RGBA", (white, white, white, shape))
     content = hub.encode(layers if mode != "PA" else layers.quantize(256), "PNG")
-    with pytest.raises(InputError, match="image is blank on white, what it shows is transparent or white; put"):
+    with pytest.raises(InputError, match="blank on white: it shows white or hidden pixels only; put it on a colour"):
         decoded(content)
     hidden = Image.merge("RGBA", (shape, shape, shape, Image.new("L", (8, 8), 0)))
     with pytest.raises(InputError, match="the image is blank on white"):

@@ -72,9 +72,7 @@ def _plain(image: Image.Image) -> Image.Image:
         layers = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), layers)
         if image.getcolors(1) and not layers.getcolors(1):
-            raise InputError(
-                "the image is blank on white, what it shows is transparent or white; put it on another colour"
-            )
+            raise InputError("the image is blank on white: it shows white or hidden pixels only; put it on a colour")
     return image.convert(mode)
 
 

@@ -115,10 +115,7 @@ def refine(
         raise InputError(f"config must be a preset's name or fedftg.preset(...), got {type(settings).__name__}")
     several = isinstance(teachers, Iterable) and not isinstance(teachers, Mapping | nn.Module)
     if not several and not isinstance(teachers, nn.ModuleList):
-        raise InputError(
-            f"teachers must be a list of classifiers, got one {type(teachers).__name__}; pass [teacher], or "
-            "list(teachers.values())"
-        )
+        raise InputError(f"teachers must be a list, got {type(teachers).__name__}; pass [teacher] or list(x.values())")
     models: dict[str, Classifier] = {"student": student}
     models |= {f"teacher {k}": teacher for k, teacher in enumerate(teachers)}
     for name, model in models.items():
@@ -141,7 +138,7 @@ def refine(
     start, refined = copy.deepcopy(new).eval(), copied(student)
     rng = torch_rng(seed, 0, SERVER, "refine")
     metrics = distil(settings, GeneratorImages(settings, new), refined, ensemble, counts, rng=rng, progress=progress)
-    broken = first_non_finite(_tensors(refined)) or first_non_finite(new.state_dict())
+    broken = first_non_finite(refined.state_dict()) or first_non_finite(new.state_dict())
     return RefineResult(
         model=copied(student) if broken else refined,
         generator=start if broken else new.eval(),
@@ -150,11 +147,6 @@ def refine(
         class_probabilities=class_probabilities(counts),
         _rng=torch_rng(seed, 0, SERVER, "sample"),
     )
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Returns the state without what a module's ``get_extra_state`` adds that is no tensor."""
-    return {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
 
 
 def _counts(class_counts: Tensor | Sequence[Sequence[float] | Tensor], num_teachers: int) -> Float[Tensor, "K C"]:
@@ -170,7 +162,7 @@ def _counts(class_counts: Tensor | Sequence[Sequence[float] | Tensor], num_teach
 def _check(models: Mapping[str, Classifier], images: Tensor, num_classes: int) -> None:
     for name, model in models.items():
         try:
-            broken = first_non_finite(_tensors(model)) if isinstance(model, nn.Module) else None
+            broken = first_non_finite(model.state_dict()) if isinstance(model, nn.Module) else None
             logits = frozen(model)(images)
         except Exception as error:
             raise InputError(

@@ -329,7 +329,7 @@ def _num_classes(model: FunctionalModel, image_shape: Sequence[int], device: tor
     except Exception as error:
         reason = f"the model does not take images of shape {image_shape} ({first_line(error)})"
         raise InputError(f"{reason}; pass its image_shape") from error
-    shape = logits.shape if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
     if len(shape) != 2:
         raise InputError(f"the model must give logits (2, classes) for 2 images, got {shape}")
     return int(logits.shape[1])

@@ -68,9 +68,7 @@ class FunctionalModel:
         with linears[-1].register_forward_pre_hook(keep_input):
             logits = self(params, buffers, images, train=train)
         if not seen:
-            raise InputError(
-                f"{type(module).__name__} does not use its last nn.Linear layer, register the classifier last"
-            )
+            raise InputError(f"{type(module).__name__} does not use its last nn.Linear; register the classifier last")
         return logits, seen[-1]
 
     def module(self, params: Params, buffers: Params) -> nn.Module:

@@ -90,12 +90,8 @@ def _check(model: nn.Module, name: str, num_classes: int, image_shape: tuple[int
     if any(map(is_lazy, model.parameters())):
         model.eval()(torch.zeros(2, *image_shape))  # gives lazy layers their shapes
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    if bad := next(
-        (key for key, value in tensors.items() if value.is_complex() or value.layout != torch.strided), None
-    ):
-        raise InputError(
-            f"model {name!r} has complex or sparse values in {bad}, which cannot be averaged; use real ones"
-        )
+    if bad := next((key for key, tensor in tensors.items() if tensor.is_complex()), None):
+        raise InputError(f"model {name!r} has complex values in {bad}, which cannot be averaged; use two real tensors")
     if bad := first_non_finite(tensors):
         raise InputError(f"model {name!r} has values in {bad} that are not finite; a mask may be boolean or -1e9")
     if not any(parameter.requires_grad for parameter in model.parameters()):
