@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -71,7 +72,10 @@ def compare(items: Sequence[str], overrides: Sequence[str], out: Path) -> None:
     # All recipes are checked before the first is run, so that a typo in the last one costs no time.
     for item, config in _to_compare(console, files, overrides).items():
         folders[item] = _run_if_missing(config, out, _progress(console))
-    name = "+".join(dict.fromkeys(folders[item].resolve().name for item in items))
+    found = [folders[item].resolve() for item in items]
+    if len(set(found)) < len(items):
+        raise InputError(f"{', '.join(items)}: two of these are the same run; compare different ones")
+    name = "+".join(dict.fromkeys(path.name for path in found))
     for record in _report(console, [folders[item] for item in items], out / "comparisons" / name[:120]):
         _print(console, f"run folder: {record.folder}")
 
@@ -137,8 +141,10 @@ def flower_new(folder: Path, recipe: str | None, overrides: Sequence[str]) -> No
 def main() -> None:
     """Runs the command line; every foreseeable error is one line on standard error."""
     # What schedulers and closed terminals send ends a run as Ctrl-C does.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+    for name in ("SIGTERM", "SIGHUP"):
+        # nohup has SIGHUP ignored.
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
         cli(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -203,6 +209,8 @@ def write_model(folder: Path, to: Path) -> int:
         model = registry.ModelConfig(**config["model"])
         module = registry.build(model, len(data["class_names"]), tuple(data["image_shape"]), seed=0)
         values = FunctionalModel(module).module(state.params, state.buffers).state_dict()
+    if odd := [name for name, value in values.items() if not hasattr(value, "dtype")]:
+        raise InputError(f"{odd[0]} is no tensor, so the file cannot hold it; leave it out of the model's state_dict")
     try:
         write_tensors(to, values, metadata)
     except OSError as error:
@@ -252,6 +260,8 @@ def write_partition(console: Console, config: RunConfig, out: Path | None) -> No
     title = f"{config.data.name}, {describe(law)}, seed {config.seed}"
     _print(console, title)
     console.print(table.partition_table(counts.tolist(), names, skew(counts), held_back))
+    for note in dataset.notes:
+        _print(console, note)
     if dataset.converted:
         _print(console, f"images that were not RGB and were converted: {loop.modes(dataset.converted)}")
     _print(
@@ -266,9 +276,9 @@ def _to_compare(console: Console, files: dict[str, Path], overrides: Sequence[st
     from fedftg import config as configs
 
     bases = {item for item, path in files.items() if configs.load(path).refiner.name == "none"}
-    if bases == set(files) and any(override.startswith("refiner.name") for override in overrides):
+    if bases == set(files) and any(re.match(r"\s*refiner(\.name)?\s*=", override) for override in overrides):
         bases = set()
-    others = [override for override in overrides if not override.startswith("refiner.")]
+    others = [override for override in overrides if not re.match(r"\s*refiner\s*[.=]", override)]
     made = {item: configs.load(path, others if item in bases else overrides) for item, path in files.items()}
     if bases and bases != set(files) and len(others) < len(overrides):
         _print(console, f"{', '.join(sorted(bases))} stays without a refiner: --set refiner.* is for the other recipes")

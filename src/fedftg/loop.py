@@ -41,6 +41,7 @@ class Run:
     """The deployed (refined) global model, in evaluation mode."""
 
 
+@torch.inference_mode(False)  # gradients are on in here
 def run(
     recipe: RunConfig | Mapping[str, Any] | str | Path | None = None,
     *,
@@ -174,6 +175,8 @@ def execute(
 def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress) -> None:
     config = experiment.config
     progress.start(config, experiment.state.round, experiment.data.num_clients)
+    for note in experiment.data.dataset.notes:
+        progress.note(note)
     if converted := experiment.partition_record.get("converted"):
         progress.note(f"images that were not RGB and were converted: {modes(converted)}")
     saved = experiment.state.round

@@ -110,7 +110,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, hub):
     """A limit on the size of files stands for the full disk; 3,000 images of 32x32 are 9 MB."""
     content = [hub.encode(hub.colour(1)[0])] * 1500
     for split in ("train", "test"):
-        hub.write(tmp_path / "set" / f"{split}.parquet", content, {"label": [0] * 1500})
+        hub.write(tmp_path / "set" / f"{split}.parquet", content, {"label": [0, 1] * 750})
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"

@@ -154,6 +154,29 @@ def test_sixteen_bit_colour_becomes_eight_bit_and_is_named(content, expected):
     assert (pixels[0, 0].tolist(), mode) == expected
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+def test_what_is_only_in_the_transparency_and_white_is_refused(hub, mode):
+    """White drawings, and pixels that an alpha channel of zeros hides; a blank image is one."""
+    shape = Image.fromarray(hub.grey(1)[0])
+    white = Image.new("L", (8, 8), 255)
+    layers = Image.merge("LA", (white, shape)) if mode == "LA" else Image.merge("RGBA", (white, white, white, shape))
+    content = hub.encode(layers if mode != "PA" else layers.quantize(256), "PNG")
+    with pytest.raises(InputError, match="blank on white: it shows white or hidden pixels only; put it on a colour"):
+        decoded(content)
+    hidden = Image.merge("RGBA", (shape, shape, shape, Image.new("L", (8, 8), 0)))
+    with pytest.raises(InputError, match="the image is blank on white"):
+        decoded(hub.encode(hidden))
+    assert decoded(hub.encode(Image.new("RGBA", (8, 8))))[0].min() == 255
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("GIF", "P"), ("TIFF", "RGB"), ("WEBP", "RGB"), ("PNG", "RGB")])
+def test_further_frames_are_counted(hub, kind, mode):
+    frames = [Image.fromarray(image) for image in hub.colour(3, size=8)]
+    several = hub.encode(frames[0], kind, save_all=True, append_images=frames[1:])
+    _, converted, _ = whole([several, hub.encode(frames[0])])
+    assert converted == {f"{mode} (first of several frames)": 1}
+
+
 def test_transparent_images_are_put_on_white(hub):
     """Black at an alpha of 51 of 255 is four fifths white; an opaque image keeps its bytes."""
     for mode, black in (("LA", (0, 51)), ("RGBA", (0, 0, 0, 51))):

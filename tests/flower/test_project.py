@@ -1,14 +1,17 @@
 """`fedftg flower new` writes an app that Flower takes, and nothing where it should not."""
 
 import importlib.util
+import io
 import json
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from flwr.cli.build import build_fab_from_disk
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from flwr.supercore.fab_format_version import normalize_and_validate_fab_format, validate_fab_files_for_format
@@ -46,6 +49,19 @@ def test_an_app_has_everything(tmp_path: Path) -> None:
     validate_fab_files_for_format(given, [str(path.relative_to(tmp_path / "My App")) for path in written])
     assert normalize_and_validate_fab_format(given).fab_format_version == 1
     assert "num-supernodes=6" in (tmp_path / "My App" / "README.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # pathspec's, of Flower's call
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("my_app", "my-app"), ("1st try", "st-try"), ("2026", "app"), ("_.x", "x"), ("l" * 40, "l" * 32), ("né-e", "n-e")],
+)
+def test_flower_takes_the_name_that_any_folder_gives(tmp_path: Path, folder: str, name: str) -> None:
+    project.new(tmp_path / folder, None, [])
+    content = build_fab_from_disk(tmp_path / folder)
+    assert tomllib.loads((tmp_path / folder / "pyproject.toml").read_text())["project"]["name"] == name
+    with zipfile.ZipFile(io.BytesIO(content)) as fab:
+        assert {"LICENSE", "README.md", f"{project.PACKAGE}/recipe.toml"} <= set(fab.namelist())
 
 
 def test_mistakes_are_one_line_and_nothing_is_overwritten(tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ class ImageDataset:
     """Further columns ``(N,)`` of the training rows, integers or strings: a domain, a writer."""
     converted: Mapping[str, int] = field(default_factory=dict)
     """How many images were converted to RGB, by the mode in which they were stored (``grey``, ``CMYK``, ...)."""
+    notes: tuple[str, ...] = ()
+    """Lines about what was left out or guessed."""
 
     @property
     def num_classes(self) -> int:
@@ -129,6 +131,7 @@ def _labels(split: str, images: Tensor, labels: Any) -> RawLabels:
             f"{split} images must be uint8 (N > 0, D, H, W), D 1 or 3, got {images.dtype} {[*images.shape]}"
         )
     values = _tensor(labels).numpy()
+    values = values[:, 0] if values.shape[1:] == (1,) else values
     if values.shape != (len(images),) or values.dtype.kind not in "iu":
         raise InputError(f"{split} labels must be {len(images)} integers, got {values.dtype} {values.shape}")
     return RawLabels(values.astype(np.int64), lambda row: f"{split} row {row}")

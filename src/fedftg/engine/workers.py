@@ -205,7 +205,7 @@ def _protected_start() -> Iterator[None]:
     """Processes started meanwhile ignore Ctrl-C, which is handled here, and do not run the user's script again."""
     resource_tracker.ensure_running()  # its own start would unblock the signal
     script = sys.modules["__main__"]
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP, signal.SIGTERM})
     # Spawn imports what it finds as ``__main__``; of an empty module it imports nothing.
     sys.modules["__main__"] = ModuleType("__main__")
     try:

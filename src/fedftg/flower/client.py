@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -34,7 +33,7 @@ from fedftg.flower.settings import AppSettings, NodeSettings, agreement, on_node
 from fedftg.flower.wire import CONFIG, METRICS, NUM_EXAMPLES, PARTITION_ID, Layout, Order
 from fedftg.models import registry
 from fedftg.models.functional import FunctionalModel
-from fedftg.params import Params, first_non_finite, to_device
+from fedftg.params import Params, copied, first_non_finite, to_device
 from fedftg.rundir.tensors import read_tensors, write_tensors
 from fedftg.seeds import SERVER, forked, numpy_rng, seed_for
 
@@ -178,6 +177,7 @@ def class_counts(labels: Tensor | np.ndarray[Any, Any] | Sequence[int], num_clas
     return [int(count) for count in torch.bincount(given.long(), minlength=num_classes)]
 
 
+@torch.inference_mode(False)  # gradients are on in here
 def local_train(
     message: Message,
     context: Context,
@@ -222,7 +222,7 @@ def local_train(
     if initial is None:
         initial = received if first is None else layout.split(wire.decode(first, layout.template, finite=True))
 
-    functional = FunctionalModel(copy.deepcopy(model).float())
+    functional = FunctionalModel(copied(model).float())
     device = next(model.parameters()).device
     params, buffers = (to_device(part, device) for part in received)
     template = algorithm.server.message(ServerState(0, params, buffers, algorithm.server.init(params), {}))
