@@ -59,5 +59,5 @@ def test_labels_that_are_refused(train, test, names, expected):
 def test_class_names_that_are_alike():
     check_names(["A", "a"], "file")
     for names, fold in ((["A", "a"], str.casefold), (["a", "b", "a"], str)):
-        with pytest.raises(InputError, match=r"file: '[Aa]' and 'a' are equal but for case"):
+        with pytest.raises(InputError, match=r"file: classes '[Aa]' and 'a' have one name"):
             check_names(names, "file", fold)

@@ -45,7 +45,7 @@ def test_a_tensor_is_not_copied():
         ({"test_images": np.zeros((2, 3, 9, 9), np.uint8)}, r"one shape, got \[\(3, 8, 8\), \(3, 9, 9\)\]"),
         ({"train_labels": np.array([0, 1, 3, 0, 1, 3])}, "train row 2: label 3 comes after a gap"),
         ({"train_labels": np.arange(5)}, r"train labels must be 6 integers, got int64 \(5,\)"),
-        ({"class_names": ["a", "b", "a"]}, "class_names: 'a' and 'a' are equal"),
+        ({"class_names": ["a", "b", "a"]}, "class_names: classes 'a' and 'a' have one name"),
         ({"mean": (0.5,)}, r"mean must be 3 numbers from 0 to 1, one a channel, got \(0.5,\)"),
         ({"mean": (120.0, 120.0, 120.0)}, "mean must be 3 numbers from 0 to 1"),
         ({"std": (0.5, 0.0, 0.5)}, "std must be 3 numbers from 0.00391 to 1"),

@@ -152,7 +152,7 @@ def test_a_root_that_is_too_high(tmp_path, hub):
     """Splits under other names are not taken for classes; folders alike in all classes are told."""
     for name in ("Training", "Testing"):
         write(hub, tmp_path / "mri" / name, ["glioma", "none"])
-    message = "has no folder train; the folders are: Testing, Training; set data.train_split"
+    message = "has no folder train, but Testing, Training; set data.train_split"
     assert message in error_of(tmp_path / "mri", test_share=0.5)
     for name in ("Art", "Product"):
         write(hub, tmp_path / "home" / name, ["clock", "mug"])

@@ -249,10 +249,10 @@ def test_missing_folder_files_and_splits(tmp_path, hub):
         load(DataConfig(name="tiny_imagenet", root=tmp_path))
     hub.write(tmp_path / "train.parquet", [hub.encode(hub.grey(1)[0])] * 2, {"label": [0, 1]})
     message = error_of(tmp_path)
-    assert "has no split test, valid, validation, val; the splits are: train; set data.test_split" in message
-    assert "or data.test_share to hold out" in message
+    assert "has no split test, valid, validation, val, but train; set data.test_split" in message
+    assert "or data.test_share" in message
     assert "has 0 training and 2 test images; add some" in error_of(tmp_path, test_share=0.9)
-    assert "has no split fit; the splits are: train; set data.train_split" in error_of(tmp_path, train_split="fit")
+    assert "has no split fit, but train; set data.train_split" in error_of(tmp_path, train_split="fit")
     hub.write_set(tmp_path / "set", hub.grey(4), [0, 1, 2, 0])
     message = "data.test_share is for sets without a test split, and this one has 4 test images"
     assert message in error_of(tmp_path / "set", test_share=0.1)
@@ -331,7 +331,7 @@ def test_class_names(tmp_path, hub):
     hub.write(tmp_path / "test-00000-of-00001.parquet", content, {"label": [0, 1]}, names={"label": ["y", "x", "z"]})
     assert "the class names differ" in error_of(tmp_path)
     hub.write_set(tmp_path, hub.grey(2), [0, 1], names=("x", "y", "x"))
-    assert "'x' and 'x' are equal" in error_of(tmp_path)
+    assert "classes 'x' and 'x' have one name" in error_of(tmp_path)
 
 
 def test_further_columns_follow_the_rows_in_use(tmp_path, hub):

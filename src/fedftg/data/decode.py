@@ -41,11 +41,12 @@ def decode(content: Stored, side: int | None = None, resize: Resize = "crop") ->
     try:
         with Image.open(content if isinstance(content, Path) else io.BytesIO(content)) as image:
             mode, more = image.mode, getattr(image, "is_animated", False)
-            if mode in _GREY | _COLOUR and not _has_16_bits(image):
+            depth = "16-bit " if ";16" in str(getattr(image, "tile", "")) else ""  # PNG, TIFF: read as 8 bits
+            if mode in _GREY | _COLOUR:
                 if side is not None:
                     # JPEGs may be decoded at a fraction of their size that leaves work for the antialiased resize.
                     image.draft(None, (2 * side, 2 * side))
-                return np.asarray(_resized(_plain(image), side, resize)), mode + _FIRST * more
+                return np.asarray(_resized(_plain(image), side, resize)), depth + mode + _FIRST * more
     except InputError:
         raise
     # Pillow's decoders raise many kinds: OSError, SyntaxError, ValueError, struct.error, ...
