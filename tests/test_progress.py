@@ -34,7 +34,7 @@ def test_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = plain(monkeypatch).splitlines()
     assert lines == [
         "x: fedavg + fedftg, digits, 7 clients, seed 0",
-        "round 2/10  selected 50.00 %  refined 62.50 %  2.0 s  0:40 left",
+        "round 2/10  selected 50.00 %  refined 62.50 %  2.0 s  0:00:40 left",
         "  client 4 rejected: non-finite parameter w",
         "  fine-tuning was not finite",
     ]

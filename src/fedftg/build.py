@@ -14,7 +14,7 @@ from fedftg.data.federated import FederatedData
 from fedftg.engine import executors
 from fedftg.engine.executors import RunRecipe
 from fedftg.engine.machine import resolve_device
-from fedftg.errors import InputError
+from fedftg.errors import InputError, first_line
 from fedftg.experiment import Experiment
 from fedftg.models import registry as models
 from fedftg.models.functional import FunctionalModel
@@ -42,10 +42,7 @@ def parts(config: RunConfig, data: FederatedData, with_data: int) -> Parts:
         InputError: the model, the cohort or the algorithm is impossible for this federation.
     """
     if config.cohort.size is not None and config.cohort.size > with_data:
-        raise InputError(
-            f"cohort.size must be at most the number of clients with data, {with_data}, got {config.cohort.size}; "
-            f"set cohort.size={with_data} or less, or partition the data among more clients"
-        )
+        raise InputError(f"cohort.size must be at most {with_data}, the clients with data, got {config.cohort.size}")
     module = models.build(config.model, data.num_classes, data.image_shape, seed_for(config.seed, 0, SERVER, "model"))
     model = FunctionalModel(module.to(data.device))
     params, buffers = model.init()
@@ -118,5 +115,9 @@ def _check_fit(config: RunConfig, algorithm: Algorithm, model: FunctionalModel, 
     params, buffers = model.init()
     memory = algorithm.local.init_memory(params, buffers)
     task = LocalTask(1, 0, params, buffers, memory, {}, len(labels), 1.0, config.local.lr, config.seed)
-    with torch.no_grad():
-        algorithm.local.loss(model, clone(params), clone(buffers), Batch(images, labels), task)
+    leaves = {name: value.requires_grad_() for name, value in clone(params).items()}
+    loss = algorithm.local.loss(model, leaves, clone(buffers), Batch(images, labels), task)
+    try:
+        torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    except RuntimeError as error:
+        raise InputError(f"model {config.model.name!r} cannot be trained ({first_line(error)})") from error

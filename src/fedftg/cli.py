@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -71,7 +72,10 @@ def compare(items: Sequence[str], overrides: Sequence[str], out: Path) -> None:
     # All recipes are checked before the first is run, so that a typo in the last one costs no time.
     for item, config in _to_compare(console, files, overrides).items():
         folders[item] = _run_if_missing(config, out, _progress(console))
-    name = "+".join(dict.fromkeys(folders[item].resolve().name for item in items))
+    found = [folders[item].resolve() for item in items]
+    if len(set(found)) < len(items):
+        raise InputError(f"{', '.join(items)}: two of these are the same run; compare different ones")
+    name = "+".join(dict.fromkeys(path.name for path in found))
     for record in _report(console, [folders[item] for item in items], out / "comparisons" / name[:120]):
         _print(console, f"run folder: {record.folder}")
 
@@ -138,7 +142,8 @@ def main() -> None:
     """Runs the command line; every foreseeable error is one line on standard error."""
     # What schedulers and closed terminals send ends a run as Ctrl-C does.
     for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
+        # nohup has SIGHUP ignored.
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
             signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
         cli(standalone_mode=False)
@@ -205,6 +210,8 @@ def write_model(folder: Path, to: Path) -> int:
         model = registry.ModelConfig(**config["model"])
         module = registry.build(model, len(data["class_names"]), tuple(data["image_shape"]), seed=0)
         values = FunctionalModel(module).module(params, buffers).state_dict()
+    if odd := [name for name, value in values.items() if not hasattr(value, "dtype")]:
+        raise InputError(f"{odd[0]} is no tensor, so the file cannot hold it; leave it out of the model's state_dict")
     try:
         write_tensors(to, values, metadata)
     except OSError as error:
@@ -231,18 +238,18 @@ def write_partition(console: Console, config: RunConfig, out: Path | None) -> No
     finally:
         progress.finish()
     labels = dataset.train_labels.numpy()
-    clients = partition_dataset(dataset, law, config.seed)
-    held_back = [len(test) for test in clients.held_back] if law.test_share > 0 else None
+    parts, _, tests = partition_dataset(dataset, law, config.seed)
+    held_back = [len(test) for test in tests] if law.test_share > 0 else None
     groups: list[str] | None = None
     if law.column is not None and law.law in ("domain", "natural"):
         values = dataset.columns[law.column]
-        groups = [str(values[part[0]]) if len(part) else "-" for part in clients.whole]
-    counts, names = class_counts(clients.whole, labels, dataset.num_classes), list(dataset.class_names)
+        groups = [str(values[part[0]]) if len(part) else "-" for part in parts]
+    counts, names = class_counts(parts, labels, dataset.num_classes), list(dataset.class_names)
     dumped = config.model_dump(mode="json", exclude_none=True)
     about = {key: dumped[key] for key in ("data", "partition", "seed")}
     optional = {"held_back": held_back, "groups": groups, "converted": dict(dataset.converted) or None}
     about |= {key: value for key, value in optional.items() if value is not None}
-    text = to_json(clients.whole, labels, law=law.law, class_names=names, about=about)
+    text = to_json(parts, labels, law=law.law, class_names=names, about=about)
     # Never over another partition, which a run may be using.
     file, number = (out or RUNS / "partitions" / config.name) / "partition.json", 1
     while file.exists() and file.read_text("utf-8") != text:
@@ -254,6 +261,8 @@ def write_partition(console: Console, config: RunConfig, out: Path | None) -> No
     title = f"{config.data.name}, {describe(law)}, seed {config.seed}"
     _print(console, title)
     console.print(table.partition_table(counts.tolist(), names, skew(counts), held_back))
+    for note in dataset.notes:
+        _print(console, note)
     if dataset.converted:
         _print(console, f"images that were not RGB and were converted: {loop.modes(dataset.converted)}")
     _print(
@@ -268,9 +277,9 @@ def _to_compare(console: Console, files: dict[str, Path], overrides: Sequence[st
     from fedftg import config as configs
 
     bases = {item for item, path in files.items() if configs.load(path).refiner.name == "none"}
-    if bases == set(files) and any(override.startswith("refiner.name") for override in overrides):
+    if bases == set(files) and any(re.match(r"\s*refiner(\.name)?\s*=", override) for override in overrides):
         bases = set()
-    others = [override for override in overrides if not override.startswith("refiner.")]
+    others = [override for override in overrides if not re.match(r"\s*refiner\s*[.=]", override)]
     made = {item: configs.load(path, others if item in bases else overrides) for item, path in files.items()}
     if bases and bases != set(files) and len(others) < len(overrides):
         _print(console, f"{', '.join(sorted(bases))} stays without a refiner: --set refiner.* is for the other recipes")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tomllib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -19,7 +20,7 @@ from fedftg.engine.evaluate import EvaluationConfig
 from fedftg.engine.executors import INTERCHANGEABLE, ExecutorConfig
 from fedftg.engine.local_train import LocalConfig
 from fedftg.engine.sampling import CohortConfig
-from fedftg.errors import InputError, explain, flat, unknown
+from fedftg.errors import InputError, explain, first_line, flat, unknown
 from fedftg.models.registry import ModelConfig
 from fedftg.registry import import_user_module
 
@@ -42,10 +43,6 @@ def _named(key: str, table: Mapping[str, type[Section]], default: str, given: An
     if name not in table:
         raise unknown(f"{key}.name", name, table)
     return parse(table[name], given, key)
-
-
-def _algorithm(given: Any) -> Any:
-    return _named("algorithm", ALGORITHMS, "fedavg", given)
 
 
 def _refiner(given: Any, info: ValidationInfo) -> Any:
@@ -76,9 +73,9 @@ class RunConfig(BaseModel):
     partition: PartitionConfig = PartitionConfig()
     cohort: CohortConfig = CohortConfig()
     model: ModelConfig = ModelConfig()
-    algorithm: Annotated[SerializeAsAny[AlgorithmConfig], BeforeValidator(_algorithm)] = Field(
-        default={}, validate_default=True
-    )
+    algorithm: Annotated[
+        SerializeAsAny[AlgorithmConfig], BeforeValidator(partial(_named, "algorithm", ALGORITHMS, "fedavg"))
+    ] = Field(default={}, validate_default=True)
     refiner: Annotated[SerializeAsAny[RefinerConfig], BeforeValidator(_refiner)] = Field(
         default={}, validate_default=True
     )
@@ -116,15 +113,12 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
 def from_mapping(given: Mapping[str, Any]) -> RunConfig:
     """Imports the plugins of nested settings and returns their config."""
     plugins = given.get("plugins", ())
-    if not isinstance(plugins, list | tuple) or not all(isinstance(module, str) for module in plugins):
-        raise InputError(f"plugins must be a list of module names, got {plugins!r}; for example plugins=['my_module']")
-    for module in plugins:
+    for module in plugins if isinstance(plugins, list | tuple) else ():
         try:
             import_user_module(module)
         except Exception as error:
-            why = f"{type(error).__name__}: {error}"
             raise InputError(
-                f"plugin {module!r} cannot be imported ({why}); install it, or start in its folder"
+                f"plugin {module!r} cannot be imported ({first_line(error)}); start in its folder, or install it"
             ) from error
     return parse(RunConfig, given)
 

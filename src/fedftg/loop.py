@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,10 @@ from fedftg.data.dataset import ImageDataset
 from fedftg.engine.machine import cpu_threads, environment, peak_memory_mb
 from fedftg.errors import InputError
 from fedftg.experiment import Experiment
-from fedftg.params import to_device
 from fedftg.progress import Progress
 from fedftg.rundir import checkpoint, records
 from fedftg.rundir.folder import RunFolder, summarise
-from fedftg.rundir.records import Record
+from fedftg.rundir.records import PUT_BACK, Record
 
 RUNS = Path("runs")
 
@@ -42,6 +41,7 @@ class Run:
     """The deployed (refined) global model, in evaluation mode."""
 
 
+@torch.inference_mode(False)  # gradients are on in here
 def run(
     recipe: RunConfig | Mapping[str, Any] | str | Path | None = None,
     *,
@@ -93,9 +93,8 @@ def _config(recipe: RunConfig | Mapping[str, Any] | str | Path | None, overrides
 def _with_dataset(config: RunConfig, dataset: ImageDataset, overrides: Sequence[str]) -> RunConfig:
     if not isinstance(dataset, ImageDataset):
         raise InputError(f"dataset must come from fedftg.ImageDataset.from_tensors(...), got {type(dataset).__name__}")
-    for item in overrides:
-        if item.partition("=")[0].strip().split(".")[0] == "data":
-            raise InputError(f"{item!r} has no effect beside dataset=...; leave it out, or change the dataset itself")
+    if any(item.strip().startswith(("data.", "data=")) for item in overrides):
+        raise InputError("data.* has no effect beside dataset=...; leave it out, or change the dataset itself")
     return config.model_copy(update={"data": DataConfig(name=sources.TENSORS)})
 
 
@@ -148,29 +147,23 @@ def execute(
         configs.check_resumable(configs.from_mapping(run_folder.read_config()), config)
     else:
         run_folder.check_free()
-    with cpu_threads(config.threads) as threads:
-        try:
-            experiment = prepare()
-        except BaseException:
-            progress.finish()
-            raise
+    with ExitStack() as stack:
+        threads = stack.enter_context(cpu_threads(config.threads))
+        stack.callback(progress.finish)
+        experiment = prepare()
+        stack.callback(experiment.executor.close)
         experiment.clients.keep_in(run_folder.checkpoint)
         session = environment(threads, str(experiment.data.device))
         session["executor"] = experiment.executor.description
-        with closing(experiment.executor):
-            if resume:
-                _restore(experiment, run_folder, session)
-            else:
-                run_folder.create(config.to_toml(), session, experiment.partition_record)
-            _run_rounds(experiment, run_folder, progress)
+        if resume:
+            _restore(experiment, run_folder, session)
+        else:
+            run_folder.create(config.to_toml(), session, experiment.partition_record)
+        _run_rounds(experiment, run_folder, progress)
     if not run_folder.finished:
-        refiner, preset = config.refiner.name, getattr(config.refiner, "preset", None)
-        header = {
-            "name": config.name,
-            "algorithm": config.algorithm.name,
-            "refiner": f"{refiner} ({preset})" if preset else refiner,
-            "seed": config.seed,
-        }
+        preset = getattr(config.refiner, "preset", None)
+        refiner = f"{config.refiner.name} ({preset})" if preset else config.refiner.name
+        header = {"name": config.name, "algorithm": config.algorithm.name, "refiner": refiner, "seed": config.seed}
         rows = records.read(run_folder.rounds_file)
         summary = summarise(header, rows, config.evaluation.targets, peak_memory_mb())
         records.write_json(run_folder.summary_file, summary)
@@ -182,6 +175,8 @@ def execute(
 def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress) -> None:
     config = experiment.config
     progress.start(config, experiment.state.round, experiment.data.num_clients)
+    for note in experiment.data.dataset.notes:
+        progress.note(note)
     if converted := experiment.partition_record.get("converted"):
         progress.note(f"images that were not RGB and were converted: {modes(converted)}")
     saved = experiment.state.round
@@ -212,8 +207,6 @@ def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress) -
                 records.append(folder.rounds_file, record)
             checkpoint.save(experiment.state, experiment.clients)
         raise
-    finally:
-        progress.finish()
 
 
 def modes(converted: Mapping[str, int]) -> str:
@@ -224,17 +217,14 @@ def modes(converted: Mapping[str, int]) -> str:
 def _restore(experiment: Experiment, folder: RunFolder, session: Record) -> None:
     config = experiment.config
     if folder.read_partition() != experiment.partition_record:
-        raise InputError(
-            f"{folder.path} was started on other data or another partition of it (see its partition.json); "
-            "give the same data, or start a new run"
-        )
-    kept = checkpoint.load(experiment.clients)
+        raise InputError(f"{folder.path} was started on other data or another partition; give the same, or start anew")
+    kept = checkpoint.load(experiment.clients, experiment.data.device)
     done = kept.round if kept is not None else 0
     if done > config.rounds:
         raise InputError(f"{folder.path} is at round {done} already; rounds must be at least that, got {config.rounds}")
     if kept is not None:
         _check_model(experiment.state, kept, folder.checkpoint)
-        experiment.state = _on(kept, experiment.data.device)
+        experiment.state = kept
     folder.check_records(done)
     if folder.finished and done == config.rounds:
         return
@@ -247,12 +237,4 @@ def _check_model(own: ServerState, kept: ServerState, folder: Path) -> None:
     shapes, found = ({name: value.shape for name, value in {**s.params, **s.buffers}.items()} for s in (own, kept))
     if found != shapes:
         wrong = next(name for name in {**shapes, **found} if shapes.get(name) != found.get(name))
-        raise InputError(
-            f"the checkpoint in {folder} is of another model: {wrong} differs; put the run's own files back, or start "
-            "a new run with another --out"
-        )
-
-
-def _on(state: ServerState, device: torch.device) -> ServerState:
-    parts = {part: to_device(getattr(state, part), device) for part in checkpoint.PARTS}
-    return ServerState(round=state.round, **parts)
+        raise InputError(f"the checkpoint in {folder} is of another model: {wrong} differs; {PUT_BACK}")

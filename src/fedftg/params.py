@@ -5,10 +5,13 @@ Integer tensors (BatchNorm's ``num_batches_tracked``) take part in `weighted_mea
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 Params = dict[str, Tensor]
 
@@ -16,6 +19,18 @@ Params = dict[str, Tensor]
 def clone(params: Params) -> Params:
     """Returns detached copies that share no memory with the original."""
     return {name: tensor.detach().clone() for name, tensor in params.items()}
+
+
+class _Detaching(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kept = func is Tensor.__deepcopy__ and args[0].grad_fn is not None
+        return args[0].detach() if kept else func(*args, **(kwargs or {}))
+
+
+def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Returns a deep copy; results that a module keeps with their graph, such as features, are detached in it."""
+    with _Detaching():
+        return copy.deepcopy(module, memo)
 
 
 def zeros_like(params: Params) -> Params:
@@ -103,7 +118,8 @@ def to_device(params: Params, device: torch.device | str) -> Params:
 
 def first_non_finite(params: Params) -> str | None:
     """Returns the name of the first tensor that holds a NaN or an infinity, or None if all are finite."""
-    floats = {name: tensor for name, tensor in params.items() if tensor.is_floating_point() and tensor.numel()}
+    tensors = {name: tensor for name, tensor in params.items() if isinstance(tensor, Tensor)}  # extra state may be none
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()}
     finite: dict[str, bool] = {}
     for device in {tensor.device for tensor in floats.values()}:  # one wait for each
         there = {name: tensor for name, tensor in floats.items() if tensor.device == device}

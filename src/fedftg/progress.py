@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from rich import progress as bars
@@ -52,29 +53,34 @@ class PlainLines(Progress):
         tenth = 10 * done // max(total, 1)
         if total >= _SLOW_TO_DECODE and tenth != self._tenth:
             self._tenth = tenth
-            self._print(f"decoding images {done}/{total}")
+            self.note(f"decoding images {done}/{total}")
 
     def start(self, config: RunConfig, done: int, clients: int) -> None:
         """Prints the name of the run."""
         self._rounds, self._first, self._started = config.rounds, done, time.monotonic()
-        self._print(_headline(config, done, clients))
+        refiner = "" if config.refiner.name == "none" else f" + {config.refiner.name}"
+        resumed = f", resumed after round {done}" if done else ""
+        method = f"{config.algorithm.name}{refiner}"
+        self.note(f"{config.name}: {method}, {config.data.name}, {clients} clients, seed {config.seed}{resumed}")
 
     def note(self, text: str) -> None:
         """Prints the line."""
-        self._print(text)
+        self._console.print(text, soft_wrap=True, highlight=False)
 
     def round_done(self, record: dict[str, Any]) -> None:
         """Prints round, accuracies, seconds, and an estimate of the time left."""
         number = record["round"]
         per_round = (time.monotonic() - self._started) / (number - self._first)
-        left = _duration(per_round * (self._rounds - number))
+        left = timedelta(seconds=round(per_round * (self._rounds - number)))
         seconds = sum(record["seconds"].values())
-        self._print(f"round {number}/{self._rounds}  {_accuracies(record)}  {seconds:.1f} s  {left} left")
-        for warning in _warnings(record):
-            self._print(warning)
+        self.note(f"round {number}/{self._rounds}  {_accuracies(record)}  {seconds:.1f} s  {left} left")
+        self._warn(record)
 
-    def _print(self, line: str) -> None:
-        self._console.print(line, soft_wrap=True, highlight=False)
+    def _warn(self, record: dict[str, Any]) -> None:
+        for item in record.get("rejected", ()):
+            self.note(f"  client {item['client']} rejected: {item['reason']}")
+        if "rolled_back" in record:
+            self.note(f"  {record['rolled_back']}")
 
 
 class Live(PlainLines):
@@ -90,37 +96,31 @@ class Live(PlainLines):
             console=console,
             transient=True,
         )
-        self._task: bars.TaskID | None = None
+        self._task = self._bar.add_task("", phase="")
 
     def start(self, config: RunConfig, done: int, clients: int) -> None:
         """Shows the bar."""
-        self._rounds = config.rounds
-        self._print(_headline(config, done, clients))
-        self._task = self._bar.add_task(f"round {done}/{config.rounds}", total=config.rounds, completed=done, phase="")
+        super().start(config, done, clients)
+        text = f"round {done}/{config.rounds}"
+        self._bar.update(self._task, total=config.rounds, completed=done, description=text)
         self._bar.start()
 
     def phase(self, round: int, name: str, done: int, total: int) -> None:
         """Moves the bar within a round: most of its time is local training."""
         share = {"local": 0.6 * done / total, "aggregate": 0.6, "refine": 0.62, "evaluate": 0.9}[name]
         part = f"{name} {done}/{total}" if name == "local" else name
-        if self._task is not None:
-            self._bar.update(self._task, completed=round - 1 + share, phase=part)
+        self._bar.update(self._task, completed=round - 1 + share, phase=part)
 
     def round_done(self, record: dict[str, Any]) -> None:
         """Shows the accuracies of the round; warnings stay above the bar."""
         number = record["round"]
-        for warning in _warnings(record):
-            self._print(warning)
-        if self._task is not None:
-            text = f"round {number}/{self._rounds}  {_accuracies(record)}"
-            self._bar.update(self._task, completed=number, description=text)
+        self._warn(record)
+        text = f"round {number}/{self._rounds}  {_accuracies(record)}"
+        self._bar.update(self._task, completed=number, description=text)
 
     def finish(self) -> None:
         """Removes the bar."""
         self._bar.stop()
-        for task in self._bar.task_ids:
-            self._bar.remove_task(task)
-        self._task = None
 
 
 def for_console(console: Console) -> Progress:
@@ -128,25 +128,7 @@ def for_console(console: Console) -> Progress:
     return Live(console) if console.is_terminal else PlainLines(console)
 
 
-def _headline(config: RunConfig, done: int, clients: int) -> str:
-    refiner = "" if config.refiner.name == "none" else f" + {config.refiner.name}"
-    resumed = f", resumed after round {done}" if done else ""
-    method = f"{config.algorithm.name}{refiner}"
-    return f"{config.name}: {method}, {config.data.name}, {clients} clients, seed {config.seed}{resumed}"
-
-
 def _accuracies(record: dict[str, Any]) -> str:
     if not record["accuracy"]:
         return "not evaluated"
     return "  ".join(f"{kind} {100 * value:.2f} %" for kind, value in record["accuracy"].items())
-
-
-def _warnings(record: dict[str, Any]) -> list[str]:
-    lines = [f"  client {item['client']} rejected: {item['reason']}" for item in record.get("rejected", ())]
-    return [*lines, f"  {record['rolled_back']}"] if "rolled_back" in record else lines
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections import UserDict
+from collections.abc import Mapping
 from importlib import import_module
 from types import ModuleType
-from typing import Generic, TypeVar
+from typing import Any, TypeVar
 
 from fedftg.errors import InputError
 
@@ -27,35 +28,24 @@ def import_user_module(name: str) -> ModuleType:
     return import_module(name)
 
 
-class Registry(MutableMapping[str, Value], Generic[Value]):
+class Registry(UserDict[str, Value]):
     """A dictionary whose values may be given as ``"module:attribute"``; these are imported when read."""
 
     def __init__(self, kind: str, built_in: Mapping[str, str]) -> None:
         self._kind = kind
-        self._entries: dict[str, str | Value] = dict(built_in)
+        self.data: dict[str, Any] = dict(built_in)
 
     def __getitem__(self, name: str) -> Value:
-        entry = self._entries[name]
-        if isinstance(entry, str):
+        if isinstance(entry := self.data[name], str):
             module, _, attribute = entry.partition(":")
-            value: Value = getattr(import_module(module), attribute)
-            self._entries[name] = value
-            return value
-        return entry
+            self.data[name] = getattr(import_module(module), attribute)
+        value: Value = self.data[name]
+        return value
 
     def __setitem__(self, name: str, value: Value) -> None:
         """Registers a value; raises `InputError` where another one has the name."""
-        if name in self._entries and self[name] is not value:
+        if name in self and self[name] is not value:
             known = self[name]
             home = f"{getattr(known, '__module__', '')}.{getattr(known, '__qualname__', known)}"
             raise InputError(f"{self._kind} {name!r} is taken by {home}; choose another name")
-        self._entries[name] = value
-
-    def __delitem__(self, name: str) -> None:
-        del self._entries[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
+        self.data[name] = value

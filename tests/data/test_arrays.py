@@ -8,6 +8,7 @@ import torch
 from safetensors.numpy import save_file
 
 from fedftg.data.config import DataConfig
+from fedftg.data.dataset import ImageDataset
 from fedftg.data.sources import load
 from fedftg.errors import InputError
 
@@ -79,13 +80,29 @@ def test_class_names_words_and_columns(tmp_path, hub):
     assert "train_labels row 0: label 'x' is none of the 2 classes" in error_of(tmp_path / "e.npz")
 
 
+@pytest.mark.parametrize(
+    "labels",
+    [np.array([0, 1, 1, 0], ">i4"), np.array([False, True, True, False]), np.array([[0], [1], [1], [0]], np.uint8)],
+)
+def test_labels_as_files_have_them(tmp_path, hub, labels):
+    np.savez(tmp_path / "a.npz", **content(hub, train_labels=labels), class_names=np.array([b"no", b"yes"]))
+    data = read(tmp_path / "a.npz")
+    assert (data.train_labels.tolist(), data.class_names) == ([0, 1, 1, 0], ("no", "yes"))
+
+
+def test_medmnist_in_memory_and_its_validation_split(tmp_path, hub):
+    made = content(hub, train_images=hub.grey(4), test_images=hub.grey(2))
+    made |= {f"{split}_labels": made[f"{split}_labels"][:, None] for split in ("train", "test")}
+    assert ImageDataset.from_tensors(*made.values()).train_labels.tolist() == [0, 1, 1, 0]
+    np.savez(tmp_path / "a.npz", **made, val_images=made["test_images"], val_labels=made["test_labels"])
+    assert read(tmp_path / "a.npz").notes == ("not used: val",)
+
+
 def test_without_test_arrays_a_share_is_held_out(tmp_path, hub):
     path = tmp_path / "a.npz"
     np.savez(path, **content(hub, test_images=None, test_labels=None))
     message = error_of(path)
-    assert (
-        "has no split test, valid, validation, val; the splits are: train; set data.test_split, or data.tes" in message
-    )
+    assert "has no split test, valid, validation, val, but train; set data.test_split, or data.tes" in message
     assert len(read(path, test_share=0.5).test_labels) == 2
     np.savez(path, **content(hub))
     assert "data.test_share is for sets without a test split, and this one has 2 test images" in error_of(
@@ -98,18 +115,20 @@ def test_without_test_arrays_a_share_is_held_out(tmp_path, hub):
     [
         (
             {"train_images": np.zeros((4, 9, 9))},
-            "'train_images' is float64 of shape (4, 9, 9), 'train_labels' int64 of shape (4,); they must be",
+            "'train_labels' N integers or words, got float64 (4, 9, 9) and int64 (4,)",
         ),
-        ({"train_labels": np.array([0, 1])}, "'train_labels' int64 of shape (2,); they must be"),
+        ({"train_labels": np.array([0, 1])}, "and int64 (2,)"),
         (
             {"train_images": None},
-            "(arrays test_images, test_labels, train_labels) has no split train; the splits are: t",
+            "(arrays test_images, test_labels, train_labels) has no split train, but t",
         ),
+        ({"train_labels": np.zeros(4, int)}, "train_labels row 0: all labels are '0', nothing to classify"),
+        ({"train_labels": np.zeros((4, 14), int)}, "and int64 (4, 14)"),
         ({"train_labels": np.array([0, 2, 2, 0])}, "train_labels row 1: label 2 comes after a gap"),
         ({"test_images": np.zeros((0, 9, 9, 3), np.uint8), "test_labels": np.zeros(0, int)}, "and 0 test images"),
         (
             {"test_images": np.zeros((2, 8, 8, 3), np.uint8)},
-            "test_labels row 0: the image is 8x8 (width x height), the first one is 9x9; set data.image_size",
+            "test_labels row 0: (H, W) is (8, 8), of the first (9, 9); set data.image_size",
         ),
         ({"train_labels": np.array([{}] * 4)}, "cannot be read (ValueError: Object arrays cannot be loaded"),
     ],
@@ -129,10 +148,10 @@ def idx(values):
     return struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape) + values.tobytes()
 
 
-def write_idx(hub, root, packed):
-    images, labels = hub.grey(10, size=28), np.arange(10, dtype=np.uint8)
+def write_idx(hub, root, packed, point="-", seed=0):
+    images, labels = hub.grey(10, size=28, seed=seed), np.arange(10, dtype=np.uint8)
     root.mkdir(parents=True, exist_ok=True)
-    for name, values in (("images-idx3", images), ("labels-idx1", labels)):
+    for name, values in ((f"images{point}idx3", images), (f"labels{point}idx1", labels)):
         for split in ("train", "t10k"):
             content = idx(values)
             path = root / f"{split}-{name}-ubyte{'.gz' if packed else ''}"
@@ -150,6 +169,24 @@ def test_authors_files_and_where_torchvision_puts_them(tmp_path, hub, name, insi
     assert torch.equal(data.train_images[:, 0], torch.from_numpy(images))
     assert data.test_labels.tolist() == list(range(10))
     assert data.class_names[9] == {"mnist": "9", "fashion_mnist": "Ankle boot"}[name]
+
+
+def test_files_as_on_kaggle_and_both_sets_in_one_root(tmp_path, hub):
+    """Kaggle has a point in the names, and folders called like the files; torchvision puts all sets into one root."""
+    expected = write_idx(hub, tmp_path / "kaggle", packed=False, point=".")
+    (tmp_path / "kaggle" / "train-images-idx3-ubyte").mkdir()
+    data = load(DataConfig(name="mnist", root=tmp_path / "kaggle"))
+    assert torch.equal(data.train_images[:, 0], torch.from_numpy(expected))
+    write_idx(hub, tmp_path / "MNIST" / "raw", packed=False)
+    clothes = write_idx(hub, tmp_path / "FashionMNIST" / "raw", packed=False, seed=1)
+    data = load(DataConfig(name="fashion_mnist", root=tmp_path))
+    assert torch.equal(data.train_images[:, 0], torch.from_numpy(clothes))
+
+
+def test_authors_files_that_do_not_belong_together(tmp_path, hub):
+    write_idx(hub, tmp_path, packed=False)
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(np.arange(9, dtype=np.uint8)))
+    assert f"{tmp_path} has 10 t10k images and 9 labels; download them again" in error_of(tmp_path, "mnist")
 
 
 def test_authors_files_that_are_not_whole(tmp_path, hub):

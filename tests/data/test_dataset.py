@@ -39,12 +39,12 @@ def test_a_tensor_is_not_copied():
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"train_images": np.zeros((6, 3, 8, 8))}, r"train images must be unsigned bytes .*torch.float64"),
-        ({"train_images": np.zeros((6, 8, 8, 3), np.uint8)}, r"train images must be .*\(6, 8, 8, 3\)"),
-        ({"test_images": np.zeros((0, 3, 8, 8), np.uint8)}, "test images must be .*, N at least 1"),
+        ({"train_images": np.zeros((6, 3, 8, 8))}, "train images must be uint8 .*torch.float64"),
+        ({"train_images": np.zeros((6, 8, 8, 3), np.uint8)}, r"train images must be .*\[6, 8, 8, 3\]"),
+        ({"test_images": np.zeros((0, 3, 8, 8), np.uint8)}, r"test images must be uint8 \(N > 0, "),
         ({"test_images": np.zeros((2, 3, 9, 9), np.uint8)}, r"one shape, got \[\(3, 8, 8\), \(3, 9, 9\)\]"),
         ({"train_labels": np.array([0, 1, 3, 0, 1, 3])}, "train row 2: label 3 comes after a gap"),
-        ({"train_labels": np.arange(5)}, r"train labels must be 6 integers, one an image, got int64 of shape \(5,\)"),
+        ({"train_labels": np.arange(5)}, r"train labels must be 6 integers, got int64 \(5,\)"),
         ({"class_names": ["a", "b", "a"]}, "class_names: classes 'a' and 'a' have one name"),
         ({"mean": (0.5,)}, r"mean must be 3 numbers from 0 to 1, one a channel, got \(0.5,\)"),
         ({"mean": (120.0, 120.0, 120.0)}, "mean must be 3 numbers from 0 to 1"),

@@ -62,7 +62,7 @@ def test_reduced_jpeg_looks_like_the_whole_one(hub):
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
 def test_more_than_8_bits_are_refused(hub, mode):
-    with pytest.raises(InputError, match=f"images of mode '{mode}' or of 16 bits are not supported; convert"):
+    with pytest.raises(InputError, match=f"images of mode '{mode}' are not supported; convert"):
         decoded(hub.encode(Image.new(mode, (8, 8)), "TIFF"))
 
 
@@ -76,7 +76,7 @@ def test_order_is_kept_and_the_first_bad_image_is_named(hub):
     with pytest.raises(InputError, match="split 1, row 20: the image cannot be decoded"):
         whole(encoded[:150], encoded[150:])
     encoded[100] = hub.encode(hub.colour(1, size=9)[0])
-    with pytest.raises(InputError, match=r"split 0, row 100: the image is 9x9 .*, the first one is 8x8; set"):
+    with pytest.raises(InputError, match=r"split 0, row 100: \(H, W\) is \(9, 9\), of the first \(8, 8\); set"):
         whole(encoded)
 
 
@@ -141,11 +141,40 @@ def png_of_16_bits():
     return b"\x89PNG\r\n\x1a\n" + head + body + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("content", [b"P6 8 8 1023\n" + bytes(384), png_of_16_bits()], ids=["ppm", "png"])
-def test_sixteen_bit_colour_is_refused_though_pillow_takes_it_for_rgb(content):
-    assert Image.open(io.BytesIO(content)).mode == "RGB"
-    with pytest.raises(InputError, match="images of mode 'RGB' or of 16 bits are not supported; convert"):
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"P6 8 8 1023\n" + b"\x03\xff" * 192, ([255, 255, 255], "RGB")),
+        (png_of_16_bits(), ([3, 7, 11], "16-bit RGB")),
+    ],
+    ids=["ppm", "png"],
+)
+def test_sixteen_bit_colour_becomes_eight_bit_and_is_named(content, expected):
+    pixels, mode = decoded(content)
+    assert (pixels[0, 0].tolist(), mode) == expected
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+def test_what_is_only_in_the_transparency_and_white_is_refused(hub, mode):
+    """White drawings, and pixels that an alpha channel of zeros hides; a blank image is one."""
+    shape = Image.fromarray(hub.grey(1)[0])
+    white = Image.new("L", (8, 8), 255)
+    layers = Image.merge("LA", (white, shape)) if mode == "LA" else Image.merge("RGBA", (white, white, white, shape))
+    content = hub.encode(layers if mode != "PA" else layers.quantize(256), "PNG")
+    with pytest.raises(InputError, match="blank on white: it shows white or hidden pixels only; put it on a colour"):
         decoded(content)
+    hidden = Image.merge("RGBA", (shape, shape, shape, Image.new("L", (8, 8), 0)))
+    with pytest.raises(InputError, match="the image is blank on white"):
+        decoded(hub.encode(hidden))
+    assert decoded(hub.encode(Image.new("RGBA", (8, 8))))[0].min() == 255
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("GIF", "P"), ("TIFF", "RGB"), ("WEBP", "RGB"), ("PNG", "RGB")])
+def test_further_frames_are_counted(hub, kind, mode):
+    frames = [Image.fromarray(image) for image in hub.colour(3, size=8)]
+    several = hub.encode(frames[0], kind, save_all=True, append_images=frames[1:])
+    _, converted, _ = whole([several, hub.encode(frames[0])])
+    assert converted == {f"{mode} (first of several frames)": 1}
 
 
 def test_transparent_images_are_put_on_white(hub):

@@ -8,7 +8,6 @@ import torch
 from fedftg.data import federated
 from fedftg.data.dataset import ImageDataset
 from fedftg.data.federated import FederatedData
-from fedftg.errors import InputError
 
 
 def make_dataset(train=20, test=7, depth=1, augment="none"):
@@ -80,19 +79,7 @@ def test_too_few_samples_give_nothing_and_end(data, client):
 def test_num_steps_overrides_epochs_and_goes_round(data):
     batches = draw(data, 0, num_epochs=1, num_steps=7)
     assert [len(batch) for batch in batches] == [4, 4, 2, 4, 4, 2, 4]
-    assert draw(data, 0, num_steps=0) == []
     assert draw(data, 1, num_steps=3) == [[10]] * 3
-
-
-@pytest.mark.parametrize(("epochs", "steps"), [(0, 0), (0.1, 1), (0.5, 2), (1.5, 4), (1.34, 4)])
-def test_fractions_of_an_epoch(data, epochs, steps):
-    assert len(draw(data, 0, num_epochs=epochs)) == steps
-
-
-@pytest.mark.parametrize("batch_size", [0, 1])
-def test_batches_too_small_for_the_model(data, batch_size):
-    with pytest.raises(InputError, match=f"batch_size must be >= 2 .* got {batch_size}"):
-        data.batches(0, num_epochs=1, num_steps=None, batch_size=batch_size, rng=torch.Generator(), min_batch=2)
 
 
 @pytest.mark.parametrize("depth", [1, 3])

@@ -51,7 +51,7 @@ def test_train_and_test_with_numeric_names_in_their_order(tmp_path, hub, test):
 def test_classes_at_the_top_with_a_share_held_out(tmp_path, hub):
     """10 images a class, a share of 0.2: 2 of each are held out, 8 stay."""
     made = write(hub, tmp_path, ["ant", "bee"], count=10)
-    assert "the folders are: ant, bee; set data.train_split, or data.test_share" in error_of(tmp_path)
+    assert "has no folder train, but ant, bee; set data.train_split, or data.test_share" in error_of(tmp_path)
     data = read(tmp_path, test_share=0.2)
     assert data.train_labels.bincount().tolist() == [8, 8]
     assert data.test_labels.bincount().tolist() == [2, 2]
@@ -72,9 +72,9 @@ def test_named_splits_deeper_folders_and_other_files(tmp_path, hub):
     write(hub, tmp_path / "eval", ["n1", "n2"])
     data = read(tmp_path, train_split="fit", test_split="eval")
     assert (data.class_names, data.train_labels.tolist()) == (("n1", "n2"), [0, 0, 1, 1, 1])
-    folders = "the folders are: eval, fit, store"
-    assert f"has no folder exam; {folders}" in error_of(tmp_path, train_split="fit", test_split="exam")
-    assert f"has no folder train; {folders}" in error_of(tmp_path, test_split="eval")
+    folders = "but eval, fit, store; set"
+    assert f"has no folder exam, {folders}" in error_of(tmp_path, train_split="fit", test_split="exam")
+    assert f"has no folder train, {folders}" in error_of(tmp_path, test_split="eval")
 
 
 def test_folders_that_cannot_be_used(tmp_path, hub):
@@ -93,10 +93,87 @@ def test_folders_that_cannot_be_used(tmp_path, hub):
     assert "label 'emu' is none of the 2 classes" in error_of(tmp_path)
 
 
-@pytest.mark.parametrize("twin", ["CAT", "cat "])
-def test_folders_that_differ_in_case_or_spaces(tmp_path, hub, twin):
-    write(hub, tmp_path / "train", ["cat", twin])
-    assert "have one name, or differ only in case or spaces; merge or rename them" in error_of(tmp_path, test_share=0.5)
+@pytest.mark.parametrize("twin", ["BIG CAF\u00c9", "big caf\u00e9 ", "big  caf\u00e9", "big cafe\u0301"])
+def test_folders_that_look_alike(tmp_path, hub, twin):
+    write(hub, tmp_path / "train", ["big caf\u00e9", twin])
+    message = "have one name, or differ only in case, spaces or Unicode form; merge or rename them"
+    assert message in error_of(tmp_path, test_share=0.5)
+
+
+def test_a_folder_of_the_other_split_may_be_unpacked_on_another_system(tmp_path, hub):
+    """macOS stores e and the accent apart (NFD), Linux and Windows together (NFC)."""
+    write(hub, tmp_path / "train", ["caf\u00e9", "tea"])
+    write(hub, tmp_path / "test", ["cafe\u0301", "tea"])
+    assert read(tmp_path).test_labels.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["#recycle", "@Recycle", "$RECYCLE.BIN", "__MACOSX", ".ipynb_checkpoints"])
+@pytest.mark.parametrize("place", [".", "ant"])
+def test_what_a_nas_a_bin_or_a_zip_leaves_is_no_data(tmp_path, hub, name, place):
+    write(hub, tmp_path, ["ant", "bee"])
+    write(hub, tmp_path / place, [name])
+    data = read(tmp_path, test_share=0.5)
+    assert (data.class_names, len(data.train_labels) + len(data.test_labels)) == (("ant", "bee"), 4)
+
+
+@pytest.mark.parametrize(("link", "to"), [("ant/loop", "ant"), ("ant/loop", "."), ("ant/more", "bee"), ("wasp", "bee")])
+def test_links_that_would_count_images_twice(tmp_path, hub, link, to):
+    write(hub, tmp_path, ["ant", "bee"])
+    (tmp_path / link).symlink_to(tmp_path / to)
+    assert "whose images are read already; remove the link" in error_of(tmp_path, test_share=0.5)
+
+
+def test_what_is_left_out_is_counted(tmp_path, hub):
+    """Files that are no images, images beside the class folders, and folders that are no split in use."""
+    write(hub, tmp_path / "train", ["ant", "bee"])
+    write(hub, tmp_path / "test", ["ant", "bee"])
+    write(hub, tmp_path / "extra", ["ant", "bee"])
+    for name in ("a.HEIC", "b.heic", "notes", ".DS_Store", "Thumbs.db"):
+        (tmp_path / "train" / "ant" / name).write_bytes(b"x")
+    (tmp_path / "test" / "lost.png").write_bytes(b"x")
+    assert read(tmp_path).notes == (
+        "not used: extra",
+        "files left out: 1 .db, 2 .heic, 1 beside the class folders, 1 without a suffix",
+    )
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kind"),
+    [(".jpe", "JPEG"), (".jp2", "JPEG2000"), (".mpo", "MPO"), (".apng", "PNG"), (".tga", "TGA"), (".pnm", "PPM")],
+)
+def test_suffixes_of_images(tmp_path, hub, suffix, kind):
+    write(hub, tmp_path, ["ant", "bee"])
+    (tmp_path / "ant" / f"more{suffix}").write_bytes(hub.encode(hub.colour(1, size=8)[0], kind))
+    data = read(tmp_path, test_share=0.5)
+    assert (len(data.train_labels) + len(data.test_labels), data.notes) == (5, ())
+
+
+def test_a_root_that_is_too_high(tmp_path, hub):
+    """Splits under other names are not taken for classes; folders alike in all classes are told."""
+    for name in ("Training", "Testing"):
+        write(hub, tmp_path / "mri" / name, ["glioma", "none"])
+    message = "has no folder train, but Testing, Training; set data.train_split"
+    assert message in error_of(tmp_path / "mri", test_share=0.5)
+    for name in ("Art", "Product"):
+        write(hub, tmp_path / "home" / name, ["clock", "mug"])
+    data = read(tmp_path / "home", test_share=0.5)
+    assert data.class_names == ("Art", "Product")
+    assert data.notes == ("every class has the folders clock, mug; is data.root too high?",)
+
+
+def test_a_folder_that_cannot_be_read(tmp_path, hub, monkeypatch):
+    """Tests may run as root, who may read all."""
+    write(hub, tmp_path, ["ant", "bee"])
+    (tmp_path / "ant" / "inner").mkdir()
+    scandir = os.scandir
+
+    def refused(path):
+        if str(path).endswith("inner"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    assert "inner cannot be read (Permission denied); restore it" in error_of(tmp_path, test_share=0.5)
 
 
 def test_folder_name_of_an_old_zip_file(tmp_path, hub):
@@ -111,7 +188,7 @@ def test_errors_name_the_file(tmp_path, hub):
     path = tmp_path / "train" / "dog" / "1.png"
     path.write_bytes(hub.encode(hub.colour(1, size=9)[0]))
     message = error_of(tmp_path)
-    assert f"{path}: the image is 9x9 (width x height), the first one is 8x8; set data.image_size" in message
+    assert f"{path}: (H, W) is (9, 9), of the first (8, 8); set data.image_size" in message
     assert read(tmp_path, image_size=8).image_shape == (3, 8, 8)
     path.write_bytes(path.read_bytes()[:60])
     assert f"{path}: the image cannot be decoded" in error_of(tmp_path)

@@ -53,12 +53,12 @@ def test_plain_lists_in_any_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("[[0, 1], [2, 6]]", "client 1 has row 6; rows are whole numbers below 6, each held once"),
-        ("[[0], [true]]", "client 1 has row true"),
-        ('[["0"]]', 'client 0 has row "0"'),
+        ("[[0, 1], [2, 6]]", "client 1 has row 6; rows are 0 to 5, each once"),
+        ("[[0], [true]]", "client 1 has row True"),
+        ('[["0"]]', "client 0 has row '0'"),
         ("[[0, 1], [3, 1]]", "client 1 has row 1; "),
-        ("[0, 1]", "no list of training rows for each client"),
-        ('{"class_counts": [[3]], "digest": "0"}', r"no list of training rows .*\(a run's has none\)"),
+        ("[0, 1]", "no list of rows for each client"),
+        ('{"class_counts": [[3]], "digest": "0"}', "no list of rows .* partition"),
         ('{"num_samples": 7, "indices": [[0]]}', "made for other data than these 6 .*; set data"),
         ('{"labels_sha256": "00", "indices": [[0]]}', "made for other data"),
         ("[[0, 1", "cannot read partition.file"),

@@ -95,12 +95,12 @@ def test_saved_dataset_dict_and_saved_dataset(tmp_path, hub):
     assert torch.equal(data.test_images, tensor(held))
     assert (data.class_names, data.train_labels.tolist()) == (("a", "b"), [0, 1] * 5)
     assert torch.equal(read(tmp_path / "set", train_split="more").train_images, tensor(held))
-    message = "has no split exam; the splits are: more, train, validation; set data.test_split"
+    message = "has no split exam, but more, train, validation; set data.test_split"
     assert message in error_of(tmp_path / "set", test_split="exam")
     (tmp_path / "set" / "train" / "data-00001-of-00003.arrow").unlink()
     assert "2 shard(s) beside" in error_of(tmp_path / "set")
     made(train).save_to_disk(tmp_path / "one")
-    assert "the splits are: train; set data.test_split" in error_of(tmp_path / "one")
+    assert "val, but train; set data.test_split" in error_of(tmp_path / "one")
     assert len(read(tmp_path / "one", test_share=0.2).train_labels) == 8
 
 
@@ -164,6 +164,82 @@ def test_booleans_and_words_are_labels(tmp_path, hub):
     assert (data.class_names, data.train_labels.tolist()) == (("ape", "dog"), [1, 0, 1])
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.large_string(),
+        pa.string_view(),
+        pa.dictionary(pa.int8(), pa.large_string()),
+        pa.dictionary(pa.int8(), pa.string()),
+    ],
+)
+def test_words_of_every_type(tmp_path, hub, kind):
+    words = pa.array(["dog", "ape", "dog"]).cast(kind) if not pa.types.is_dictionary(kind) else None
+    words = pa.array(["dog", "ape", "dog"], kind.value_type).dictionary_encode() if words is None else words
+    write_both(hub, tmp_path, hub.grey(3), {"label": words}, metadata=False)
+    assert (read(tmp_path).class_names, read(tmp_path).train_labels.tolist()) == (("ape", "dog"), [1, 0, 1])
+
+
+@pytest.mark.parametrize("kind", [pa.uint8(), pa.int16(), pa.uint64(), pa.dictionary(pa.int32(), pa.int64())])
+def test_integers_of_every_type(tmp_path, hub, kind):
+    values = pa.array([0, 2, 1], pa.int64() if pa.types.is_dictionary(kind) else kind)
+    values = values.dictionary_encode() if pa.types.is_dictionary(kind) else values
+    write_both(hub, tmp_path, hub.grey(3), {"label": values}, metadata=False)
+    assert read(tmp_path).train_labels.tolist() == [0, 2, 1]
+
+
+def test_a_guessed_column_is_told_and_one_called_label_goes_first(tmp_path, hub):
+    """Several crops share a photo's number; pandas stores its index as a column."""
+    photos, words = [0, 0, 1, 1], pa.array(["a", "b", "a", "b"])
+    write_both(hub, tmp_path, hub.grey(4), {"photo": photos, "category": words}, metadata=False)
+    assert read(tmp_path).notes == ("labels are those of column 'photo'",)
+    assert read(tmp_path, label_column="category").notes == ()
+    for index in ("__index_level_0__", "id"):
+        write_both(hub, tmp_path, hub.grey(4), {index: [3, 5, 6, 9], "label": words}, metadata=False)
+        assert (read(tmp_path).class_names, read(tmp_path).notes) == (("a", "b"), ())
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (pa.array([1, 2, 3, 1]), "label 1 comes after a gap: no training row has label 0; name the classes, or set"),
+        (pa.array(["a", "a", "a", "a"]), "all labels are 'a', nothing to classify"),
+        (pa.array([0, 0, 0, 0]), "all labels are '0', nothing to classify"),
+        (pa.array(["a", "b", "", "a"]), "row 2: label '' is empty; remove it, or take a labelled split"),
+        (pa.array(["a b", "a  b", "c", "c"]), "classes 'a  b' and 'a b' have one name"),
+        (pa.array(["caf\u00e9", "cafe\u0301", "c", "c"]), "have one name, or differ only in case, spaces or Unicode"),
+        (pa.array(["\ufeffcat", "cat", "c", "c"]), "classes 'cat' and '\\ufeffcat' have one name"),
+        (
+            pa.array([0.0, 1.0, 0.0, 1.0]),
+            "has no column of integers or words for labels; the columns are img (images), ",
+        ),
+        (pa.array([[0], [1], [0], [1]]), "label (list<element: int64>); set data.image_column or data.label_column"),
+    ],
+)
+def test_labels_that_can_only_be_a_mistake(tmp_path, hub, labels, expected):
+    write_both(hub, tmp_path, hub.grey(4), {"label": labels}, metadata=False)
+    assert expected in error_of(tmp_path)
+
+
+@pytest.mark.parametrize("labels", [pa.array([None, None], pa.int64()), pa.array(["", " "])])
+def test_unlabelled_test_split_beside_a_labelled_one(tmp_path, hub, labels):
+    known = [0, 1] if pa.types.is_integer(labels.type) else pa.array(["a", "b"])
+    for split in ("train", "validation"):
+        hub.write(tmp_path / f"{split}.parquet", [hub.encode(image) for image in hub.grey(2)], {"label": known})
+    hub.write(tmp_path / "test.parquet", [hub.encode(image) for image in hub.grey(2)], {"label": labels})
+    assert "take a labelled split (data.train_split, data.test_split)" in error_of(tmp_path)
+    data = read(tmp_path, test_split="validation")
+    assert (data.test_labels.tolist(), data.notes) == ([0, 1], ("not used: test",))
+
+
+@pytest.mark.parametrize("name", ["__MACOSX/train.parquet", "#recycle/train.parquet", ".cache/train.parquet"])
+def test_files_that_are_no_shards(tmp_path, hub, name):
+    write_both(hub, tmp_path, hub.grey(2), [0, 1])
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_bytes(b"x")
+    assert len(read(tmp_path).train_labels) == 2
+
+
 def test_missing_folder_files_and_splits(tmp_path, hub):
     with pytest.raises(InputError, match=r"needs data\.root: the folder with train-"):
         load(DataConfig(name="parquet"))
@@ -171,12 +247,12 @@ def test_missing_folder_files_and_splits(tmp_path, hub):
     assert "no train-*.parquet in" in error_of(tmp_path)
     with pytest.raises(InputError, match="parquet files of zh-plus/tiny-imagenet; the authors' own files are not read"):
         load(DataConfig(name="tiny_imagenet", root=tmp_path))
-    hub.write(tmp_path / "train.parquet", [hub.encode(hub.grey(1)[0])], {"label": [0]})
+    hub.write(tmp_path / "train.parquet", [hub.encode(hub.grey(1)[0])] * 2, {"label": [0, 1]})
     message = error_of(tmp_path)
-    assert "has no split test, valid, validation, val; the splits are: train; set data.test_split" in message
-    assert "or data.test_share to hold out" in message
-    assert "has 0 training and 1 test images; add some" in error_of(tmp_path, test_share=0.5)
-    assert "has no split fit; the splits are: train; set data.train_split" in error_of(tmp_path, train_split="fit")
+    assert "has no split test, valid, validation, val, but train; set data.test_split" in message
+    assert "or data.test_share" in message
+    assert "has 0 training and 2 test images; add some" in error_of(tmp_path, test_share=0.9)
+    assert "has no split fit, but train; set data.train_split" in error_of(tmp_path, train_split="fit")
     hub.write_set(tmp_path / "set", hub.grey(4), [0, 1, 2, 0])
     message = "data.test_share is for sets without a test split, and this one has 4 test images"
     assert message in error_of(tmp_path / "set", test_share=0.1)
@@ -200,7 +276,7 @@ def test_a_split_that_is_not_one_whole_set_of_shards(tmp_path, hub, more):
     shard.write_bytes(content)
     (tmp_path / f"{more}.parquet").write_bytes(content)
     assert f"3 shard(s) beside {tmp_path}" in error_of(tmp_path)
-    assert "complete the download, or remove those of another set" in error_of(tmp_path)
+    assert "complete the download" in error_of(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["pointer", "pages"])
@@ -220,7 +296,7 @@ def test_bad_image_names_file_and_row(tmp_path, hub, damage):
     content = [hub.encode(image) for image in hub.colour(5)]
     content[3] = {"cut": content[3][:200], "text": b"not an image", "empty": b"", "null": None}[damage]
     good = [hub.encode(image) for image in hub.colour(2)]
-    hub.write(tmp_path / "train-00000-of-00002.parquet", good, {"label": [0, 0]})
+    hub.write(tmp_path / "train-00000-of-00002.parquet", good, {"label": [0, 1]})
     hub.write(tmp_path / "train-00001-of-00002.parquet", content, {"label": [0] * 5}, row_group_size=2)
     hub.write(tmp_path / "test-00000-of-00001.parquet", good, {"label": [0, 0]})
     message = error_of(tmp_path)

@@ -1,3 +1,7 @@
+import copy
+import threading
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -125,6 +129,63 @@ def test_what_callers_really_pass(counts, config):
     assert all(parameter.grad is None for parameter in result.model.parameters())
 
 
+@pytest.mark.parametrize("made_in", [torch.enable_grad, torch.inference_mode])
+def test_in_inference_mode(classifier, counts, config, made_in):
+    """Also with models that were made or loaded in it, whose values autograd does not take."""
+    with made_in():
+        models = [classifier(seed) for seed in range(4)]
+    plain = [classifier(seed) for seed in range(4)]
+    expected = refine(plain[0], plain[1:], counts, config=config(), image_shape=SHAPE)
+    with torch.inference_mode():
+        found = refine(models[0], models[1:], counts, config=config(), image_shape=SHAPE)
+    for value, other in zip(found.model.parameters(), expected.model.parameters(), strict=True):
+        assert torch.equal(value, other)
+
+
+class KeepsMore(KeepsFeatures):
+    """Keeps them in a list and a dictionary too, and in what a hook writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.all = {}, []
+        self.head.register_forward_hook(lambda layer, given, output: self.seen.__setitem__("head", output))
+
+    def forward(self, images):
+        logits = super().forward(images)
+        self.all = [{"features": (self.features,)}]
+        return logits
+
+
+def test_features_that_are_kept_anywhere(counts, config):
+    models = [KeepsMore() for _ in range(4)]
+    for model in models:
+        model(torch.ones(2, *SHAPE))
+    result = refine(models[0], models[1:], counts, config=config(), image_shape=SHAPE)
+    assert not torch.equal(result.model.head.weight, models[0].head.weight)
+    assert models[0].features.grad_fn is not None
+
+
+@pytest.mark.parametrize(
+    "form",
+    [np.array, lambda rows: [np.array(row) for row in rows], lambda rows: tuple(map(tuple, rows)), torch.tensor,
+     lambda rows: [torch.tensor(row, dtype=torch.int32) for row in rows], lambda rows: (row for row in rows)],
+)  # fmt: skip
+def test_every_form_of_class_counts_and_teachers(models, counts, config, form):
+    expected = refine(models[0], models[1:], counts, config=config(), image_shape=SHAPE).model
+    frozen = [copy.deepcopy(model).requires_grad_(False) for model in models[1:]]
+    for teachers in (nn.ModuleList(frozen), tuple(frozen), dict(enumerate(frozen)).values(), map(copy.copy, frozen)):
+        found = refine(models[0], teachers, form(counts.tolist()), config=config(), image_shape=SHAPE).model
+        assert all(torch.equal(a, b) for a, b in zip(found.parameters(), expected.parameters(), strict=True))
+
+
+def test_frozen_parts_of_the_student_stay(models, counts, config):
+    models[0][0].requires_grad_(False)
+    result = refine(models[0], models[1:], counts, config=config(), image_shape=SHAPE)
+    assert torch.equal(result.model[0].weight, models[0][0].weight)
+    assert not torch.equal(result.model[-1].weight, models[0][-1].weight)
+    assert not result.model[0].weight.requires_grad
+
+
 def test_the_students_type_is_kept(classifier, counts, config):
     teachers = [classifier(seed).double() for seed in (1, 2, 3)]
     settings = config(generator_warmup=1)
@@ -139,6 +200,13 @@ class Pair(KeepsFeatures):
         return images, super().forward(images)
 
 
+class Locked(KeepsFeatures):
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_wrong_inputs(models, counts, classifier):
     student, teachers = models[0], models[1:]
     broken = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
@@ -146,18 +214,35 @@ def test_wrong_inputs(models, counts, classifier):
     for arguments, changed, message in (
         ((student, teachers, counts), {"config": "papper"}, "unknown preset 'papper'; did you mean 'paper'"),
         ((student, [], counts), {}, "at least 1"),
-        ((student, teachers[0], counts), {}, "must be a list of classifiers"),
-        ((student, teachers, counts[:2]), {}, r"\(3, C\), got \(2, 3\)"),
+        ((student, teachers[0], counts), {}, "must be a list, got Sequential"),
+        ((student, teachers, counts[:2]), {}, r"teachers = 3, .* got \(2, 3\)"),
         ((student, teachers, [[1, 2], [3]]), {}, "class_counts must be a table"),
-        ((student, teachers, counts[:, :2]), {}, r"student must return logits of shape .* = \(2, 2\), got \(2, 3\)"),
+        ((student, teachers, counts[:, :2]), {}, r"student must return logits \(2, 2\), .* got \(2, 3\)"),
         ((nn.Flatten(), teachers, counts), {}, "requires_grad_"),
-        ((student, teachers, counts), {"image_shape": (3, 32, 32)}, "student does not take images of shape"),
-        ((student, teachers, counts), {"image_shape": (1, 4, 4)}, r"8 to 224 pixels a side, got \(1, 4, 4\)"),
+        ((student, teachers, counts), {"image_shape": (3, 32, 32)}, "student does not take images"),
+        ((student, teachers, counts), {"image_shape": (1, 4, 4)}, r"8 to 224, got \(1, 4, 4\)"),
         ((student, [*teachers[:2], broken], counts), {}, r"teacher 2 has values in 1\.bias that are not finite"),
         ((broken, teachers, counts), {}, r"student has values in 1\.bias that are not finite"),
         ((student, [{}, *teachers[:2]], counts), {}, "teacher 0 must be a classifier, got dict"),
+        ((student, dict(enumerate(teachers)), counts), {}, r"teachers must be a list, got dict; pass"),
+        ((student, nn.ModuleDict({"a": broken}), counts), {}, r"got ModuleDict; pass \[teacher\] or list\("),
+        ((student, 3, counts), {}, "a list, got int"),
+        ((student, teachers, None), {}, "class_counts must be a table"),
+        ((student, teachers, dict(enumerate(counts.tolist()))), {}, r"class_counts must be .* got \(3,\)"),
+        ((student, teachers, [{0: 3}] * 3), {}, "class_counts must be a table .* got Could not infer dtype of dict"),
+        ((lambda images: images, teachers, counts), {}, "student must be a classifier, got function"),
+        ((torch.jit.script(broken), teachers, counts), {}, "student is a ScriptModule or has lazy layers"),
+        ((nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), teachers, counts), {}, "ScriptModule or has lazy"),
+        ((student, [*teachers[:2], nn.LazyLinear(3)], counts), {}, "teacher 2 does not take images .* uninitialized"),
+        ((student, [*teachers[:2], Locked()], counts), {}, "teacher 2 does not take images .* cannot pickle"),
+        ((copy.deepcopy(student).double(), teachers, counts), {}, "teacher 0 does not .* one device and one type"),
+        ((student, teachers, counts), {"config": {"iterations": 2}}, r"or fedftg.preset\(...\), got dict"),
         ((Pair(), teachers, counts), {}, r"student must return logits .* got tuple"),
-        ((student, [*teachers[:2], classifier(2, classes=4)], counts), {}, "teacher 2 must return .* same classes"),
+        (
+            (student, [*teachers[:2], classifier(2, classes=4)], counts),
+            {},
+            "teacher 2 must return .* classes of class_counts",
+        ),
     ):
         with pytest.raises(InputError, match=message) as error:
             refine(*arguments, **{"image_shape": SHAPE, **changed})

@@ -62,5 +62,5 @@ def test_a_training_batch_has_mean_zero_and_variance_one_in_every_channel():
 
 @pytest.mark.parametrize("shape", [(2, 8, 8), (3, 7, 8), (3, 225, 225), (8, 8)], ids=str)
 def test_wrong_sizes(shape):
-    with pytest.raises(InputError, match=r"\(channels, height, width\) with 1 or 3 channels and 8 to 224 pixels"):
+    with pytest.raises(InputError, match=r"\(D, H, W\), D 1 or 3, sides 8 to 224"):
         Generator(5, 4, shape)

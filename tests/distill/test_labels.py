@@ -64,7 +64,7 @@ def test_an_absent_class_is_never_drawn_and_draws_repeat(kind):
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        (torch.ones(3, 4), r"must have shape \(teachers, classes\) = \(2, C\), got \(3, 4\)"),
+        (torch.ones(3, 4), r"must be \(teachers = 2, C >= 2\), got \(3, 4\)"),
         (torch.ones(2), r"got \(2,\)"),
         (torch.tensor([[1.0, -1, 0, 0], [1, 1, 1, 1]]), "finite and >= 0"),
         (torch.tensor([[1.0, float("nan"), 0, 0], [1, 1, 1, 1]]), "finite and >= 0"),

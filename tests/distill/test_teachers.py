@@ -1,15 +1,12 @@
 """Teachers: frozen, evaluating, and the same numbers in every form."""
 
 import copy
-from functools import partial
 
-import pytest
 import torch
 from torch.func import functional_call
 
 from fedftg.distill import teachers as teaching
 from fedftg.distill.teachers import ListedTeachers, StackedTeachers, stack_or_list
-from fedftg.errors import InputError
 from fedftg.params import stack
 
 IMAGES = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -76,9 +73,3 @@ def test_teachers_are_stacked_on_an_accelerator_while_copies_are_small(monkeypat
         monkeypatch.setattr(teaching, "STACKED_UP_TO", most)
         assert isinstance(stack_or_list(function, weights, [{}] * 3), kind)
     assert isinstance(stack_or_list(function, [{"w": torch.ones(1)}], [{}]), ListedTeachers)
-
-
-@pytest.mark.parametrize("build", [partial(ListedTeachers, []), partial(stack_or_list, lambda p, b, x: x, [], [])])
-def test_no_teacher(build):
-    with pytest.raises(InputError, match="got no teacher"):
-        build()

@@ -177,6 +177,26 @@ def test_compare_never_turns_a_base_into_a_copy(fedftg: Any, tiny: list[str], tm
     assert "are the same run with these settings; compare different ones" in copies.stderr
 
 
+@pytest.mark.parametrize("setting", [' refiner.name = "fedftg"', 'refiner={name="fedftg", iterations=1}'])
+def test_a_base_stays_one_however_a_refiner_is_set(fedftg: Any, tiny: list[str], tmp_path: Path, setting: str) -> None:
+    own = [part for part in zip(tiny[::2], tiny[1::2], strict=True) if not part[1].startswith("refiner.")]
+    done = fedftg("compare", "default_base", "default", *itertools.chain(*own), "--set", "rounds=1", "--set", setting)
+    assert done.returncode == 0, done.stderr
+    assert "default_base stays without a refiner" in done.stdout
+    assert 'name = "none"' in (tmp_path / "runs" / "default_base" / "config.toml").read_text()
+
+
+def test_one_run_is_not_compared_with_itself(fedftg: Any, no_refiner: list[str], tmp_path: Path) -> None:
+    """Neither under two paths nor as the recipe that it was run from."""
+    assert fedftg("run", "default", *no_refiner, "--set", "rounds=1", "--out", "runs/a").returncode == 0
+    (tmp_path / "link").symlink_to(tmp_path / "runs" / "a")
+    again = ["default", *no_refiner, "--set", "rounds=1"]
+    for items in (["runs/a", "runs/a/"], ["runs/a", "link"], ["runs/a", *again]):
+        done = fedftg("compare", *items)
+        assert done.returncode == 2, done.stdout
+        assert "two of these are the same run; compare different ones" in done.stderr
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "defualt"], ["partition", "defualt"]])
 def test_no_torch_where_nothing_is_computed(tmp_path: Path, arguments: list[str]) -> None:
     """Importing torch takes a second and more: these answer before it."""

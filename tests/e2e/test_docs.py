@@ -44,7 +44,7 @@ def test_commands_and_code_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for table in (ALGORITHMS, REFINERS):  # what a page registers is gone after it
-        monkeypatch.setattr(table, "_entries", dict(table._entries))
+        monkeypatch.setattr(table, "data", dict(table.data))
     names = page_names(name(page))
     for language, block in BLOCK.findall(page.read_text()):
         saved = re.match(r"# (\S+\.(?:py|toml))\n", block)

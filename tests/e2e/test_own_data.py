@@ -39,7 +39,7 @@ def test_resuming_without_the_tensors_or_with_others_is_refused(tmp_path: Path) 
     before = (tmp_path / "run" / "rounds.jsonl").read_bytes()
     brighter = replace(made(), train_images=made().train_images // 2 + 100)  # with the same labels
     for other in (made(seed=1), brighter, replace(made(), mean=(0.1,))):
-        with pytest.raises(fedftg.InputError, match="was started on other data or another partition of it"):
+        with pytest.raises(fedftg.InputError, match="was started on other data or another partition"):
             fedftg.run("default", overrides=SMALL, out=tmp_path / "run", dataset=other, resume=True)
     assert (tmp_path / "run" / "rounds.jsonl").read_bytes() == before
 
@@ -66,7 +66,7 @@ def test_held_back_samples_give_accuracy_per_client(fedftg: Any, tiny: list[str]
 
 
 def test_settings_of_data_beside_a_dataset_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(fedftg.InputError, match=r"'data\.max_train=9' has no effect beside dataset="):
+    with pytest.raises(fedftg.InputError, match=r"data\.\* has no effect beside dataset="):
         fedftg.run("default", overrides=[*SMALL, "data.max_train=9"], out=tmp_path / "run", dataset=made())
     with pytest.raises(fedftg.InputError, match="has no effect beside dataset="):
         fedftg.run("default", overrides=[*SMALL, " data={max_train=3}"], out=tmp_path / "run", dataset=made())

@@ -168,7 +168,7 @@ def test_what_other_processes_cannot_train() -> None:
         model=ModelConfig(name="__main__:Own")
     )
     run.data.device = torch.device("meta")  # type: ignore[misc]
-    assert "trains on the CPU and device is 'meta'; take device=cpu" in refusal()
+    assert "needs device=cpu, got meta" in refusal()
 
 
 def test_sent_tensors_keep_strides_and_identity() -> None:

@@ -1,14 +1,17 @@
 """`fedftg flower new` writes an app that Flower takes, and nothing where it should not."""
 
 import importlib.util
+import io
 import json
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from flwr.cli.build import build_fab_from_disk
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from flwr.supercore.fab_format_version import normalize_and_validate_fab_format, validate_fab_files_for_format
@@ -16,7 +19,7 @@ from flwr.supercore.fab_format_version import normalize_and_validate_fab_format,
 import fedftg
 from fedftg import config as configs
 from fedftg.flower import project
-from fedftg.flower.settings import AppSettings, app_settings, node_settings, on_node, on_server
+from fedftg.flower.settings import AppSettings, NodeSettings, on_node, on_server
 
 
 def loaded(path: Path) -> ModuleType:
@@ -35,7 +38,7 @@ def test_an_app_has_everything(tmp_path: Path) -> None:
     given = tomllib.loads((tmp_path / "My App" / "pyproject.toml").read_text())
     assert given["project"]["name"] == "my-app"
     app = given["tool"]["flwr"]["app"]
-    assert app_settings(app["config"]) == AppSettings()
+    assert AppSettings(**app["config"]) == AppSettings()
     assert set(app["config"]) == {field.alias for field in AppSettings.model_fields.values()}
     package = tmp_path / "My App" / project.PACKAGE
     recipe = configs.load(package / "recipe.toml")
@@ -46,6 +49,19 @@ def test_an_app_has_everything(tmp_path: Path) -> None:
     validate_fab_files_for_format(given, [str(path.relative_to(tmp_path / "My App")) for path in written])
     assert normalize_and_validate_fab_format(given).fab_format_version == 1
     assert "num-supernodes=6" in (tmp_path / "My App" / "README.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # pathspec's, of Flower's call
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("my_app", "my-app"), ("1st try", "st-try"), ("2026", "app"), ("_.x", "x"), ("l" * 40, "l" * 32), ("né-e", "n-e")],
+)
+def test_flower_takes_the_name_that_any_folder_gives(tmp_path: Path, folder: str, name: str) -> None:
+    project.new(tmp_path / folder, None, [])
+    content = build_fab_from_disk(tmp_path / folder)
+    assert tomllib.loads((tmp_path / folder / "pyproject.toml").read_text())["project"]["name"] == name
+    with zipfile.ZipFile(io.BytesIO(content)) as fab:
+        assert {"LICENSE", "README.md", f"{project.PACKAGE}/recipe.toml"} <= set(fab.namelist())
 
 
 def test_mistakes_are_one_line_and_nothing_is_overwritten(tmp_path: Path) -> None:
@@ -86,11 +102,11 @@ def test_an_app_holds_wherever_it_is_unpacked(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "elsewhere").mkdir()
     Path("app").rename(tmp_path / "elsewhere" / "app")
     package = tmp_path / "elsewhere" / "app" / project.PACKAGE
-    given = on_server(package / "recipe.toml", app_settings({}))
+    given = on_server(package / "recipe.toml", AppSettings())
     assert given.partition.file is not None
     assert json.loads(given.partition.file.read_text()) == rows
     assert given.data.root == tmp_path / "somewhere"
-    node = on_node(package / "recipe.toml", app_settings({}), node_settings({"partition-id": 1}))
+    node = on_node(package / "recipe.toml", AppSettings(), NodeSettings(**{"partition-id": 1}))
     assert node.partition.file == given.partition.file
     assert "module `json` must be installed" in (tmp_path / "elsewhere" / "app" / "README.md").read_text()
     with pytest.raises(fedftg.InputError, match=r"gone\.json: No such file"):

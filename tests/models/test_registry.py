@@ -89,12 +89,12 @@ def test_teachers_can_be_stacked(name):
     ("name", "args", "expected"),
     [
         ("restnet18", {}, "unknown model 'restnet18'; did you mean 'resnet18'"),
-        ("lenet", {"width": 3}, "model 'lenet' takes no argument 'width'; allowed in model.args: channels, hidden"),
+        ("lenet", {"width": 3}, "model 'lenet' takes no 'width'; allowed in model.args: channels, hidden"),
         ("cnn", {"normalisation": "layer"}, "must be 'none', 'group' or 'batch', got 'layer'"),
         ("nowhere.Net", {}, "model 'nowhere.Net' cannot be imported (ModuleNotFoundError: No module named 'nowhere')"),
         ("torch.nn.Linaer", {}, "has no attribute 'Linaer'); check the spelling"),
         ("torch.nn", {}, "is not a callable object); check the spelling"),
-        ("torch.nn.Linear", {"in_features": 4}, "fails on images of shape (3, 32, 32): TypeError"),
+        ("torch.nn.Linear", {"in_features": 4}, "fails on images (3, 32, 32): TypeError"),
         ("torch.nn.Flatten", {}, "has no parameter that requires a gradient"),
     ],
 )

@@ -91,7 +91,7 @@ def test_another_format_is_not_resumed_but_its_state_is_read(tmp_path: Path) -> 
     checkpoint.save(state(1), store(tmp_path))
     index = tmp_path / "checkpoint.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "format": 2}))
-    with pytest.raises(InputError, match="has format 2, this version resumes format 3; resume with the version that"):
+    with pytest.raises(InputError, match="has format 2, not 3; resume with its own version"):
         checkpoint.load(store(tmp_path))
     read = checkpoint.load_state(tmp_path)
     assert read is not None

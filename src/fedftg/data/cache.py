@@ -57,8 +57,7 @@ def open_or_make(root: Path, key: str, make: Callable[[Allocate], Entry]) -> Ent
                 path.replace(root / f"{key}.npy")
         except OSError as error:
             raise InputError(
-                f"decoded images cannot be kept in {root} ({first_line(error)}); free space, or set data.cache to "
-                "another folder, or to none"
+                f"cannot write to {root} ({first_line(error)}); set data.cache to another folder, or none"
             ) from error
         entry = _read(root, key)
         assert entry is not None

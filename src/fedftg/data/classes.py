@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 from fedftg.errors import InputError
 
 Labels = NDArray[np.int64]
+
+UNLABELLED = "remove it, or take a labelled split (data.train_split, data.test_split)"
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,19 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(unique)
 
 
+def folded(name: str) -> str:
+    """Returns a name without differences that cannot be seen: spaces, invisible characters, how accents are stored."""
+    return unicodedata.normalize("NFC", "".join(filter(str.isprintable, " ".join(name.split()))))
+
+
 def check_names(names: Iterable[str], where: str, fold: Callable[[str], str] = str) -> None:
     """Raises InputError where two class names are the same once folded."""
     seen: dict[str, str] = {}
     for name in names:
         if (folded := fold(name)) in seen:
             raise InputError(
-                f"{where}: classes {seen[folded]!r} and {name!r} have one name, or differ only in case or spaces; "
-                "merge or rename them"
+                f"{where}: classes {seen[folded]!r} and {name!r} have one name, or differ only in case, spaces or "
+                "Unicode form; merge or rename them"
             )
         seen[folded] = name
 
@@ -56,7 +64,7 @@ def resolve(
     known = np.unique(train.values)
     if kind == "i":
         for split in (train, test):
-            _refuse(split, split.values < 0, "is negative; take a labelled split (data.train_split, data.test_split)")
+            _refuse(split, split.values < 0, f"is negative; {UNLABELLED}")
         if names is not None:
             known = np.arange(len(names))
         elif not renumber:
@@ -66,11 +74,15 @@ def resolve(
         names = names or tuple(map(str, known))
     else:
         if names is None:
-            check_names(known.tolist(), "labels", str.strip)
+            for split in (train, test):
+                _refuse(split, np.char.strip(split.values) == "", f"is empty; {UNLABELLED}")
+            check_names(known.tolist(), "labels", folded)
         names = names or tuple(in_order(known.tolist()))
         known = np.array(names)
+    if len(names) < 2:
+        raise InputError(f"{train.where(0)}: all labels are {names[0]!r}, nothing to classify; take other labels")
     for split in (train, test):
-        why = f"is none of the {len(known)} classes; correct it, or take another data.label_column"
+        why = f"is none of the {len(known)} classes; correct it, or take another data.label_column or split"
         _refuse(split, ~np.isin(split.values, known), why)
     order = np.argsort(known, kind="stable")
     labels = [order[np.searchsorted(known, split.values, sorter=order)].astype(np.int64) for split in (train, test)]

@@ -14,9 +14,7 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = Field(default="digits", description="data set by name (see 'fedftg list')")
-    root: Path | None = Field(
-        default=None, description="folder (arrays: file) of the data; unset: downloads from the hub"
-    )
+    root: Path | None = Field(default=None, description="folder (arrays: file) of the data; unset: from the hub")
     hub_id: str | None = Field(default=None, description="data.name = 'hub' only: the data set's id, as owner/name")
     subset: str | None = Field(default=None, description="the hub's configuration of a data set, where it has several")
     revision: str | None = Field(default=None, description="branch, tag or commit on the hub; unset: the newest")
@@ -58,9 +56,7 @@ class PartitionConfig(BaseModel):
     sizes: Literal["equal", "lognormal"] = Field(
         default="equal", description="laws iid and dirichlet: samples per client, all equal or log-normal with sigma"
     )
-    sigma: float = Field(
-        default=0.0, ge=0, description="spread of log-normal sizes; above 2 few clients hold nearly all"
-    )
+    sigma: float = Field(default=0.0, ge=0, description="of log-normal sizes; above 2 few clients hold nearly all")
     min_samples: int = Field(default=0, ge=0, description="law class_dirichlet: least samples of a client, in 10 draws")
     classes_per_client: int = Field(default=2, ge=1, description="law pathological: classes that each client holds")
     shards_per_client: int = Field(default=2, ge=1, description="law shards: blocks of the data sorted by class")

@@ -37,6 +37,8 @@ class ImageDataset:
     """Further columns ``(N,)`` of the training rows, integers or strings: a domain, a writer."""
     converted: Mapping[str, int] = field(default_factory=dict)
     """How many images were converted to RGB, by the mode in which they were stored (``grey``, ``CMYK``, ...)."""
+    notes: tuple[str, ...] = ()
+    """Lines about what was left out or guessed."""
 
     @property
     def num_classes(self) -> int:
@@ -126,14 +128,12 @@ def _tensor(values: Any) -> Tensor:
 def _labels(split: str, images: Tensor, labels: Any) -> RawLabels:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise InputError(
-            f"{split} images must be unsigned bytes (N, D, H, W), N at least 1, D 1 or 3, got {images.dtype} of shape "
-            f"{tuple(images.shape)}"
+            f"{split} images must be uint8 (N > 0, D, H, W), D 1 or 3, got {images.dtype} {[*images.shape]}"
         )
     values = _tensor(labels).numpy()
+    values = values[:, 0] if values.shape[1:] == (1,) else values
     if values.shape != (len(images),) or values.dtype.kind not in "iu":
-        raise InputError(
-            f"{split} labels must be {len(images)} integers, one an image, got {values.dtype} of shape {values.shape}"
-        )
+        raise InputError(f"{split} labels must be {len(images)} integers, got {values.dtype} {values.shape}")
     return RawLabels(values.astype(np.int64), lambda row: f"{split} row {row}")
 
 

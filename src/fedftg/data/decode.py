@@ -23,6 +23,8 @@ _GREY = {"1", "L", "LA", "La"}
 _COLOUR = {"RGB", "RGBA", "RGBX", "RGBa", "P", "PA", "CMYK", "YCbCr", "LAB", "HSV"}
 DECODER = f"Pillow {PIL.__version__}"  # part of the cache's keys: another version may decode or resize to other bytes
 
+_FIRST = " (first of several frames)"
+
 Resize = Literal["crop", "stretch"]
 
 
@@ -38,24 +40,19 @@ def decode(content: Stored, side: int | None = None, resize: Resize = "crop") ->
         raise InputError("the image has no bytes; images must be stored in the file, not as paths")
     try:
         with Image.open(content if isinstance(content, Path) else io.BytesIO(content)) as image:
-            mode = image.mode
-            if mode in _GREY | _COLOUR and not _has_16_bits(image):
+            mode, more = image.mode, getattr(image, "is_animated", False)
+            depth = "16-bit " if ";16" in str(getattr(image, "tile", "")) else ""  # PNG, TIFF: read as 8 bits
+            if mode in _GREY | _COLOUR:
                 if side is not None:
                     # JPEGs may be decoded at a fraction of their size that leaves work for the antialiased resize.
                     image.draft(None, (2 * side, 2 * side))
-                return np.asarray(_resized(_plain(image), side, resize)), mode
+                return np.asarray(_resized(_plain(image), side, resize)), depth + mode + _FIRST * more
+    except InputError:
+        raise
     # Pillow's decoders raise many kinds: OSError, SyntaxError, ValueError, struct.error, ...
     except Exception as error:
         raise InputError(f"the image cannot be decoded ({first_line(error)}); replace or remove it") from error
-    raise InputError(f"images of mode {mode!r} or of 16 bits are not supported; convert them to 8-bit grey or RGB")
-
-
-def _has_16_bits(image: Image.Image) -> bool:
-    # Pillow would drop the lower bits. PNG and TIFF have them in its raw mode (RGB;16B), PPM in the largest value.
-    details = [part[3] for part in getattr(image, "tile", ())]
-    if image.format == "PPM":
-        return any(isinstance(detail, tuple) and detail[-1] > 255 for detail in details)
-    return image.format in ("PNG", "TIFF") and ";16" in str(details)
+    raise InputError(f"images of mode {mode!r} are not supported; convert them to 8-bit grey or RGB")
 
 
 def _plain(image: Image.Image) -> Image.Image:
@@ -65,7 +62,10 @@ def _plain(image: Image.Image) -> Image.Image:
         ImageOps.exif_transpose(image, in_place=True)
     mode = "L" if image.mode in _GREY else "RGB"
     if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        layers = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), layers)
+        if image.getcolors(1) and not layers.getcolors(1):
+            raise InputError("the image is blank on white: it shows white or hidden pixels only; put it on a colour")
     return image.convert(mode)
 
 
@@ -97,8 +97,7 @@ def decode_all(
                 pixels, mode = decode(content, side, resize)
                 if done and pixels.shape[:2] != images.shape[2:]:
                     raise InputError(
-                        f"the image is {pixels.shape[1]}x{pixels.shape[0]} (width x height), the first one is "
-                        f"{images.shape[3]}x{images.shape[2]}; set data.image_size"
+                        f"(H, W) is {pixels.shape[:2]}, of the first {images.shape[2:]}; set data.image_size"
                     )
             except InputError as error:
                 raise InputError(f"{split.labels.where(int(row))}: {error}") from error
@@ -113,7 +112,7 @@ def decode_all(
             if progress is not None and (done % 64 == 0 or done == total):
                 progress(done, total)
     converted = {mode: count for mode, count in modes.items() if mode not in _GREY | {"RGB"}}
-    grey_count = sum(modes[mode] for mode in _GREY)
+    grey_count = sum(modes[mode] + modes[mode + _FIRST] for mode in _GREY)
     if 0 < grey_count < total:
         converted["grey"] = grey_count
     return images, dict(sorted(converted.items()))

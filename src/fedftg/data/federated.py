@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -115,13 +114,13 @@ class FederatedData:
     def steps_per_epoch(self, client: int, batch_size: int, min_batch: int = 1) -> int:
         """Returns the batches of one pass over the client's samples; 0 where it holds fewer than ``min_batch``."""
         full, rest = divmod(self.num_samples(client), batch_size)
-        return full + (rest >= max(min_batch, 1))
+        return full + (rest >= min_batch)
 
     def batches(
         self,
         client: int,
         *,
-        num_epochs: float,
+        num_epochs: int,
         num_steps: int | None,
         batch_size: int,
         rng: torch.Generator,
@@ -131,23 +130,16 @@ class FederatedData:
 
         Args:
             client: its number, from 0.
-            num_epochs: passes over the client's samples, rounded to whole batches, at least one; 0 gives no batch.
+            num_epochs: passes over the client's samples.
             num_steps: the number of batches, in as many passes as that takes; None uses ``num_epochs``.
             batch_size: more than the client holds gives one batch of all of them.
             rng: a CPU generator: each pass has a new order.
             min_batch: smaller batches, at the end of a pass, are skipped; 2 for a model with BatchNorm.
         """
-        if batch_size < max(min_batch, 1):
-            raise InputError(f"batch_size must be >= {max(min_batch, 1)} for this model, got {batch_size}")
         per_epoch = self.steps_per_epoch(client, batch_size, min_batch)
-        wanted = max(round(num_epochs * per_epoch), 1 if num_epochs > 0 else 0) if num_steps is None else num_steps
-        return self._batches(client, per_epoch, wanted if per_epoch else 0, batch_size, rng)
-
-    def _batches(
-        self, client: int, per_epoch: int, wanted: int, batch_size: int, rng: torch.Generator
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+        wanted = num_epochs * per_epoch if num_steps is None else num_steps
         part = order = self.parts[client]
-        for step in range(wanted):
+        for step in range(wanted if per_epoch else 0):
             at = step % per_epoch
             if at == 0:
                 order = moved(part[torch.randperm(len(part), generator=rng)], self.device)
@@ -204,30 +196,20 @@ def load(
     """
     if dataset is None:
         dataset = sources.load(data, columns=needed_columns(config), progress=progress)
-    found = partition_dataset(dataset, config, seed)
-    if config.test_share > 0 and not any(map(len, found.held_back)):
-        raise InputError(
-            f"partition.test_share {config.test_share:g} holds no sample back; raise it, or lower partition.num_clients"
-        )
-    noise = noise_levels(len(found.train), config.feature_noise)
-    return FederatedData(dataset, found.train, device, held_back=found.held_back, noise=noise)
+    _, train, held_back = partition_dataset(dataset, config, seed)
+    if config.test_share > 0 and not any(map(len, held_back)):
+        raise InputError(f"partition.test_share {config.test_share:g} holds no sample back; raise it")
+    noise = noise_levels(len(train), config.feature_noise)
+    return FederatedData(dataset, train, device, held_back=held_back, noise=noise)
 
 
-@dataclass(frozen=True)
-class Partition:
-    """Ascending training rows per client: all, those to train on, and those held back for testing."""
-
-    whole: list[Indices]
-    train: list[Indices]
-    held_back: list[Indices]
-
-
-def partition_dataset(dataset: ImageDataset, config: PartitionConfig, seed: int) -> Partition:
-    """Partitions the training images, and each client's into those to train on and those held back."""
+def partition_dataset(
+    dataset: ImageDataset, config: PartitionConfig, seed: int
+) -> tuple[list[Indices], list[Indices], list[Indices]]:
+    """Returns ascending training rows per client: all, those to train on, and those held back for testing."""
     labels = dataset.train_labels.numpy()
     whole = partition(labels, config, numpy_rng(seed, 0, SERVER, "partition"), dataset.columns)
-    train, held_back = hold_back(whole, labels, config.test_share, numpy_rng(seed, 0, SERVER, "hold_back"))
-    return Partition(whole, train, held_back)
+    return whole, *hold_back(whole, labels, config.test_share, numpy_rng(seed, 0, SERVER, "hold_back"))
 
 
 def _as_tensors(parts: Sequence[ArrayLike]) -> list[Tensor]:

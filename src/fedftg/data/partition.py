@@ -37,7 +37,7 @@ def partition(
     values: Indices = np.asarray(labels).astype(np.int64)
     if config.law not in ("natural", "file") and config.num_clients > len(values):
         raise InputError(
-            f"partition.num_clients is {config.num_clients}, but there are {len(values)} training samples; lower it"
+            f"partition.num_clients {config.num_clients} exceeds the {len(values)} training samples; lower it"
         )
     if needed_columns(config):
         values = _numbered_column(config, columns)
@@ -153,10 +153,7 @@ def class_dirichlet(labels: Indices, config: PartitionConfig, rng: np.random.Gen
         if sizes.sum(axis=0).min() >= config.min_samples:
             owners = np.repeat(np.tile(np.arange(clients), len(counts)), sizes.reshape(-1))
             return _by_client(_shuffled_by_class(labels, rng), owners, clients)
-    raise InputError(
-        f"law class_dirichlet: no draw of 10 gave each client {config.min_samples} samples; lower "
-        "partition.min_samples or partition.num_clients, or raise partition.alpha"
-    )
+    raise InputError(f"law class_dirichlet: no draw of 10 reached partition.min_samples={config.min_samples}; lower it")
 
 
 def pathological(labels: Indices, config: PartitionConfig, rng: np.random.Generator) -> list[Indices]:
@@ -174,8 +171,8 @@ def pathological(labels: Indices, config: PartitionConfig, rng: np.random.Genera
     for client in range(clients):
         if per_client > (room > 0).sum():
             raise InputError(
-                f"law pathological: client {client} needs {per_client} classes, but {(room > 0).sum()} have samples "
-                "left; lower partition.classes_per_client or partition.num_clients"
+                f"law pathological: client {client} needs {per_client} classes, {(room > 0).sum()} have samples left; "
+                "lower partition.classes_per_client or partition.num_clients"
             )
         held = [klass for klass in range(client % len(counts), len(counts), clients) if room[klass]][:per_client]
         while len(held) < per_client:
@@ -197,10 +194,7 @@ def shards(labels: Indices, config: PartitionConfig, rng: np.random.Generator) -
     """Each client gets shards_per_client blocks of ``N // shards`` rows of the data sorted by class (FedAvg)."""
     wanted = config.num_clients * config.shards_per_client
     if wanted > len(labels):
-        raise InputError(
-            f"law shards needs {wanted} shards of {len(labels)} training samples; lower partition.shards_per_client or "
-            "partition.num_clients"
-        )
+        raise InputError(f"law shards needs {wanted} samples, got {len(labels)}; lower partition.shards_per_client")
     rows = _shuffled_by_class(labels, rng)
     size = len(rows) // wanted
     whole = len(rows) // size  # may be more than are wanted: which ones are left out is random too
@@ -221,8 +215,7 @@ def domain(domains: Indices, config: PartitionConfig, rng: np.random.Generator) 
     sizes = np.bincount(domains)
     if config.num_clients < len(sizes):
         raise InputError(
-            f"law domain: {len(sizes)} domains need as many clients, got {config.num_clients}; raise "
-            "partition.num_clients"
+            f"law domain: {len(sizes)} domains, but {config.num_clients} clients; raise partition.num_clients"
         )
     by_domain = np.split(_shuffled_by_class(domains, rng), np.cumsum(sizes)[:-1])
     clients = clients_per_domain(config.num_clients, sizes)
@@ -256,22 +249,15 @@ def file(labels: Indices, config: PartitionConfig, _rng: np.random.Generator) ->
     if isinstance(content, dict):
         same = content.get("labels_sha256") in (None, labels_digest(labels))
         if not same or content.get("num_samples", total) != total:
-            raise InputError(
-                f"{name} was made for other data than these {total} training samples; set data.* as it was then"
-            )
+            raise InputError(f"{name} was made for other data than these {total} samples; set data.* as it was then")
         content = content.get("indices")
     if not isinstance(content, list) or not all(isinstance(rows, list) for rows in content) or not any(content):
-        raise InputError(
-            f"{name} has no list of training rows for each client; give one of 'fedftg partition' (a run's has none)"
-        )
+        raise InputError(f"{name} has no list of rows for each client; give one of 'fedftg partition'")
     seen: set[int] = set()
     for client, rows in enumerate(content):
         for row in rows:
             if type(row) is not int or not 0 <= row < total or row in seen:
-                raise InputError(
-                    f"{name}: client {client} has row {json.dumps(row)[:40]}; rows are whole numbers below {total}, "
-                    "each held once"
-                )
+                raise InputError(f"{name}: client {client} has row {row!r:.40}; rows are 0 to {total - 1}, each once")
             seen.add(row)
     return [np.sort(np.array(rows, dtype=np.int64)) for rows in content]
 

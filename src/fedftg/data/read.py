@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import unicodedata
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedftg.data.classes import Labels, RawLabels, check_names, in_order
+from fedftg.data.classes import Labels, RawLabels, check_names, folded, in_order
 from fedftg.data.config import DataConfig
 from fedftg.errors import InputError, first_line
 
@@ -22,7 +24,11 @@ from fedftg.errors import InputError, first_line
 Stored = bytes | Path | NDArray[np.uint8] | None
 
 TEST_SPLITS = ("test", "valid", "validation", "val")
-_IMAGES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif"}
+_IMAGES = {
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".mpo", ".png", ".apng", ".webp", ".avif", ".bmp", ".gif", ".tif",
+    ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga",
+}  # fmt: skip
+_NO_DATA = {"@eaDir", "@Recycle", "@__thumb", "#recycle", "#snapshot", "$RECYCLE.BIN", "lost+found", "__MACOSX"}
 T = TypeVar("T")
 
 
@@ -48,6 +54,7 @@ class Splits:
     class_names: tuple[str, ...] | None = None
     files: Sequence[Path] = ()
     image_column: str = ""
+    notes: Sequence[str] = ()
 
 
 def choose(config: DataConfig, found: Mapping[str, T], source: object, kind: str) -> tuple[T, T | None]:
@@ -59,11 +66,16 @@ def choose(config: DataConfig, found: Mapping[str, T], source: object, kind: str
         if chosen[-1] is None and (role == "train" or given or config.test_share == 0):
             listed = ", ".join(sorted(found)[:20]) or "none"
             raise InputError(
-                f"{source} has no {kind} {', '.join(names)}; the {kind}s are: {listed}; set data.{role}_split, "
-                "or data.test_share to hold out a share for testing"
+                f"{source} has no {kind} {', '.join(names)}, but {listed}; set data.{role}_split, or data.test_share"
             )
     assert chosen[0] is not None
     return chosen[0], chosen[1]
+
+
+def unused(found: Mapping[str, T], *chosen: T | None) -> list[str]:
+    """Returns a line about the splits that were found and not chosen, if any."""
+    names = ", ".join(sorted(name for name, value in found.items() if value not in chosen))
+    return [f"not used: {names}"] if names else []
 
 
 def root_of(config: DataConfig, layout: str) -> Path:
@@ -75,8 +87,8 @@ def root_of(config: DataConfig, layout: str) -> Path:
 
 
 def visible(root: Path, path: Path) -> bool:
-    """Returns whether a path below a folder is neither hidden nor a thumbnail of a NAS (``@eaDir``)."""
-    return not any(part.startswith(".") or part == "@eaDir" for part in path.relative_to(root).parts)
+    """Returns whether a path below a folder is neither hidden nor what a NAS, a bin or an unpacked zip leaves there."""
+    return not any(part.startswith(".") or part in _NO_DATA for part in path.relative_to(root).parts)
 
 
 Labelled = list[tuple[Path, str]]  # image files and the names of their class folders
@@ -85,18 +97,22 @@ Labelled = list[tuple[Path, str]]  # image files and the names of their class fo
 def class_folders(config: DataConfig) -> Splits:
     """Reads ``root/train/<class>/...`` and ``root/test/<class>/...``, or ``root/<class>/...``."""
     root = root_of(config, "one folder of images a class, in train and test or with data.test_share")
-    found = _folders(root)
-    if config.test_share > 0 and not config.train_split and not found.keys() & {"train", *TEST_SPLITS}:
-        return _of_files(_class_folders(root), None)
+    found, left_out = _folders(root), Counter[str]()
+    splits = {"train", "training", "testing", *TEST_SPLITS}
+    if config.test_share > 0 and not config.train_split and not splits.intersection(map(str.lower, found)):
+        inside = set.intersection(*(set(_folders(path)) for path in found.values())) if found else set()
+        notes = [f"every class has the folders {', '.join(sorted(inside))}; is data.root too high?"]
+        return _of_files(_class_folders(root, left_out), None, left_out, notes if len(inside) > 1 else [])
     train, test = choose(config, found, root, "folder")
-    return _of_files(_class_folders(train), _class_folders(test, least=1) if test else None)
+    labelled = _class_folders(train, left_out), _class_folders(test, left_out, least=1) if test else None
+    return _of_files(*labelled, left_out, unused(found, train, test))
 
 
 def mio_tcd(config: DataConfig) -> Splits:
     """Reads the authors' folder MIO-TCD-Classification: ``train/<class>/*.jpg``; the test images have no labels."""
     root = root_of(config, "train/<class>/*.jpg, the authors' MIO-TCD-Classification")
-    inside = root / "MIO-TCD-Classification"
-    return _of_files(_class_folders((inside if inside.is_dir() else root) / "train"), None)
+    inside, left_out = root / "MIO-TCD-Classification", Counter[str]()
+    return _of_files(_class_folders((inside if inside.is_dir() else root) / "train", left_out), None, left_out)
 
 
 def compcars(config: DataConfig) -> Splits:
@@ -111,9 +127,13 @@ def compcars(config: DataConfig) -> Splits:
     return _of_files(train, test)
 
 
-def _of_files(train: Labelled, test: Labelled | None) -> Splits:
+def _of_files(
+    train: Labelled, test: Labelled | None, left_out: Mapping[str, int] | None = None, notes: Sequence[str] = ()
+) -> Splits:
     files = [path for path, _ in [*train, *(test or ())]]
-    return Splits(_file_split(train), None if test is None else _file_split(test), files=files)
+    if left_out:
+        notes = [*notes, f"files left out: {', '.join(f'{left_out[kind]} {kind}' for kind in sorted(left_out))}"]
+    return Splits(_file_split(train), None if test is None else _file_split(test), files=files, notes=notes)
 
 
 def _file_split(images: Labelled) -> Split:
@@ -125,26 +145,41 @@ def _folders(root: Path) -> dict[str, Path]:
     return {path.name: path for path in sorted(root.glob("*")) if path.is_dir() and visible(root, path)}
 
 
-def _class_folders(root: Path, least: int = 2) -> Labelled:
+def _class_folders(root: Path, left_out: Counter[str], least: int = 2) -> Labelled:
     folders = _folders(root)
     if len(folders) < least:
-        raise InputError(
-            f"{root} has {len(folders)} class folder(s) {list(folders)}; data.root must have one folder for each class"
-        )
+        raise InputError(f"{root} has {len(folders)} class folder(s) {list(folders)}; data.root must have one a class")
     if odd := [name for name in folders if not name.isprintable()]:  # not UTF-8, such as from an old zip file
         raise InputError(f"{root}: the folder name {odd[0]!a} cannot be printed; rename it")
-    check_names(folders, str(root), lambda name: name.strip().casefold())
+    check_names(folders, str(root), lambda name: folded(name).casefold())
     found: Labelled = []
+    seen: set[str] = set()
     for name in in_order(folders):
-        if not (images := _images_below(folders[name])):
+        if not (images := _images_below(folders[name], seen, left_out)):
             raise InputError(f"{folders[name]} has no images; remove the folder")
-        found += [(path, name) for path in images]
+        found += [(path, unicodedata.normalize("NFC", name)) for path in images]
+    if beside := sum(path.suffix.lower() in _IMAGES and visible(root, path) for path in root.iterdir()):
+        left_out["beside the class folders"] += beside
     return found
 
 
-def _images_below(root: Path) -> list[Path]:
-    files = (Path(parent, name) for parent, _, names in os.walk(root, followlinks=True) for name in names)
-    return sorted(path for path in files if path.suffix.lower() in _IMAGES and visible(root, path))
+def _images_below(root: Path, seen: set[str], left_out: Counter[str]) -> list[Path]:
+    found = []
+    for parent, folders, names in os.walk(root, onerror=_unreadable, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:
+            raise InputError(f"{parent} is a link to {real}, whose images are read already; remove the link")
+        seen.add(real)
+        folders[:] = [name for name in folders if visible(root, Path(parent, name))]
+        for path in (Path(parent, name) for name in names if visible(root, Path(parent, name))):
+            if path.suffix.lower() in _IMAGES:
+                found.append(path)
+            else:
+                left_out[path.suffix.lower() or "without a suffix"] += 1
+    return sorted(found)
+
+
+def _unreadable(error: OSError) -> None:
+    raise InputError(f"{error.filename} cannot be read ({error.strerror}); restore it") from error
 
 
 def arrays(config: DataConfig) -> Splits:
@@ -159,7 +194,8 @@ def arrays(config: DataConfig) -> Splits:
     check_names(names or (), str(path))
     found = {name.removesuffix("_images"): name for name in content if name.endswith("_images")}
     train, test = choose(config, found, f"{path} (arrays {', '.join(sorted(content))})", "split")
-    return Splits(_array_split(path, content, train), _array_split(path, content, test) if test else None, names)
+    splits = _array_split(path, content, train), _array_split(path, content, test) if test else None
+    return Splits(*splits, names, notes=unused(found, train, test))
 
 
 def _read_arrays(path: Path) -> tuple[dict[str, NDArray[Any]], tuple[str, ...] | None]:
@@ -168,7 +204,7 @@ def _read_arrays(path: Path) -> tuple[dict[str, NDArray[Any]], tuple[str, ...] |
             with np.load(path, allow_pickle=False) as file:
                 content = {name: file[name] for name in file.files}
             found = content.pop("class_names", None)
-            return content, None if found is None else tuple(map(str, found.tolist()))
+            return content, None if found is None else tuple(np.ravel(found).astype(str).tolist())
         from safetensors import safe_open
 
         with safe_open(path, framework="numpy") as file:
@@ -188,11 +224,10 @@ def _array_split(path: Path, content: Mapping[str, NDArray[Any]], name: str) -> 
     if images.ndim == 4 and images.shape[1] in (1, 3):
         images = images.transpose(0, 2, 3, 1)
     pixels = images.dtype == np.uint8 and images.ndim in (3, 4) and images.shape[3:] in ((), (1,), (3,))
-    if not pixels or labels.shape != images.shape[:1] or labels.dtype.kind not in "iuU":
+    if not pixels or labels.shape != images.shape[:1] or labels.dtype.kind not in "biuU":
         raise InputError(
-            f"{path}: {name!r} is {images.dtype} of shape {content[name].shape}, {key!r} {labels.dtype} of shape "
-            f"{labels.shape}; they must be unsigned bytes (N, H, W), (N, H, W, D) or (N, D, H, W), D 1 or 3, and N "
-            "integers or words"
+            f"{path}: {name!r} must be uint8 (N, H, W), (N, H, W, D) or (N, D, H, W), D 1 or 3, and {key!r} N integers "
+            f"or words, got {images.dtype} {content[name].shape} and {labels.dtype} {labels.shape}"
         )
 
     def column(other: str) -> NDArray[Any]:
@@ -217,23 +252,25 @@ def of_arrays(
     return Split(RawLabels(values, where), lambda rows: (images[row] for row in rows), column)
 
 
-def idx(root: Path, names: tuple[str, ...]) -> Splits | None:
+def idx(root: Path, names: tuple[str, ...], folder: str) -> Splits | None:
     """Reads the four IDX files of MNIST's authors (yann.lecun.com/exdb/mnist); None where a folder has none."""
-    for inside in ("", "raw", "MNIST/raw", "FashionMNIST/raw"):  # the others are torchvision's
-        if any((root / inside).glob("train-images-idx3-ubyte*")):
+    for inside in ("", "raw", f"{folder}/raw"):  # the others are torchvision's
+        if any((root / inside).glob("train-images?idx3-ubyte*")):
             return Splits(_idx_split(root / inside, "train"), _idx_split(root / inside, "t10k"), names)
     return None
 
 
 def _idx_split(root: Path, split: str) -> Split:
-    images, labels = (_read_idx(root / f"{split}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
+    images, labels = (_read_idx(root, f"{split}-{kind}-ubyte") for kind in ("images?idx3", "labels?idx1"))
+    if len(images) != len(labels):
+        raise InputError(f"{root} has {len(images)} {split} images and {len(labels)} labels; download them again")
     return of_arrays(images, labels, lambda row: f"{root}, {split} row {row}")
 
 
-def _read_idx(path: Path) -> NDArray[np.uint8]:
+def _read_idx(root: Path, pattern: str) -> NDArray[np.uint8]:
     """Reads two zero bytes, 8 for unsigned bytes, the number of dimensions, each as 4 bytes, and the values."""
-    if not path.is_file():
-        path = path.with_name(f"{path.name}.gz")
+    found = (path for path in sorted(root.glob(f"{pattern}*")) if path.is_file())  # with a point on Kaggle
+    path = next(found, root / pattern.replace("?", "-"))
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         shape = np.frombuffer(content, ">u4", content[3], 4).tolist()

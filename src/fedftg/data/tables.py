@@ -12,9 +12,9 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from fedftg.data.classes import Labels, RawLabels, check_names
+from fedftg.data.classes import UNLABELLED, Labels, RawLabels, check_names
 from fedftg.data.config import DataConfig
-from fedftg.data.read import Split, Splits, Stored, choose, root_of, visible
+from fedftg.data.read import Split, Splits, Stored, choose, root_of, unused, visible
 from fedftg.errors import InputError, first_line
 
 _LAYOUT = "train-*.parquet and test-*.parquet (or valid-*, validation-*, val-*)"
@@ -48,7 +48,8 @@ def tables(
     if guessed and len(values) > 2 and len(np.unique(values)) == len(values):
         raise InputError(f"{source}: {label!r} has another value in every row: no label; set data.label_column")
     test = _table(test_files, image, label, names) if test_files else None
-    return Splits(train, test, names, [*train_files, *(test_files or ())], image)
+    notes = unused(found, train_files, test_files) + [f"labels are those of column {label!r}"] * guessed
+    return Splits(train, test, names, [*train_files, *(test_files or ())], image, notes)
 
 
 def _files_by_split(root: Path) -> dict[str, list[Path]]:
@@ -71,8 +72,7 @@ def _check_shards(files: Sequence[Path]) -> None:
     totals = {int(match[1]) if (match := re.search(r"-\d+-of-(\d+)", path.stem)) else 0 for path in files}
     if totals not in ({0}, {len(files)}):
         raise InputError(
-            f"{len(files)} shard(s) beside {files[0]}, but their names count {' and '.join(map(str, sorted(totals)))}; "
-            "complete the download, or remove those of another set"
+            f"{len(files)} shard(s) beside {files[0]}, their names say {sorted(totals)}; complete the download"
         )
 
 
@@ -81,19 +81,14 @@ def _downloaded(config: DataConfig, hub_id: str, subset: str | None) -> dict[str
     try:
         import datasets  # takes two seconds, and is no dependency of the package
     except ImportError as error:
-        raise InputError(
-            f"downloading {hub_id} needs the datasets library; pip install 'fedftg[data]', or set data.root"
-        ) from error
+        raise InputError(f"to download {hub_id}, pip install 'fedftg[data]', or set data.root") from error
     try:
         loaded = datasets.load_dataset(hub_id, subset, revision=config.revision)
     # Whatever the network, the library or the files do wrong; there is no common class.
     except Exception as error:
-        only = f' --include "{subset}/*"' if subset else ""
-        only += f" --revision {config.revision}" if config.revision else ""
         raise InputError(
-            f"{hub_id} cannot be loaded from the hub ({textwrap.shorten(str(error), 300)}); correct data.hub_id or "
-            "data.subset, log in with 'hf auth login', or where there is network run "
-            f"'hf download {hub_id} --repo-type dataset --local-dir DIR{only}', and set data.root to DIR"
+            f"{hub_id} cannot be loaded from the hub ({textwrap.shorten(str(error), 300)}); check data.hub_id, or set "
+            f"data.root to DIR after 'hf download {hub_id} --repo-type dataset --local-dir DIR'"
         ) from error
     return {str(name): [Path(part["filename"]) for part in split.cache_files] for name, split in loaded.items()}
 
@@ -145,8 +140,8 @@ def _columns(path: Path, image: str | None, label: str | None) -> tuple[str, str
 
     def pick(role: str, named: str | None, hub_type: str, *allowed: str) -> str:
         typed = [name for name in kinds if features.get(name, {}).get("_type") == hub_type]
-        found = typed or [name for name, kind in kinds.items() if kind == allowed[0]]
-        found = found or [name for name, kind in kinds.items() if kind in allowed and name in ("label", "labels")]
+        found = typed or [name for name, kind in kinds.items() if kind in allowed and name in ("label", "labels")]
+        found = found or [name for name, kind in kinds.items() if kind == allowed[0]]
         found = found if named is None else [named]
         if len(found) > 1:
             raise InputError(f"{path}: several columns could hold {role}s ({', '.join(found)}); set data.{role}_column")
@@ -205,5 +200,5 @@ def _values(path: Path, name: str) -> NDArray[Any]:
     column = pa.chunked_array([batch.column(0).cast(wanted) for batch in _batches(path, [name])], wanted)
     if column.null_count:
         row = column.is_null().index(True).as_py()
-        raise InputError(f"{path}, row {row}: {name!r} has no value; remove the row")
+        raise InputError(f"{path}, row {row}: {name!r} has no value; {UNLABELLED}")
     return np.array(column.to_pylist(), np.str_ if kinds[name] == "words" else np.int64)  # to_numpy imports pandas

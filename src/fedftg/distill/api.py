@@ -9,15 +9,16 @@ from dataclasses import dataclass, field, fields
 import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fedftg.distill.config import DistillConfig, preset
 from fedftg.distill.distiller import Progress, distil, trainable
 from fedftg.distill.generator import Generator
 from fedftg.distill.images import GeneratorImages
 from fedftg.distill.labels import check_class_counts, class_probabilities, sample_labels
-from fedftg.distill.teachers import Classifier, ListedTeachers, copied, frozen
+from fedftg.distill.teachers import Classifier, ListedTeachers, frozen
 from fedftg.errors import InputError, first_line
-from fedftg.params import first_non_finite
+from fedftg.params import copied, first_non_finite
 from fedftg.seeds import SERVER, forked, seed_for, torch_rng
 
 
@@ -80,6 +81,7 @@ class RefineResult:
         return images, chosen
 
 
+@torch.inference_mode(False)  # gradients are on in here
 def refine(
     student: nn.Module,
     teachers: Iterable[Classifier],
@@ -109,16 +111,22 @@ def refine(
         progress: called as ``progress(iterations done, iterations in all)``.
     """
     settings = preset(config) if isinstance(config, str) else config
-    if isinstance(teachers, nn.Module) and not isinstance(teachers, nn.ModuleList):
-        raise InputError(f"teachers must be a list of classifiers, got one {type(teachers).__name__}; pass [teacher]")
+    if not isinstance(settings, DistillConfig):
+        raise InputError(f"config must be a preset's name or fedftg.preset(...), got {type(settings).__name__}")
+    several = isinstance(teachers, Iterable) and not isinstance(teachers, Mapping | nn.Module)
+    if not several and not isinstance(teachers, nn.ModuleList):
+        raise InputError(f"teachers must be a list, got {type(teachers).__name__}; pass [teacher] or list(x.values())")
     models: dict[str, Classifier] = {"student": student}
     models |= {f"teacher {k}": teacher for k, teacher in enumerate(teachers)}
     for name, model in models.items():
-        if not callable(model):
+        if not (isinstance(model, nn.Module) if model is student else callable(model)):
             raise InputError(f"{name} must be a classifier, got {type(model).__name__}; load weights into a module")
-    ensemble = ListedTeachers(list(models.values())[1:])
+    if isinstance(student, torch.jit.ScriptModule) or any(map(is_lazy, student.parameters())):
+        raise InputError("student is a ScriptModule or has lazy layers; pass a plain nn.Module that was called once")
+    if len(models) == 1:
+        raise InputError("got no teacher, at least 1 is needed; pass the models to distil from")
     place = trainable(student)[0]
-    counts = _counts(class_counts, len(ensemble))
+    counts = _counts(class_counts, len(models) - 1)
     if generator is None:
         with forked(seed_for(seed, 0, SERVER, "generator"), torch.device("cpu")):
             new = Generator(settings.noise_dim, counts.shape[1], image_shape, settings.generator_width)
@@ -126,6 +134,7 @@ def refine(
         new = copy.deepcopy(generator)
     new = new.to(place)
     _check(models, torch.zeros(2, *new.image_shape).to(place), counts.shape[1])
+    ensemble = ListedTeachers(list(models.values())[1:])
     start, refined = copy.deepcopy(new).eval(), copied(student)
     rng = torch_rng(seed, 0, SERVER, "refine")
     metrics = distil(settings, GeneratorImages(settings, new), refined, ensemble, counts, rng=rng, progress=progress)
@@ -152,19 +161,16 @@ def _counts(class_counts: Tensor | Sequence[Sequence[float] | Tensor], num_teach
 @torch.no_grad()
 def _check(models: Mapping[str, Classifier], images: Tensor, num_classes: int) -> None:
     for name, model in models.items():
-        broken = first_non_finite(model.state_dict()) if isinstance(model, nn.Module) else None
-        if broken:
-            raise InputError(f"{name} has values in {broken} that are not finite; leave it out, or train it anew")
         try:
+            broken = first_non_finite(model.state_dict()) if isinstance(model, nn.Module) else None
             logits = frozen(model)(images)
         except Exception as error:
             raise InputError(
                 f"{name} does not take images of shape {tuple(images.shape)} on {images.device}: {first_line(error)}; "
-                "pass the image_shape that it was trained with, and put all models on one device"
+                "pass the image_shape that it was trained with, and give all models one device and one type"
             ) from error
+        if broken:
+            raise InputError(f"{name} has values in {broken} that are not finite; leave it out, or train it anew")
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         if got != (len(images), num_classes):
-            raise InputError(
-                f"{name} must return logits of shape (batch, classes) = {(len(images), num_classes)}, got {got}; "
-                "student, teachers and class_counts must have the same classes"
-            )
+            raise InputError(f"{name} must return logits {(2, num_classes)}, the classes of class_counts, got {got}")

@@ -22,15 +22,9 @@ class DistillConfig(BaseModel):
 
     iterations: int = Field(default=10, ge=1, description="I: batches of noise and labels in one call")
     generator_steps: int = Field(default=1, ge=1, description="I_g: generator steps on each batch")
-    student_steps: int = Field(
-        default=5, ge=0, description="I_d: student steps on each batch; 0 trains the generator only"
-    )
-    batch_size: int = Field(
-        default=50, ge=2, description="synthetic images in a batch; at least 2, so that there are pairs"
-    )
-    noise_dim: int = Field(
-        default=100, ge=1, description="length of the noise z; the public code takes 256 for 100 classes"
-    )
+    student_steps: int = Field(default=5, ge=0, description="I_d: student steps on each batch; 0: the generator only")
+    batch_size: int = Field(default=50, ge=2, description="synthetic images in a batch; 2 or more, to have pairs")
+    noise_dim: int = Field(default=100, ge=1, description="length of the noise z; public code: 256 for 100 classes")
     generator_width: int = Field(default=64, ge=1, description="channels of the generator after its second upsampling")
 
     discrepancy: Discrepancy = Field(
@@ -70,19 +64,13 @@ class DistillConfig(BaseModel):
 
     lambda_md: float = Field(default=1.0, ge=0, description="weight of L_md; 0 switches hard sample mining off")
     lambda_cls: float = Field(default=1.0, ge=0, description="weight of L_cls; 0 lets images look like no class")
-    lambda_dis: float = Field(
-        default=1.0, ge=0, description="weight of L_dis; 0 lets images of a class collapse into one"
-    )
-    temperature: float = Field(
-        default=1.0, gt=0, description="divides the logits in kl discrepancy, ensemble and student loss"
-    )
+    lambda_dis: float = Field(default=1.0, ge=0, description="weight of L_dis; 0 lets images of a class become one")
+    temperature: float = Field(default=1.0, gt=0, description="divides logits in L_md (kl), ensemble and student loss")
 
     student_lr: float = Field(
         default=0.1, ge=0, description="rate of the student's SGD before decay; 0 leaves it as it is"
     )
-    student_weight_decay: float = Field(
-        default=1e-3, ge=0, description="weight decay of the student's SGD, as on the clients"
-    )
+    student_weight_decay: float = Field(default=1e-3, ge=0, description="weight decay of the student's SGD")
     student_momentum: float = Field(
         default=0.0, ge=0, lt=1, description="momentum of the student's SGD, rebuilt in every call"
     )

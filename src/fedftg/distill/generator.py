@@ -38,10 +38,7 @@ class Generator(nn.Module):
         super().__init__()
         shape = tuple(image_shape)
         if len(shape) != 3 or shape[0] not in (1, 3) or not all(_MIN_SIZE <= size <= _MAX_SIZE for size in shape[1:]):
-            raise InputError(
-                f"image_shape must be (channels, height, width) with 1 or 3 channels and {_MIN_SIZE} to {_MAX_SIZE} "
-                f"pixels a side, got {shape}; resize the images, or put the channels first"
-            )
+            raise InputError(f"image_shape must be (D, H, W), D 1 or 3, sides {_MIN_SIZE} to {_MAX_SIZE}, got {shape}")
         channels, height, breadth = shape
         self.image_shape = (channels, height, breadth)
         self.noise_dim, self.num_classes, self.width = noise_dim, num_classes, width

@@ -13,10 +13,7 @@ from fedftg.errors import InputError
 def check_class_counts(class_counts: Num[Tensor, "K C"], *, num_teachers: int) -> Float[Tensor, "K C"]:
     """Returns ``(K, C)`` float64 on the CPU, checked: at least two classes, finite, no negative, not all 0."""
     if class_counts.ndim != 2 or len(class_counts) != num_teachers or class_counts.shape[1] < 2:
-        raise InputError(
-            f"class_counts must have shape (teachers, classes) = ({num_teachers}, C), got "
-            f"{tuple(class_counts.shape)}; give one row per teacher and one column per class, at least two"
-        )
+        raise InputError(f"class_counts must be (teachers = {num_teachers}, C >= 2), got {tuple(class_counts.shape)}")
     counts = class_counts.detach().to("cpu", torch.float64)
     if not bool(torch.isfinite(counts).all()) or bool((counts < 0).any()):
         raise InputError("class_counts must be finite and >= 0; count each teacher's training samples of each class")

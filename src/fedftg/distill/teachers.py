@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -14,8 +13,7 @@ from torch import Tensor, nn
 from fedftg.distill import losses
 from fedftg.distill.config import DistillConfig
 from fedftg.distill.labels import class_probabilities, ensemble_weights
-from fedftg.errors import InputError
-from fedftg.params import Params, stack
+from fedftg.params import Params, copied, stack
 
 Classifier = Callable[[Tensor], Tensor]
 ClassifierFunction = Callable[[Params, Params, Tensor], Tensor]
@@ -40,8 +38,6 @@ class ListedTeachers:
     """Teachers of any architectures, modules or functions (see `frozen`), called one after the other."""
 
     def __init__(self, classifiers: Sequence[Classifier]) -> None:
-        if not classifiers:
-            raise InputError("got no teacher, at least 1 is needed; pass the models to distil from")
         self._classifiers = [frozen(classifier) for classifier in classifiers]
 
     def __len__(self) -> int:
@@ -155,21 +151,17 @@ def autocast(config: DistillConfig, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
 
 
-def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """Returns a deep copy; a result that a module keeps with its graph, such as features, is detached in it."""
-    memo = memo or {}
-    for layer in module.modules():
-        kept = [value for value in vars(layer).values() if isinstance(value, Tensor) and value.grad_fn is not None]
-        memo |= {id(value): value.detach() for value in kept}
-    return copy.deepcopy(module, memo)
-
-
 def frozen(classifier: Classifier) -> Classifier:
     """Returns a view of a module that shares its values, evaluates and has no weight gradients; a function as it is."""
     if not isinstance(classifier, nn.Module):
         return classifier
     # deepcopy takes what the memo already holds for an object instead of copying it.
-    memo: dict[int, Any] = {id(buffer): buffer for buffer in classifier.buffers()}
+    memo: dict[int, Any] = {id(buffer): _plain(buffer) for buffer in classifier.buffers()}
     for parameter in classifier.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+        memo[id(parameter)] = nn.Parameter(_plain(parameter.detach()), requires_grad=False)
     return copied(classifier, memo).eval()
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Returns the tensor, or a copy where it was made in inference mode, so that gradients can pass it."""
+    return tensor.clone() if tensor.is_inference() else tensor

@@ -165,15 +165,9 @@ class CudaGraphExecutor:
         recorder: Recorder | None = None,
     ) -> None:
         if recorder is None and data.device.type != "cuda":
-            raise InputError(
-                f"executor.name=cuda_graph needs an NVIDIA GPU and device is {str(data.device)!r}; take device=cuda, "
-                "or executor.name=auto"
-            )
+            raise InputError(f"executor.name=cuda_graph needs device=cuda, got {data.device}; or take auto")
         if model.has_dropout:
-            raise InputError(
-                "executor.name=cuda_graph cannot give each client its own dropout masks; take "
-                "executor.name=sequential, or a model without dropout"
-            )
+            raise InputError("executor.name=cuda_graph cannot record dropout; take executor.name=sequential")
         self.description = f"cuda_graph: {group} clients a recorded step" if group > 1 else "cuda_graph"
         self._model = model
         self._data = data

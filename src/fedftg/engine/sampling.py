@@ -13,9 +13,7 @@ class CohortConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     size: int | None = Field(default=None, ge=1, description="clients a round, drawn without replacement")
-    probability: float | None = Field(
-        default=None, gt=0, le=1, description="each client joins a round with this probability; 1 means all of them"
-    )
+    probability: float | None = Field(default=None, gt=0, le=1, description="chance of each client to join a round")
 
     @model_validator(mode="after")
     def _only_one(self) -> CohortConfig:
@@ -32,8 +30,6 @@ def cohort(config: CohortConfig, candidates: list[int], seed: int, round: int) -
     """
     rng = numpy_rng(seed, round, SERVER, "cohort")
     if config.size is not None:
-        if config.size > len(candidates):
-            raise ValueError(f"cohort.size {config.size} is more than the {len(candidates)} clients that have data")
         chosen = rng.choice(len(candidates), size=config.size, replace=False)
         return sorted(candidates[index] for index in chosen)
     if config.probability is not None:

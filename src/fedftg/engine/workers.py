@@ -112,10 +112,7 @@ class WorkersExecutor:
         if problem is not None:
             raise InputError(f"executor.name=workers: {problem}, or take executor.name=sequential")
         if data.device.type != "cpu":
-            raise InputError(
-                f"executor.name=workers trains on the CPU and device is {str(data.device)!r}; take device=cpu, or "
-                "executor.name=sequential"
-            )
+            raise InputError(f"executor.name=workers needs device=cpu, got {data.device}; or take sequential")
         self.description = f"workers: {count} processes of one thread"
         self._recipe = recipe
         self._data = data
@@ -208,7 +205,7 @@ def _protected_start() -> Iterator[None]:
     """Processes started meanwhile ignore Ctrl-C, which is handled here, and do not run the user's script again."""
     resource_tracker.ensure_running()  # its own start would unblock the signal
     script = sys.modules["__main__"]
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP, signal.SIGTERM})
     # Spawn imports what it finds as ``__main__``; of an empty module it imports nothing.
     sys.modules["__main__"] = ModuleType("__main__")
     try:

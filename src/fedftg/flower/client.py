@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from fedftg.algorithms.base import LocalTask, Memory, ServerState
 from fedftg.algorithms.registry import ALGORITHMS
+from fedftg.config import parse
 from fedftg.data import sources
 from fedftg.data.config import DataConfig, PartitionConfig
 from fedftg.data.dataset import ImageDataset
@@ -29,11 +29,11 @@ from fedftg.engine.machine import cpu_threads, keep_freed_memory, resolve_device
 from fedftg.errors import InputError
 from fedftg.flower import wire
 from fedftg.flower.nodes import ClientFacts
-from fedftg.flower.settings import agreement, app_settings, node_settings, on_node
+from fedftg.flower.settings import AppSettings, NodeSettings, agreement, on_node
 from fedftg.flower.wire import CONFIG, METRICS, NUM_EXAMPLES, PARTITION_ID, Layout, Order
 from fedftg.models import registry
 from fedftg.models.functional import FunctionalModel
-from fedftg.params import Params, first_non_finite, to_device
+from fedftg.params import Params, copied, first_non_finite, to_device
 from fedftg.rundir.tensors import read_tensors, write_tensors
 from fedftg.seeds import SERVER, forked, numpy_rng, seed_for
 
@@ -66,7 +66,8 @@ def client_app(recipe: str | Path) -> ClientApp:
 
 class _Node:
     def __init__(self, recipe: Path, context: Context) -> None:
-        self.app, self.settings = app_settings(context.run_config), node_settings(context.node_config)
+        self.app = parse(AppSettings, dict(context.run_config), "app config")
+        self.settings = parse(NodeSettings, dict(context.node_config), "node config")
         self.config = on_node(recipe, self.app, self.settings)
         self.client = self.settings.partition_id
         self._context = context
@@ -149,8 +150,7 @@ def _partitioned(
     """Returns the data set and, per client, the rows to train on and to hold back; an ``owner`` has all rows."""
     dataset = sources.load(data, columns=needed_columns(partition))
     if owner is None:
-        divided = partition_dataset(dataset, partition, seed)
-        return dataset, divided.train, divided.held_back
+        return dataset, *partition_dataset(dataset, partition, seed)[1:]
     labels = dataset.train_labels.numpy()
     whole = _only(owner, partition.num_clients, np.arange(len(labels)))
     return dataset, *hold_back(whole, labels, partition.test_share, numpy_rng(seed, 0, SERVER, "hold_back"))
@@ -173,11 +173,11 @@ def class_counts(labels: Tensor | np.ndarray[Any, Any] | Sequence[int], num_clas
     if given.numel() == 0:
         return [0] * num_classes
     if given.ndim != 1 or given.is_floating_point() or int(given.min()) < 0 or int(given.max()) >= num_classes:
-        found = f"{given.dtype} of shape {tuple(given.shape)}, {given.min()} to {given.max()}"
-        raise InputError(f"labels must be a list of whole numbers from 0 to {num_classes - 1}, got {found}")
+        raise InputError(f"labels must be a list of whole numbers from 0 to {num_classes - 1}, got {str(labels)[:80]}")
     return [int(count) for count in torch.bincount(given.long(), minlength=num_classes)]
 
 
+@torch.inference_mode(False)  # gradients are on in here
 def local_train(
     message: Message,
     context: Context,
@@ -222,7 +222,7 @@ def local_train(
     if initial is None:
         initial = received if first is None else layout.split(wire.decode(first, layout.template, finite=True))
 
-    functional = FunctionalModel(copy.deepcopy(model).float())
+    functional = FunctionalModel(copied(model).float())
     device = next(model.parameters()).device
     params, buffers = (to_device(part, device) for part in received)
     template = algorithm.server.message(ServerState(0, params, buffers, algorithm.server.init(params), {}))
@@ -318,8 +318,8 @@ class ClientMemory:
             if reset:
                 return initial
             raise InputError(
-                f"this node has no memory of round {last} of its client, or a damaged one; put its old state-dir back, "
-                "or set lost-memory=reset (local_train: lost_memory='reset')"
+                f"this node has no memory of round {last} of its client, or a damaged one; put its old state-dir "
+                "back, or set lost-memory=reset (local_train: lost_memory='reset')"
             ) from None
 
     def _path(self, round: int) -> Path:

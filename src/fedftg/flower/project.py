@@ -29,7 +29,7 @@ def new(folder: Path, recipe: str | None, overrides: Sequence[str]) -> list[Path
     config = configs.load(recipes.find(recipe or recipes.DEFAULT), overrides)
     if config.data.name == TENSORS:
         raise InputError("data set 'tensors' cannot be sent to nodes; take data.name = 'arrays'")
-    name = re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-")
+    name = re.sub(r"^[^a-z]+|[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-")[:32].rstrip("-")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder} exists already; give a new or an empty folder")
     try:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from fedftg import build, loop
 from fedftg.algorithms.base import ClientResult, LocalRule, LocalTask
-from fedftg.config import RunConfig
+from fedftg.config import RunConfig, parse
 from fedftg.data import sources
 from fedftg.engine.evaluate import Measured, over_clients
 from fedftg.engine.executors import Executor, Rejected
@@ -25,7 +25,7 @@ from fedftg.errors import InputError
 from fedftg.experiment import Experiment, Models
 from fedftg.flower import wire
 from fedftg.flower.nodes import Log, NodeFederation, Nodes, facts_of, joint_normalisation
-from fedftg.flower.settings import AppSettings, app_settings, on_server
+from fedftg.flower.settings import AppSettings, on_server
 from fedftg.flower.wire import ARRAYS, CLASS_COUNTS, CONFIG, LOSS, MESSAGE, NUM_EXAMPLES, PARTITION_ID, Order
 from fedftg.loop import Run
 from fedftg.params import to_device
@@ -65,7 +65,7 @@ def serve(grid: Grid, recipe: Path, run_config: Mapping[str, Any], progress: Pro
     Raises:
         InputError: wrong settings, too few nodes within the bound, or other data than the resumed run had.
     """
-    settings = app_settings(run_config)
+    settings = parse(AppSettings, dict(run_config), "app config")
     config = on_server(recipe, settings)
     folder = Path(settings.out) if settings.out else Path("runs", config.name)
     log = partial(Console(soft_wrap=True).print, highlight=False, markup=False)
@@ -172,9 +172,7 @@ class GridExecutor:
 
     def __init__(self, experiment: NodesExperiment) -> None:
         self._experiment = experiment
-        state = experiment.state
-        self._params, self._buffers = state.params, state.buffers
-        self._extra = experiment.algorithm.local.upload_like(state.params)
+        self._extra = experiment.algorithm.local.upload_like(experiment.state.params)
 
     def run(self, rule: LocalRule, tasks: Iterable[LocalTask]) -> Iterator[ClientResult | Rejected]:  # noqa: ARG002
         """Yields one result or reason a task; an update that does not fit the model is a reason."""
@@ -213,7 +211,7 @@ class GridExecutor:
         if isinstance(reply, str):
             return Rejected(task.client, reply)
         # Values that are not finite are rejected by the round, as the simulator's are.
-        read = wire.read_reply(reply, {**self._params, **self._buffers}, extra=self._extra, finite=False)
+        read = wire.read_reply(reply, {**task.params, **task.buffers}, extra=self._extra, finite=False)
         if read.problem is not None:
             return Rejected(task.client, read.problem)
         counts = list(self._experiment.data.known[task.client].class_counts)
@@ -226,8 +224,8 @@ class GridExecutor:
             client=task.client,
             num_samples=task.num_samples,
             class_counts=torch.tensor(counts, dtype=torch.int64),
-            params=to_device({name: read.arrays[name] for name in self._params}, device),
-            buffers=to_device({name: read.arrays[name] for name in self._buffers}, device),
+            params=to_device({name: read.arrays[name] for name in task.params}, device),
+            buffers=to_device({name: read.arrays[name] for name in task.buffers}, device),
             extra=to_device(read.extra, device),
             memory={LAST_COUNTED: torch.tensor(task.round)},
             loss=loss,

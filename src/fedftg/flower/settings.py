@@ -55,16 +55,6 @@ class NodeSettings(BaseModel):
     """-1: the recipe's."""
 
 
-def app_settings(given: Mapping[str, Any]) -> AppSettings:
-    """Returns the settings of a run."""
-    return configs.parse(AppSettings, dict(given), "app config")
-
-
-def node_settings(given: Mapping[str, Any]) -> NodeSettings:
-    """Returns the settings of a node."""
-    return configs.parse(NodeSettings, dict(given), "node config")
-
-
 def on_server(recipe: Path, settings: AppSettings) -> RunConfig:
     """Returns the recipe with the run's overrides, and the server's own place of the data."""
     root = "" if settings.server_data in ("recipe", "none") else settings.server_data

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import time
@@ -20,7 +19,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import Result, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
-from torch import nn
+from torch import Tensor, nn
 
 from fedftg.algorithms.base import ClientResult, Memory, RefinerConfig, RefinerContext, ServerState, broadcast
 from fedftg.algorithms.fedftg import FedFTGConfig
@@ -31,7 +30,7 @@ from fedftg.engine.machine import resolve_device
 from fedftg.errors import InputError, first_line, unknown
 from fedftg.flower.wire import ARRAYS, CLASS_COUNTS, PARTITION_ID, Layout, Reply, encode, read_replies
 from fedftg.models.functional import FunctionalModel
-from fedftg.params import Params, first_non_finite, prefixed, to_device, unprefixed
+from fedftg.params import Params, copied, first_non_finite, prefixed, to_device, unprefixed
 from fedftg.rundir.tensors import read_metadata, read_tensors, write_tensors
 from fedftg.seeds import SERVER, torch_rng
 
@@ -104,7 +103,7 @@ class Refined(Strategy):
         self._config, self._module, self._seed = refiner, model, seed
         self._checkpoint = None if checkpoint is None else Path(checkpoint) / "refined.safetensors"
         self._device = torch.device(resolve_device(device))
-        trainable = _Trainable(model, self._device)
+        trainable = FunctionalModel(copied(model).float().to(self._device))
         self._num_classes = _num_classes(trainable, image_shape, self._device)
         channels, height, width = image_shape
         context = RefinerContext(trainable, self._num_classes, (channels, height, width), self._device)
@@ -364,20 +363,6 @@ class FedFTG(Refined):
         super().__init__(strategy, parse(FedFTGConfig, settings), model, image_shape, **options)
 
 
-class _Trainable(FunctionalModel):
-    """A classifier in float32 on a device, whose copies keep its frozen parameters frozen."""
-
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
-        super().__init__(copy.deepcopy(module).float().to(device))
-        self._frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
-
-    def module(self, params: Params, buffers: Params) -> nn.Module:
-        module = super().module(params, buffers)
-        for name in self._frozen:
-            module.get_parameter(name).requires_grad_(False)
-        return module
-
-
 def _num_classes(model: FunctionalModel, image_shape: Sequence[int], device: torch.device) -> int:
     try:
         channels, height, width = image_shape
@@ -386,8 +371,9 @@ def _num_classes(model: FunctionalModel, image_shape: Sequence[int], device: tor
     except Exception as error:
         reason = f"the model does not take images of shape {image_shape} ({first_line(error)})"
         raise InputError(f"{reason}; pass its image_shape") from error
-    if logits.ndim != 2:
-        raise InputError(f"the model must give logits (2, classes) for 2 images, got {tuple(logits.shape)}")
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+    if len(shape) != 2:
+        raise InputError(f"the model must give logits (2, classes) for 2 images, got {shape}")
     return int(logits.shape[1])
 
 

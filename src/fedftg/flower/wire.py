@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fedftg.config import parse
 from fedftg.data.dataset import Channels
 from fedftg.engine.local_train import LocalConfig
-from fedftg.errors import InputError
+from fedftg.errors import InputError, first_line
 from fedftg.params import Params, first_non_finite
 
 ARRAYS = "arrays"
@@ -160,10 +160,7 @@ class Order(BaseModel):
         for config in content.config_records.values():
             if isinstance(text := config.get(ORDER), str):
                 return parse(cls, json.loads(text), "order")
-        raise InputError(
-            f"the message has no {ORDER!r}; local_train works with the strategies FedDyn, Scaffold and Moon of "
-            "fedftg.flower"
-        )
+        raise InputError(f"the message has no {ORDER!r}; take FedDyn, Scaffold or Moon of fedftg.flower")
 
 
 @dataclass(frozen=True)
@@ -271,15 +268,12 @@ def _numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
 
 def _decoded(name: str, array: Array, like: Tensor) -> Tensor:
     wanted = str(_numpy(torch.empty(0, dtype=like.dtype)).dtype), tuple(like.shape)
-    if (array.dtype, tuple(array.shape)) != wanted:
-        raise InputError(f"tensor {name!r} is {(array.dtype, tuple(array.shape))}, must be {wanted}")
     try:
         values = array.numpy()
-        fits = (str(values.dtype), values.shape) == wanted
-    except Exception:  # whatever NumPy makes of bytes that anyone may have written
-        fits = False
-    if not fits:
-        raise InputError(f"tensor {name!r} is damaged or not the {wanted} that it says")
+    except Exception as error:  # whatever NumPy makes of bytes that anyone may have written
+        raise InputError(f"tensor {name!r} is damaged ({first_line(error)})") from error
+    if (str(values.dtype), values.shape) != wanted:
+        raise InputError(f"tensor {name!r} must be {wanted}, got {(str(values.dtype), values.shape)}")
     return torch.from_numpy(values).contiguous().to(like.dtype)
 
 

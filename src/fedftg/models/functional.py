@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.parameter import is_lazy
 
 from fedftg.errors import InputError
-from fedftg.params import Params, clone
+from fedftg.params import Params, clone, copied
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -27,8 +27,10 @@ class FunctionalModel:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._training = copy.deepcopy(module).train().requires_grad_(False)
-        self._evaluating = copy.deepcopy(module).eval().requires_grad_(False)
+        if any(map(is_lazy, module.parameters())):
+            raise InputError("the model has lazy layers without a shape; call it once on a batch of images first")
+        self._training = copied(module).train().requires_grad_(False)
+        self._evaluating = copied(module).eval().requires_grad_(False)
         self._trainable = {name for name, value in module.named_parameters() if value.requires_grad}
         self.has_batchnorm = any(isinstance(layer, _BATCH_NORMS) for layer in module.modules())
         self.has_dropout = any(map(_drops, module.modules()))
@@ -54,10 +56,7 @@ class FunctionalModel:
         module = self._training if train else self._evaluating
         linears = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
         if not linears:
-            raise InputError(
-                f"{type(module).__name__} has no nn.Linear layer, so its representation is unknown; "
-                "end the model with a linear classifier, or use an algorithm other than moon"
-            )
+            raise InputError(f"moon needs a model that ends with nn.Linear, {type(module).__name__} has none")
         seen: list[Tensor] = []
 
         def keep_input(_: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -65,11 +64,13 @@ class FunctionalModel:
 
         with linears[-1].register_forward_pre_hook(keep_input):
             logits = self(params, buffers, images, train=train)
+        if not seen:
+            raise InputError(f"{type(module).__name__} does not use its last nn.Linear; register the classifier last")
         return logits, seen[-1]
 
     def module(self, params: Params, buffers: Params) -> nn.Module:
         """Returns a new module, in evaluation mode, with copies of these values; frozen ones stay frozen."""
-        module = copy.deepcopy(self._evaluating)
+        module = copied(self._evaluating)
         module.load_state_dict({**params, **buffers}, strict=False)
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in self._trainable)

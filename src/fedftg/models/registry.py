@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -67,37 +66,41 @@ def build(config: ModelConfig, num_classes: int, image_shape: tuple[int, int, in
             if not isinstance(model, torch.nn.Module):
                 raise TypeError(f"it is a {type(model).__name__}, not a torch.nn.Module")
             _check(model, config.name, num_classes, image_shape)
+            return model.train()
         except InputError:
             raise
         except Exception as error:
             raise InputError(
-                f"model {config.name!r} with args {config.args} fails on images of shape {image_shape}: "
-                f"{first_line(error)}"
+                f"model {config.name!r} with args {config.args} fails on images {image_shape}: {first_line(error)}"
             ) from error
-    return model.train()
 
 
 def _check(model: nn.Module, name: str, num_classes: int, image_shape: tuple[int, int, int]) -> None:
     """Raises InputError for a model that cannot be trained here; calls copies, so that statistics stay as they are."""
     import torch
     from torch import nn
+    from torch.nn.parameter import is_lazy
 
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | torch.jit.ScriptModule):
+    from fedftg.params import copied, first_non_finite
+
+    wrapped = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | torch.jit.ScriptModule)
+    if wrapped or hasattr(model, "_orig_mod"):  # of torch.compile
         raise InputError(f"model {name!r} is a {type(model).__name__}; give the plain nn.Module")
+    if any(map(is_lazy, model.parameters())):
+        model.eval()(torch.zeros(2, *image_shape))  # gives lazy layers their shapes
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     if bad := next((key for key, tensor in tensors.items() if tensor.is_complex()), None):
         raise InputError(f"model {name!r} has complex values in {bad}, which cannot be averaged; use two real tensors")
+    if bad := first_non_finite(tensors):
+        raise InputError(f"model {name!r} has values in {bad} that are not finite; a mask may be boolean or -1e9")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError(f"model {name!r} has no parameter that requires a gradient; leave some unfrozen")
     for mode in ("evaluation", "training"):
         with torch.no_grad():
-            output = copy.deepcopy(model).train(mode == "training")(torch.zeros(2, *image_shape))
+            output = copied(model).train(mode == "training")(torch.zeros(2, *image_shape))
         shape = tuple(output.shape) if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
         if shape != (2, num_classes):
-            raise InputError(
-                f"model {name!r} turns 2 images of shape {image_shape} into {shape} in {mode} mode; it must give "
-                f"logits of shape (2, {num_classes})"
-            )
+            raise InputError(f"model {name!r} gives {shape} in {mode} mode; it must give logits {(2, num_classes)}")
 
 
 def _factory(name: str) -> Factory:
@@ -111,8 +114,7 @@ def _factory(name: str) -> Factory:
         inspect.signature(factory)  # fails where it cannot be called
     except Exception as error:
         raise InputError(
-            f"model {name!r} cannot be imported ({first_line(error)}); check the spelling, install it, or start in "
-            "its folder"
+            f"model {name!r} cannot be imported ({first_line(error)}); check the spelling, or start in its folder"
         ) from error
     return factory
 
@@ -124,7 +126,5 @@ def _arguments(config: ModelConfig, factory: Factory, offered: dict[str, Any]) -
     names = [name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD]
     if wrong := [name for name in config.args if name not in names and not takes_any]:
         own = ", ".join(name for name in names if name not in offered)
-        raise InputError(
-            f"model {config.name!r} takes no argument {wrong[0]!r}; allowed in model.args: {own or 'none'}"
-        )
+        raise InputError(f"model {config.name!r} takes no {wrong[0]!r}; allowed in model.args: {own or 'none'}")
     return {name: value for name, value in offered.items() if name in names or takes_any} | config.args

@@ -56,8 +56,7 @@ def accuracy_plot(runs: Sequence[RunRecord], path: Path) -> Path:
     for index, (run, name) in enumerate(zip(runs, display_names(runs), strict=True)):
         colour = _COLOURS[index % len(_COLOURS)]
         deployed = run.accuracy("refined")
-        marked = len(runs) > len(_COLOURS) or len(deployed[0]) <= 30
-        marker = _MARKERS[index // len(_COLOURS) % len(_MARKERS)] if marked else ""
+        marker = _MARKERS[index // len(_COLOURS) % len(_MARKERS)]
         for kind in _KINDS:
             series = run.accuracy(kind)
             if series[0] and not (kind == "selected" and run.refiner == "none"):  # that is the deployed model
@@ -90,9 +89,6 @@ def accuracy_plot(runs: Sequence[RunRecord], path: Path) -> Path:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, steps=[1, 2, 5, 10], integer=True))
     axes.margins(x=0.015)
     _frame(axes, grid="both")
-    if not axes.lines:
-        axes.text(0.5, 0.5, "no evaluation yet", transform=axes.transAxes, ha="center", va="center", color="#777777")
-        axes.set(xlim=(0, 1), ylim=(0, 100))
     return _save(figure, path)
 
 

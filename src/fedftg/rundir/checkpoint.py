@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedftg import params as tree
 from fedftg.algorithms.base import ServerState
 from fedftg.errors import InputError
@@ -55,29 +57,26 @@ def sweep(folder: Path) -> None:
             file.unlink()
 
 
-def load(clients: ClientStore) -> ServerState | None:
-    """Returns the last whole state, on the CPU, and restores ``clients`` from their folder; None if there is none."""
+def load(clients: ClientStore, device: torch.device | str = "cpu") -> ServerState | None:
+    """Returns the last whole state and restores ``clients`` from their folder; None if there is none."""
     index = _read_index(clients.folder)
     if index is None:
         return None
     if index["format"] != FORMAT:
-        raise InputError(
-            f"{clients.folder / 'checkpoint.json'} has format {index['format']}, this version resumes format {FORMAT}; "
-            "resume with the version that wrote it"
-        )
+        raise InputError(f"{clients.folder} has format {index['format']}, not {FORMAT}; resume with its own version")
     tensors = read_tensors(clients.folder / index["state"])
     clients.restore(index, tree.unprefixed(tensors, "change_sum/"))
-    return _state(index, tensors)
+    return _state(index, tensors, device)
 
 
 def load_state(folder: Path) -> ServerState | None:
     """Returns the server's state as `load` does, of older formats too; what clients keep is not read."""
     index = _read_index(folder)
-    return None if index is None else _state(index, read_tensors(folder / index["state"]))
+    return None if index is None else _state(index, read_tensors(folder / index["state"]), "cpu")
 
 
-def _state(index: Index, tensors: Params) -> ServerState:
-    parts = {part: tree.unprefixed(tensors, part + "/") for part in PARTS}
+def _state(index: Index, tensors: Params, device: torch.device | str) -> ServerState:
+    parts = {part: tree.to_device(tree.unprefixed(tensors, part + "/"), device) for part in PARTS}
     return ServerState(round=int(index["round"]), **parts)
 
 

@@ -81,25 +81,18 @@ class RunFolder:
             raise InputError(f"{self.rounds_file} cannot be read ({error}); {PUT_BACK}") from None
         missing = next((number for number in range(1, num_rounds + 1) if found[number - 1 : number] != [number]), None)
         if missing is not None:
-            raise InputError(
-                f"{self.rounds_file} lacks round {missing} of the {num_rounds} that the checkpoint has; {PUT_BACK}"
-            )
+            raise InputError(f"{self.rounds_file} lacks round {missing} of {num_rounds}; {PUT_BACK}")
         # A run that dies between a record and its checkpoint has one of `every` rounds at most.
         every = self.read_config().get("checkpoint", {}).get("every", 1)
         if num_rounds == 0 and (self.finished or len(found) > every):
-            raise InputError(
-                f"{self.path} has {len(found)} rounds, but its checkpoint {self.checkpoint / 'checkpoint.json'} is "
-                f"gone; {PUT_BACK}"
-            )
+            raise InputError(f"{self.path} has {len(found)} rounds, but checkpoint/checkpoint.json is gone; {PUT_BACK}")
 
     def read_config(self) -> dict[str, Any]:
         """Returns the settings of the run; raises InputError where the folder is none."""
         try:
             return tomllib.loads(self.config_file.read_text(encoding="utf-8"))
         except OSError:
-            raise InputError(
-                f"{self.path} holds no run (no config.toml); give the folder of a run, such as runs/default"
-            ) from None
+            raise InputError(f"{self.path} holds no run (no config.toml); give the folder of a run") from None
         except ValueError as error:
             raise InputError(f"{self.config_file} is not valid TOML: {error}") from None
 
