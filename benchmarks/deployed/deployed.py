@@ -44,8 +44,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ema": {"name": "ema", "ema_decay": 0.8},
     "wima": {"name": "wima", "window": 8},
     "all": {"name": "all"},
-    "head_prior": {"name": "head_prior"},
-    "all + prior": {"name": "all", "prior_tau": 0.5},
+    "head_prior": {"name": "head_prior", "prior_tau": 0.75},
+    "all + prior": {"name": "all", "prior_tau": 0.75},
 }
 """What is deployed at each evaluation, by the name of its column."""
 
