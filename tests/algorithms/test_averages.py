@@ -279,14 +279,14 @@ def test_broadcast_by_hand():
     assert [float(broadcast(leading, refined, weight).params["w"]) for weight in (0, 0.5, 1)] == [3, 5, 7]
 
 
-def test_fedftg_starts_from_the_average():
-    """With a student that does not move, it deploys what the average alone does."""
+def test_fedftg_deploys_the_average_beside_the_model_it_sends():
+    """It deploys what the average alone does; a student that does not move leaves the aggregate as it is."""
     module = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
     still = {"student_lr": 0, "iterations": 1, "batch_size": 4, "generator_width": 4, "noise_dim": 4}
-    start = {"average": "all", "prior_tau": 0.7, "recency": 0.9}
+    average = {"average": "all", "prior_tau": 0.7, "recency": 0.9}
     ends = []
     for name, more in (("fedftg", still), ("all", {})):
-        refiner = parse(REFINERS[name], {"name": name, **start, **more}).build(context(module))
+        refiner = parse(REFINERS[name], {"name": name, **average, **more}).build(context(module))
         params, buffers = context(module).model.init()
         memory, rng = refiner.init(params, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
         before: dict[int, Any] = {}
@@ -302,6 +302,8 @@ def test_fedftg_starts_from_the_average():
             state = replace(state, refiner=refiner.observe(state, results))
             after, _ = refiner.refine(state, results, rng)
             memory = after.refiner
-        ends.append(after.params)
-    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[1])
-    assert not torch.equal(ends[0]["1.bias"], params["1.bias"])
+        ends.append(after)
+    tuned, averaged = ends
+    assert all(torch.equal(tuned.deployed[key], averaged.params[key]) for key in params)
+    assert all(torch.equal(tuned.params[key], params[key]) for key in params)
+    assert not torch.equal(tuned.deployed["1.bias"], params["1.bias"])

@@ -236,7 +236,7 @@ def _window(memory: Memory) -> list[Params]:
 
 
 class AverageConfig(AverageFields, RefinerConfig):
-    """The settings of a refiner that deploys or starts from an average."""
+    """The settings of a refiner that deploys an average, alone or beside a model that it sends."""
 
     @classmethod
     def defaults(cls, given: Mapping[str, Any], num_classes: int | None = None) -> dict[str, Any]:  # noqa: ARG003

@@ -35,8 +35,6 @@ from fedftg.seeds import forked
 
 _MODEL, _CLIENTS, _COUNTS, _AVERAGE = "past.model.", "past.clients", "past.counts", "average."
 
-AverageAt = Literal["start", "end"]
-
 ABSENT_WEIGHTS = {"fedftg": 1.0}
 """Of the presets; 0 for those that are not named."""
 
@@ -49,8 +47,7 @@ class FedFTG(NoRefiner):
     context: RefinerContext
     absent_weight: float = 0.0
     average: Averaged | None = None
-    """What is deployed, or what the student starts from; None: the student, from the aggregate."""
-    average_at: AverageAt = "end"
+    """What is deployed beside the fine-tuned model, which clients receive; None: that."""
 
     @property
     def reads_previous(self) -> bool:
@@ -75,10 +72,7 @@ class FedFTG(NoRefiner):
         images = self._images(seed=0)
         images.load_memory(state.refiner)
         model = self.context.model
-        start = state
-        if self.average is not None and self.average_at == "start":
-            start = self.average.refine(_of_average(state), results, rng)[0]
-        student = model.module(start.params, start.buffers)
+        student = model.module(state.params, state.buffers)
         ordered = sorted((r for r in results if r.num_samples > 0), key=lambda result: result.client)
         known = known_counts(state.refiner) if self.absent_weight else {}
         params, buffers = [r.params for r in ordered], [r.buffers for r in ordered]
@@ -101,7 +95,7 @@ class FedFTG(NoRefiner):
             memory |= prefixed({**refined, **statistics}, _MODEL)
         means = {name: float(metric.mean()) for name, metric in metrics.items()}
         tuned = replace(state, params=refined, buffers=statistics, refiner=memory)
-        if self.average is not None and self.average_at == "end":
+        if self.average is not None:
             deployed = self.average.refine(_of_average(tuned), results, rng)[0]
             tuned = replace(tuned, deployed={**deployed.params, **deployed.buffers})
         return tuned, means
@@ -142,11 +136,6 @@ class FedFTGConfig(AverageConfig, DistillConfig):
         description="last round's model is one more teacher, with this times the class counts that absent clients gave "
         "when they last took part; 0 is off, 1 counts the absent like the present",
     )
-    average_at: AverageAt = Field(
-        default="end",
-        description="end: the average (or the fine-tuned model), corrected, is deployed and the fine-tuned model sent; "
-        "start: the student starts from the average",
-    )
 
     @classmethod
     def defaults(cls, given: Mapping[str, Any], num_classes: int | None = None) -> dict[str, Any]:
@@ -163,4 +152,4 @@ class FedFTGConfig(AverageConfig, DistillConfig):
         """Returns the refiner for one experiment."""
         config = DistillConfig(**self.model_dump(include=set(DistillConfig.model_fields)))
         average = Averaged.build(self, context) if self.average != "aggregate" or self.prior_tau else None
-        return FedFTG(config, context, self.absent_weight, average, self.average_at)
+        return FedFTG(config, context, self.absent_weight, average)
