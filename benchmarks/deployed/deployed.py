@@ -124,7 +124,7 @@ def main() -> None:
     """Runs what is missing, then makes the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", type=Path, help="folder that holds cifar10, ...; without it the hub is asked")
-    parser.add_argument("--cells", default="", help="of cells.py, by comma; a part of a name takes all that have it")
+    parser.add_argument("--cells", default="", help="of cells.py, by comma; the start of names takes all that have it")
     parser.add_argument("--seeds", default="10,11,12,13,14")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this many minutes")
@@ -135,7 +135,7 @@ def main() -> None:
     given = parser.parse_args()
     until = time.monotonic() + 60 * given.minutes
     wanted = PAPER if given.paper else CELLS
-    cells = [c for c in wanted.values() if any(part in c.name for part in given.cells.split(","))]
+    cells = [c for c in wanted.values() if c.name.startswith(tuple(given.cells.split(",")))]
     jobs = [(cell, int(seed)) for seed in ("0" if given.paper else given.seeds).split(",") for cell in cells]
     done = {(line["cell"], line["seed"]) for line in load()}
     trial = given.rounds or given.dry

@@ -27,6 +27,6 @@ DATA = Path(__file__).parents[3] / "shared" / "data"
 
 @pytest.mark.skipif(not (DATA / "cifar10").is_dir(), reason="needs CIFAR-10 in ../shared/data")
 def test_the_script_for_a_gpu_runs_dry(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "--paper", "--dry", "--cells", "iid", "--data-root", str(DATA)]
+    command = [sys.executable, str(SCRIPT), "--paper", "--dry", "--cells", "paper-iid", "--data-root", str(DATA)]
     subprocess.run(command, cwd=tmp_path, check=True)
     assert list(tmp_path.glob("runs/deployed/trial-*/paper-iid/seed0/summary.json"))
