@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 import fedftg
+import fedftg.data
 from fedftg import cli
 
 ROOT = Path(__file__).parents[1]
@@ -18,6 +19,11 @@ def test_public_names() -> None:
         "preset", "refine", "register_algorithm", "register_refiner", "run",
     }  # fmt: skip
     assert all(hasattr(fedftg, name) for name in fedftg.__all__)
+
+
+def test_names_of_the_data_package() -> None:
+    for name in ("DataConfig", "FederatedData", "ImageDataset", "PartitionConfig", "SOURCES", "load"):
+        assert hasattr(fedftg.data, name)
 
 
 def test_version_is_that_of_the_package() -> None:
