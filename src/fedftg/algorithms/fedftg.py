@@ -28,6 +28,7 @@ from fedftg.distill.config import DistillConfig, preset
 from fedftg.distill.distiller import distil
 from fedftg.distill.generator import Generator
 from fedftg.distill.images import GeneratorImages
+from fedftg.distill.labels import skew
 from fedftg.distill.teachers import stack_or_list
 from fedftg.models.functional import values
 from fedftg.params import Params, prefixed, unprefixed
@@ -46,6 +47,7 @@ class FedFTG(NoRefiner):
     config: DistillConfig
     context: RefinerContext
     absent_weight: float = 0.0
+    min_skew: float = 0.0
     average: Averaged | None = None
     """What is deployed beside the fine-tuned model, which clients receive; None: that."""
 
@@ -84,8 +86,11 @@ class FedFTG(NoRefiner):
             buffers.append({name: previous[name] for name in state.buffers})
             counts.append(self.absent_weight * absent)
         teachers = stack_or_list(partial(model, train=False), params, buffers)
-        scale = self.config.lr_decay**state.round
-        metrics = distil(self.config, images, student, teachers, torch.stack(counts), rng=rng, lr_scale=scale)
+        scale, table = self.config.lr_decay**state.round, torch.stack(counts)
+        means: Metrics = {"skew": skew(table)} if self.min_skew else {}
+        if not means or means["skew"] >= self.min_skew:
+            metrics = distil(self.config, images, student, teachers, table, rng=rng, lr_scale=scale)
+            means |= {name: float(metric.mean()) for name, metric in metrics.items()}
         refined, statistics = values(student)
         memory = images.memory() | {name: v for name, v in state.refiner.items() if name.startswith(_AVERAGE)}
         if self.absent_weight:
@@ -93,7 +98,6 @@ class FedFTG(NoRefiner):
             clients = sorted(known)
             memory |= {_CLIENTS: torch.tensor(clients), _COUNTS: torch.stack([known[client] for client in clients])}
             memory |= prefixed({**refined, **statistics}, _MODEL)
-        means = {name: float(metric.mean()) for name, metric in metrics.items()}
         tuned = replace(state, params=refined, buffers=statistics, refiner=memory)
         if self.average is not None:
             deployed = self.average.refine(_of_average(tuned), results, rng)[0]
@@ -137,6 +141,13 @@ class FedFTGConfig(AverageConfig, DistillConfig):
         "when they last took part; 0 is off, 1 counts the absent like the present",
     )
 
+    min_skew: float = Field(
+        default=0.0,
+        ge=0,
+        description="rounds whose teachers' class shares differ less, in multiples of what chance gives, are not "
+        "fine-tuned; 0: all are. IID clients have 1",
+    )
+
     @classmethod
     def defaults(cls, given: Mapping[str, Any], num_classes: int | None = None) -> dict[str, Any]:
         """Returns the preset; from 100 classes on with the public code's noise of 256 for CIFAR-100."""
@@ -152,4 +163,4 @@ class FedFTGConfig(AverageConfig, DistillConfig):
         """Returns the refiner for one experiment."""
         config = DistillConfig(**self.model_dump(include=set(DistillConfig.model_fields)))
         average = Averaged.build(self, context) if self.average != "aggregate" or self.prior_tau else None
-        return FedFTG(config, context, self.absent_weight, average)
+        return FedFTG(config, context, self.absent_weight, self.min_skew, average)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor
@@ -45,6 +47,19 @@ def ensemble_weights(
     else:
         weights = torch.full_like(counts, 1 / counts.shape[0])
     return weights.to(torch.float32)
+
+
+def skew(class_counts: Float[Tensor, "K C"]) -> float:
+    """Returns how much the teachers' class shares differ, in multiples of what chance gives: 1 where they are alike.
+
+    It is the mean total variation distance between a teacher's class shares and those of all teachers together, over
+    the mean distance of as many samples drawn from the latter.
+    """
+    sizes = class_counts.sum(dim=1)
+    counts, shares = class_counts[sizes > 0], class_probabilities(class_counts)
+    sizes = sizes[sizes > 0].unsqueeze(1)
+    chance = (2 * shares * (1 - shares) / (math.pi * sizes)).sqrt().sum(dim=1).mean()
+    return float((counts / sizes - shares).abs().sum(dim=1).mean() / chance)
 
 
 def sample_labels(
