@@ -40,7 +40,9 @@ class ExecutorConfig(BaseModel):
         "sequential with threads = 1; cuda_graph: recorded steps on an NVIDIA GPU; auto takes one by device and "
         "number of local steps, and `environment.json` says which",
     )
-    workers: int = Field(default=0, ge=0, description="processes of workers; 0 is one a core, and no more than clients a round")
+    workers: int = Field(
+        default=0, ge=0, description="processes of workers; 0 is one a core, and no more than clients a round"
+    )
     group: int = Field(default=0, ge=0, description="clients whose steps cuda_graph records together; 0 is 1")
 
 
