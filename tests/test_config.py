@@ -114,6 +114,7 @@ fedftg.register_algorithm("mine", MineConfig)
         ("refiner.preset=papr", "unknown preset 'papr'; did you mean 'paper'?"),
         ("refiner.student_lrr=1", "unknown key 'refiner.student_lrr'; did you mean 'refiner.student_lr'?"),
         ("partition.law=dirichelt", "partition.law must be 'iid', 'dirichlet', "),
+        ("partition.law=linear", "got 'linear'; who holds what (docs/data.md); linear, square, exponential were"),
         ("device=gpu", "device must be auto, cpu, cuda or cuda:N; got 'gpu'"),
         ("rounds", "--set needs key=value, got 'rounds'"),
         ("rounds.x=1", "rounds"),

@@ -224,7 +224,6 @@ def write_partition(console: Console, config: RunConfig, out: Path | None) -> No
     Raises:
         InputError: an impossible partition, or ``out`` holds another one.
     """
-    from fedftg import loop
     from fedftg.data import sources
     from fedftg.data.federated import partition_dataset
     from fedftg.data.partition import class_counts, describe, needed_columns, skew, to_json
@@ -239,14 +238,10 @@ def write_partition(console: Console, config: RunConfig, out: Path | None) -> No
     labels = dataset.train_labels.numpy()
     parts, _, tests = partition_dataset(dataset, law, config.seed)
     held_back = [len(test) for test in tests] if law.test_share > 0 else None
-    groups: list[str] | None = None
-    if law.column is not None and law.law in ("domain", "natural"):
-        values = dataset.columns[law.column]
-        groups = [str(values[part[0]]) if len(part) else "-" for part in parts]
     counts, names = class_counts(parts, labels, dataset.num_classes), list(dataset.class_names)
     dumped = config.model_dump(mode="json", exclude_none=True)
     about = {key: dumped[key] for key in ("data", "partition", "seed")}
-    optional = {"held_back": held_back, "groups": groups, "converted": dict(dataset.converted) or None}
+    optional = {"held_back": held_back, "converted": dict(dataset.converted) or None}
     about |= {key: value for key, value in optional.items() if value is not None}
     text = to_json(parts, labels, law=law.law, class_names=names, about=about)
     # Never over another partition, which a run may be using.
@@ -262,8 +257,6 @@ def write_partition(console: Console, config: RunConfig, out: Path | None) -> No
     console.print(table.partition_table(counts.tolist(), names, skew(counts), held_back))
     for note in dataset.notes:
         _print(console, note)
-    if dataset.converted:
-        _print(console, f"images that were not RGB and were converted: {loop.modes(dataset.converted)}")
     _print(
         console, f"heatmap: {plots.partition_heatmap(counts.tolist(), names, file.with_name('partition.png'), title)}"
     )

@@ -177,8 +177,6 @@ def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress) -
     progress.start(config, experiment.state.round, experiment.data.num_clients)
     for note in experiment.data.dataset.notes:
         progress.note(note)
-    if converted := experiment.partition_record.get("converted"):
-        progress.note(f"images that were not RGB and were converted: {modes(converted)}")
     saved = experiment.state.round
     executor = experiment.executor.description
     record: Record | None = None
@@ -207,11 +205,6 @@ def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress) -
                 records.append(folder.rounds_file, record)
             checkpoint.save(experiment.state, experiment.clients)
         raise
-
-
-def modes(converted: Mapping[str, int]) -> str:
-    """Returns ``3 grey, 1 CMYK`` for counts of converted images."""
-    return ", ".join(f"{count} {mode}" for mode, count in converted.items())
 
 
 def _restore(experiment: Experiment, folder: RunFolder, session: Record) -> None:
