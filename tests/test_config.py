@@ -114,6 +114,7 @@ fedftg.register_algorithm("mine", MineConfig)
         ("refiner.preset=papr", "unknown preset 'papr'; did you mean 'paper'?"),
         ("refiner.student_lrr=1", "unknown key 'refiner.student_lrr'; did you mean 'refiner.student_lr'?"),
         ("partition.law=dirichelt", "partition.law must be 'iid', 'dirichlet', "),
+        ("partition.law=linear", "got 'linear'; who holds what (docs/data.md); linear, square, exponential were"),
         ("device=gpu", "device must be auto, cpu, cuda or cuda:N; got 'gpu'"),
         ("rounds", "--set needs key=value, got 'rounds'"),
         ("rounds.x=1", "rounds"),
@@ -121,6 +122,7 @@ fedftg.register_algorithm("mine", MineConfig)
         ("plugins=3", "plugins must be a list"),
         ("name=..", "name must be"),
         ("plugins=['not_there_at_all']", "plugin 'not_there_at_all' cannot be imported"),
+        ("executor.name=vectorized", "executor.name 'vectorized' was removed; take 'sequential'"),
         ("executor.name=ray", "executor.name must be 'auto', 'sequential'"),
     ],
 )  # fmt: skip

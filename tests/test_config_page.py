@@ -15,7 +15,7 @@ HEADER = """# Every key of a recipe
 
 A recipe is TOML; `--set key=value` lays over it. `extends = "other.toml"` starts from that recipe in the same folder.
 Choosing another `algorithm.name` or `refiner.name` drops the recipe's other settings of that section; another
-`refiner.preset` keeps only what differs from the old one. What a run used stands in its `config.toml`.
+`refiner.preset` keeps only what differs from the old one. What a run used is in its `config.toml`.
 
 The defaults below are those without a recipe; `fedftg run` takes the recipe `default`. What each preset of `fedftg`
 sets is in [refine](refine.md); the names of data sets and models are in [data](data.md) and [models](models.md).

@@ -27,7 +27,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
 
     def load(config: Any, **keywords: Any) -> ImageDataset:
         calls.append(keywords["columns"])
-        return replace(made, converted={"grey": 3, "CMYK": 1})
+        return replace(made, converted={"grey": 3, "CMYK": 1}, notes=("not used: [old]",))
 
     monkeypatch.setattr(sources, "load", load)
     return calls
@@ -42,14 +42,13 @@ def test_domains_and_converted_images(asked: list[tuple[str, ...]], tmp_path: Pa
     done = partition("partition.law=domain", "partition.column=style", "partition.num_clients=3", out=tmp_path)
     assert done.exit_code == 0
     assert asked == [("style",)]
-    assert "images that were not RGB and were converted: 3 grey, 1 CMYK\n" in done.stdout
+    assert "not used: [old]\n" in done.stdout
     content = json.loads((tmp_path / "partition.json").read_text())
     assert content["indices"][0] == [0, 3, 6, 9]
     assert [len(rows) for rows in content["indices"]] == [4, 4, 4]
-    assert content["groups"] == ["ink", "oil", "oil"]
     assert content["partition"]["column"] == "style"
     assert content["converted"] == {"CMYK": 1, "grey": 3}
-    assert "domain, column=style, seed 0" in done.stdout.splitlines()[0]
+    assert "domain, num_clients=3, column=style, seed 0" in done.stdout.splitlines()[0]
 
 
 def test_another_partition_is_never_overwritten(

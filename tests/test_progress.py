@@ -40,6 +40,12 @@ def test_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_names_in_brackets_are_printed() -> None:
+    out = io.StringIO()
+    progress.for_console(Console(file=out)).note("not used: [old]")
+    assert out.getvalue() == "not used: [old]\n"
+
+
 def test_bar_on_a_terminal() -> None:
     out = io.StringIO()
     shown = progress.for_console(Console(file=out, width=100, force_terminal=True))

@@ -8,6 +8,7 @@ import click
 
 import fedftg
 import fedftg.data
+import fedftg.models
 from fedftg import cli
 
 ROOT = Path(__file__).parents[1]
@@ -21,9 +22,11 @@ def test_public_names() -> None:
     assert all(hasattr(fedftg, name) for name in fedftg.__all__)
 
 
-def test_names_of_the_data_package() -> None:
-    for name in ("DataConfig", "FederatedData", "ImageDataset", "PartitionConfig", "SOURCES", "load"):
+def test_names_of_data_and_models() -> None:
+    for name in ("DataConfig", "FederatedData", "ImageDataset", "PartitionConfig", "SOURCES", "load", "skew"):
         assert hasattr(fedftg.data, name)
+    for name in ("MODELS", "FunctionalModel", "ModelConfig", "build"):
+        assert hasattr(fedftg.models, name)
 
 
 def test_version_is_that_of_the_package() -> None:

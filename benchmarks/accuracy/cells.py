@@ -20,7 +20,7 @@ SEEDS = (0, 1, 2)
 ALGORITHMS = ("fedavg", "fedprox", "feddyn", "scaffold", "moon")
 PRESETS = ("paper", "official", "fedftg")
 
-RETIRED = ("generator_ema", "fresh_batches", "compile_teachers", "vectorized", "restore_buffers")
+RETIRED = ("generator_ema", "generator_warmup", "fresh_batches", "compile_teachers", "vectorized", "restore_buffers")
 """Settings that the package no longer has: cells that use one keep their results and are not run again."""
 
 # A generator of width 64 would take twenty times the time of local training of these small networks.

@@ -56,7 +56,7 @@ def _gains(results: Results, path: Path) -> None:
 
 
 def _curves(results: Results, path: Path) -> None:
-    """Accuracy over rounds of FedAvg at beta 0.1, base and each preset that ran, mean over the seeds that all have."""
+    """Accuracy over rounds of FedAvg at alpha 0.1, base and each preset that ran, mean over the seeds that all have."""
     found = {kind: results[f"fedavg-{kind}-b0.1-gn"] for kind in ("base", *PRESETS)}
     runs = _of_common_seeds({kind: of_kind for kind, of_kind in found.items() if of_kind})
     figure = Figure(figsize=(9, 5), dpi=100, layout="constrained")
@@ -195,7 +195,7 @@ def _seeds(number: int) -> str:
 
 def _label(base: str) -> str:
     algorithm, _, skew, model = base.split("-")
-    return f"{algorithm}, {skew.replace('b0', 'beta 0')}, {model}"
+    return f"{algorithm}, {skew.replace('b0', 'alpha 0')}, {model}"
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -83,16 +83,16 @@ _ON_PAGE = {
 
 
 _SUMMARY = {
-    "FedAvg, beta 0.1": "fedavg-fedftg-b0.1-gn",
-    "FedProx, beta 0.1": "fedprox-fedftg-b0.1-gn",
-    "FedDyn, beta 0.1": "feddyn-fedftg-b0.1-gn",
-    "SCAFFOLD, beta 0.1": "scaffold-fedftg-b0.1-gn",
-    "MOON, beta 0.1": "moon-fedftg-b0.1-gn",
-    "FedAvg, beta 0.1, BatchNorm": "fedavg-fedftg-b0.1-bn",
-    "FedAvg, beta 0.1, no normalisation": "fedavg-fedftg-b0.1-plain",
-    "FedAvg, beta 0.3": "fedavg-fedftg-b0.3-gn",
+    "FedAvg, alpha 0.1": "fedavg-fedftg-b0.1-gn",
+    "FedProx, alpha 0.1": "fedprox-fedftg-b0.1-gn",
+    "FedDyn, alpha 0.1": "feddyn-fedftg-b0.1-gn",
+    "SCAFFOLD, alpha 0.1": "scaffold-fedftg-b0.1-gn",
+    "MOON, alpha 0.1": "moon-fedftg-b0.1-gn",
+    "FedAvg, alpha 0.1, BatchNorm": "fedavg-fedftg-b0.1-bn",
+    "FedAvg, alpha 0.1, no normalisation": "fedavg-fedftg-b0.1-plain",
+    "FedAvg, alpha 0.3": "fedavg-fedftg-b0.3-gn",
     "FedAvg, IID": "fedavg-fedftg-iid-gn",
-    "FedAvg, beta 0.1, preset `paper`": "fedavg-paper-b0.1-gn",
+    "FedAvg, alpha 0.1, preset `paper`": "fedavg-paper-b0.1-gn",
 }
 """The rows of the short table: the setting and its cell."""
 

@@ -4,8 +4,9 @@ The public names are those in ``__all__``; everything else may change. Each is i
 ``fedftg --help`` need not wait for torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fedftg.registry import lazy
 
 if TYPE_CHECKING:
     from fedftg.algorithms.registry import register_algorithm as register_algorithm
@@ -39,12 +40,4 @@ _MODULES = {
 }
 __all__ = ["__version__", *_MODULES]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'fedftg' has no attribute {name!r}")
-    return getattr(import_module(f"fedftg.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__ = lazy(__name__, _MODULES)

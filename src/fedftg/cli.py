@@ -6,6 +6,7 @@ Commands import what they need when they are called: torch alone takes longer th
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import re
 import signal
@@ -157,8 +158,7 @@ def main() -> None:
     except ClientError as error:
         _fail(f"{error}; the run can be resumed from its last checkpoint by --resume", 1)
     except (KeyboardInterrupt, click.Abort):
-        resumes = ", with --resume once its folder exists" if "run" in sys.argv[1:2] else ""
-        _fail(f"interrupted; continue by the same command{resumes}", 130)
+        _fail(f"interrupted; run the same command{' with --resume' if 'run' in sys.argv[1:2] else ' again'}", 130)
 
 
 def listing() -> dict[str, list[str]]:
@@ -220,12 +220,11 @@ def write_model(folder: Path, to: Path) -> int:
 
 
 def write_partition(console: Console, config: RunConfig, out: Path | None) -> None:
-    """Partitions the data as a run would; prints a table and writes heatmap, sizes and the partition itself.
+    """Partitions the data as a run would; prints a table and writes a heatmap and the partition itself.
 
     Raises:
         InputError: an impossible partition, or ``out`` holds another one.
     """
-    from fedftg import loop
     from fedftg.data import sources
     from fedftg.data.federated import partition_dataset
     from fedftg.data.partition import class_counts, describe, needed_columns, skew, to_json
@@ -240,14 +239,10 @@ def write_partition(console: Console, config: RunConfig, out: Path | None) -> No
     labels = dataset.train_labels.numpy()
     parts, _, tests = partition_dataset(dataset, law, config.seed)
     held_back = [len(test) for test in tests] if law.test_share > 0 else None
-    groups: list[str] | None = None
-    if law.column is not None and law.law in ("domain", "natural"):
-        values = dataset.columns[law.column]
-        groups = [str(values[part[0]]) if len(part) else "-" for part in parts]
     counts, names = class_counts(parts, labels, dataset.num_classes), list(dataset.class_names)
     dumped = config.model_dump(mode="json", exclude_none=True)
     about = {key: dumped[key] for key in ("data", "partition", "seed")}
-    optional = {"held_back": held_back, "groups": groups, "converted": dict(dataset.converted) or None}
+    optional = {"held_back": held_back, "converted": dict(dataset.converted) or None}
     about |= {key: value for key, value in optional.items() if value is not None}
     text = to_json(parts, labels, law=law.law, class_names=names, about=about)
     # Never over another partition, which a run may be using.
@@ -263,18 +258,16 @@ def write_partition(console: Console, config: RunConfig, out: Path | None) -> No
     console.print(table.partition_table(counts.tolist(), names, skew(counts), held_back))
     for note in dataset.notes:
         _print(console, note)
-    if dataset.converted:
-        _print(console, f"images that were not RGB and were converted: {loop.modes(dataset.converted)}")
     _print(
         console, f"heatmap: {plots.partition_heatmap(counts.tolist(), names, file.with_name('partition.png'), title)}"
     )
-    _print(console, f"sizes: {plots.partition_sizes(counts.sum(axis=1).tolist(), file.with_name('sizes.png'), title)}")
     _print(console, f"partition: {file}")
 
 
 def _to_compare(console: Console, files: dict[str, Path], overrides: Sequence[str]) -> dict[str, RunConfig]:
     """Returns the config of each recipe, overrides applied."""
     from fedftg import config as configs
+    from fedftg import loop
 
     bases = {item for item, path in files.items() if configs.load(path).refiner.name == "none"}
     if bases == set(files) and any(re.match(r"\s*refiner(\.name)?\s*=", override) for override in overrides):
@@ -282,12 +275,10 @@ def _to_compare(console: Console, files: dict[str, Path], overrides: Sequence[st
     others = [override for override in overrides if not re.match(r"\s*refiner\s*[.=]", override)]
     made = {item: configs.load(path, others if item in bases else overrides) for item, path in files.items()}
     if bases and bases != set(files) and len(others) < len(overrides):
-        _print(console, f"{', '.join(sorted(bases))} stays without a refiner: --set refiner.* is for the other recipes")
-    items = list(made)
-    for place, item in enumerate(items):
-        for other in items[:place]:
-            if configs.first_difference(made[item], made[other]) is None and made[item].rounds == made[other].rounds:
-                raise InputError(f"{other} and {item} are the same run with these settings; compare different ones")
+        _print(console, f"--set refiner.* is not applied to {', '.join(sorted(bases))}, which has no refiner")
+    for one, other in itertools.combinations(made, 2):
+        if made[one].rounds == made[other].rounds and loop.same_run(made[one], made[other]):
+            raise InputError(f"{one} and {other} are the same run with these settings; compare different ones")
     return made
 
 

@@ -93,7 +93,7 @@ def _config(recipe: RunConfig | Mapping[str, Any] | str | Path | None, overrides
 def _with_dataset(config: RunConfig, dataset: ImageDataset, overrides: Sequence[str]) -> RunConfig:
     if not isinstance(dataset, ImageDataset):
         raise InputError(f"dataset must come from fedftg.ImageDataset.from_tensors(...), got {type(dataset).__name__}")
-    if any(item.strip().startswith(("data.", "data=")) for item in overrides):
+    if any(item.partition("=")[0].strip().split(".")[0] == "data" for item in overrides):
         raise InputError("data.* has no effect beside dataset=...; leave it out, or change the dataset itself")
     return config.model_copy(update={"data": DataConfig(name=sources.TENSORS)})
 
@@ -109,10 +109,15 @@ def newest(config: RunConfig, parent: Path) -> Path | None:
             other = configs.from_mapping(given)
         except InputError:
             continue  # written by another version: not this experiment
-        same_machine = (other.device, other.threads) == (config.device, config.threads)
-        if configs.first_difference(other, config) is None and same_machine and other.rounds <= config.rounds:
+        if same_run(other, config) and other.rounds <= config.rounds:
             found.append((path.stat().st_mtime, path.parent))
     return max(found)[1] if found else None
+
+
+def same_run(one: RunConfig, other: RunConfig) -> bool:
+    """Returns whether two configs, of any number of rounds, are one experiment on the same data and machine."""
+    same_place = (one.device, one.threads, one.data.root) == (other.device, other.threads, other.data.root)
+    return same_place and configs.first_difference(one, other) is None
 
 
 def unused(parent: Path, name: str) -> Path:
@@ -177,8 +182,6 @@ def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress) -
     progress.start(config, experiment.state.round, experiment.data.num_clients)
     for note in experiment.data.dataset.notes:
         progress.note(note)
-    if converted := experiment.partition_record.get("converted"):
-        progress.note(f"images that were not RGB and were converted: {modes(converted)}")
     saved = experiment.state.round
     executor = experiment.executor.description
     record: Record | None = None
@@ -207,11 +210,6 @@ def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress) -
                 records.append(folder.rounds_file, record)
             checkpoint.save(experiment.state, experiment.clients)
         raise
-
-
-def modes(converted: Mapping[str, int]) -> str:
-    """Returns ``3 grey, 1 CMYK`` for counts of converted images."""
-    return ", ".join(f"{count} {mode}" for mode, count in converted.items())
 
 
 def _restore(experiment: Experiment, folder: RunFolder, session: Record) -> None:

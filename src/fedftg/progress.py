@@ -65,7 +65,7 @@ class PlainLines(Progress):
 
     def note(self, text: str) -> None:
         """Prints the line."""
-        self._console.print(text, soft_wrap=True, highlight=False)
+        self._console.print(text, soft_wrap=True, highlight=False, markup=False)
 
     def round_done(self, record: dict[str, Any]) -> None:
         """Prints round, accuracies, seconds, and an estimate of the time left."""

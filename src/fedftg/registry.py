@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 from collections import UserDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from types import ModuleType
 from typing import Any, TypeVar
@@ -14,6 +14,17 @@ from typing import Any, TypeVar
 from fedftg.errors import InputError
 
 Value = TypeVar("Value")
+
+
+def lazy(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
+    """Returns a package's ``__getattr__``: each name is imported from its module when it is first used."""
+
+    def get(name: str) -> Any:
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(f"{package}.{modules[name]}"), name)
+
+    return get
 
 
 def import_user_module(name: str) -> ModuleType:

@@ -102,7 +102,8 @@ def test_without_test_arrays_a_share_is_held_out(tmp_path, hub):
     path = tmp_path / "a.npz"
     np.savez(path, **content(hub, test_images=None, test_labels=None))
     message = error_of(path)
-    assert "has no split test, valid, validation, val, but train; set data.test_split, or data.tes" in message
+    assert message.startswith("no split 'test' or 'valid' or 'validation' or 'val' in ")
+    assert message.endswith("(found: train); set data.test_split=NAME, or data.test_share to split")
     assert len(read(path, test_share=0.5).test_labels) == 2
     np.savez(path, **content(hub))
     assert "data.test_share is for sets without a test split, and this one has 2 test images" in error_of(
@@ -120,15 +121,19 @@ def test_without_test_arrays_a_share_is_held_out(tmp_path, hub):
         ({"train_labels": np.array([0, 1])}, "and int64 (2,)"),
         (
             {"train_images": None},
-            "(arrays test_images, test_labels, train_labels) has no split train, but t",
+            "(arrays test_images, test_labels, train_labels) (found: test); set data.train_split=NAME",
         ),
         ({"train_labels": np.zeros(4, int)}, "train_labels row 0: all labels are '0', nothing to classify"),
         ({"train_labels": np.zeros((4, 14), int)}, "and int64 (4, 14)"),
         ({"train_labels": np.array([0, 2, 2, 0])}, "train_labels row 1: label 2 comes after a gap"),
+        (
+            {"train_images": np.zeros((0, 9, 9), np.uint8), "train_labels": np.zeros(0, int)},
+            "the training split has no images; add some",
+        ),
         ({"test_images": np.zeros((0, 9, 9, 3), np.uint8), "test_labels": np.zeros(0, int)}, "and 0 test images"),
         (
             {"test_images": np.zeros((2, 8, 8, 3), np.uint8)},
-            "test_labels row 0: (H, W) is (8, 8), of the first (9, 9); set data.image_size",
+            "test_labels row 0: the image is 8x8 (H x W), the first one 9x9; set data.image_size",
         ),
         ({"train_labels": np.array([{}] * 4)}, "cannot be read (ValueError: Object arrays cannot be loaded"),
     ],

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from fedftg.data import federated
+from fedftg.data.config import DataConfig, PartitionConfig
 from fedftg.data.dataset import ImageDataset
 from fedftg.data.federated import FederatedData
+from fedftg.errors import InputError
 
 
 def make_dataset(train=20, test=7, depth=1, augment="none"):
@@ -114,6 +116,12 @@ def test_held_back_samples_are_tested_on_and_never_trained_on():
     assert torch.cat([owners for _, _, owners in batches]).tolist() == [0, 0, 1, 1, 1, 1, 1]
     found = samples([(images, labels) for images, labels, _ in batches])
     assert list(chain(*found)) == [8, 9, 14, 15, 16, 17, 18]
+
+
+def test_a_share_that_holds_nothing_back():
+    config = PartitionConfig(law="iid", num_clients=20, test_share=0.2)
+    with pytest.raises(InputError, match="holds no sample back; raise it, or lower"):
+        federated.load(DataConfig(), config, 0, dataset=make_dataset())
 
 
 def test_noise_of_each_client_has_its_level():

@@ -51,7 +51,9 @@ def test_train_and_test_with_numeric_names_in_their_order(tmp_path, hub, test):
 def test_classes_at_the_top_with_a_share_held_out(tmp_path, hub):
     """10 images a class, a share of 0.2: 2 of each are held out, 8 stay."""
     made = write(hub, tmp_path, ["ant", "bee"], count=10)
-    assert "has no folder train, but ant, bee; set data.train_split, or data.test_share" in error_of(tmp_path)
+    assert error_of(tmp_path) == (
+        f"no folder 'train' in {tmp_path} (found: ant, bee); set data.train_split=NAME, or data.test_share to split"
+    )
     data = read(tmp_path, test_share=0.2)
     assert data.train_labels.bincount().tolist() == [8, 8]
     assert data.test_labels.bincount().tolist() == [2, 2]
@@ -72,9 +74,11 @@ def test_named_splits_deeper_folders_and_other_files(tmp_path, hub):
     write(hub, tmp_path / "eval", ["n1", "n2"])
     data = read(tmp_path, train_split="fit", test_split="eval")
     assert (data.class_names, data.train_labels.tolist()) == (("n1", "n2"), [0, 0, 1, 1, 1])
-    folders = "but eval, fit, store; set"
-    assert f"has no folder exam, {folders}" in error_of(tmp_path, train_split="fit", test_split="exam")
-    assert f"has no folder train, {folders}" in error_of(tmp_path, test_split="eval")
+    where = f"in {tmp_path} (found: eval, fit, store); set"
+    wrong = error_of(tmp_path, train_split="fit", test_split="exam")
+    assert wrong == f"no folder 'exam' {where} data.test_split=NAME"
+    assert f"no folder 'train' {where} data.train_split=NAME, or" in error_of(tmp_path, test_split="eval")
+    assert len(read(tmp_path, train_split="fit", test_split="fit").test_labels) == 5
 
 
 def test_folders_that_cannot_be_used(tmp_path, hub):
@@ -120,7 +124,27 @@ def test_what_a_nas_a_bin_or_a_zip_leaves_is_no_data(tmp_path, hub, name, place)
 def test_links_that_would_count_images_twice(tmp_path, hub, link, to):
     write(hub, tmp_path, ["ant", "bee"])
     (tmp_path / link).symlink_to(tmp_path / to)
-    assert "whose images are read already; remove the link" in error_of(tmp_path, test_share=0.5)
+    assert "are the same folder; remove the link" in error_of(tmp_path, test_share=0.5)
+
+
+def test_both_names_of_a_folder_that_is_read_twice(tmp_path, hub):
+    """The link may come first; a test split that links to the training split has its images."""
+    write(hub, tmp_path / "train", ["b", "c"])
+    (tmp_path / "train" / "a").symlink_to("b")
+    train = tmp_path / "train"
+    message = f"{train / 'a'} and {train / 'b'} are the same folder; remove the link"
+    assert error_of(tmp_path / "train", test_share=0.5) == message
+    (train / "a").unlink()
+    (tmp_path / "test").symlink_to("train")
+    assert f"{train / 'b'} and {tmp_path / 'test' / 'b'} are the same folder" in error_of(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["train", "Testing", "Val"])
+def test_a_class_may_have_the_name_of_a_split(tmp_path, hub, name):
+    write(hub, tmp_path, ["boxing", name])
+    assert set(read(tmp_path, test_share=0.5).class_names) == {"boxing", name}
+    write(hub, tmp_path / "splits", ["train", "test"])
+    assert "has 0 class folder(s) []" in error_of(tmp_path / "splits", test_share=0.5)
 
 
 def test_what_is_left_out_is_counted(tmp_path, hub):
@@ -135,6 +159,8 @@ def test_what_is_left_out_is_counted(tmp_path, hub):
         "not used: extra",
         "files left out: 1 .db, 2 .heic, 1 beside the class folders, 1 without a suffix",
     )
+    (tmp_path / "test" / "ant" / "0.png").write_bytes(hub.encode(hub.grey(1)[0]))
+    assert read(tmp_path).notes[2:] == ("images converted: 1 grey",)
 
 
 @pytest.mark.parametrize(
@@ -149,11 +175,11 @@ def test_suffixes_of_images(tmp_path, hub, suffix, kind):
 
 
 def test_a_root_that_is_too_high(tmp_path, hub):
-    """Splits under other names are not taken for classes; folders alike in all classes are told."""
+    """Splits under other names are not taken for classes; folders alike in all classes are reported."""
     for name in ("Training", "Testing"):
         write(hub, tmp_path / "mri" / name, ["glioma", "none"])
-    message = "has no folder train, but Testing, Training; set data.train_split"
-    assert message in error_of(tmp_path / "mri", test_share=0.5)
+    message = error_of(tmp_path / "mri", test_share=0.5)
+    assert message.endswith("(found: Testing, Training); set data.train_split=NAME")
     for name in ("Art", "Product"):
         write(hub, tmp_path / "home" / name, ["clock", "mug"])
     data = read(tmp_path / "home", test_share=0.5)
@@ -188,7 +214,7 @@ def test_errors_name_the_file(tmp_path, hub):
     path = tmp_path / "train" / "dog" / "1.png"
     path.write_bytes(hub.encode(hub.colour(1, size=9)[0]))
     message = error_of(tmp_path)
-    assert f"{path}: (H, W) is (9, 9), of the first (8, 8); set data.image_size" in message
+    assert f"{path}: the image is 9x9 (H x W), the first one 8x8; set data.image_size" in message
     assert read(tmp_path, image_size=8).image_shape == (3, 8, 8)
     path.write_bytes(path.read_bytes()[:60])
     assert f"{path}: the image cannot be decoded" in error_of(tmp_path)

@@ -42,8 +42,8 @@ def test_download_that_fails_is_one_line(monkeypatch):
     with pytest.raises(InputError) as caught:
         load(DataConfig(name="svhn", revision="v1"))
     assert str(caught.value).startswith("ufldl-stanford/svhn cannot be loaded from the hub (peer closed the connection")
-    command = "hf download ufldl-stanford/svhn --repo-type dataset --local-dir DIR"
-    assert f"set data.root to DIR after '{command}'" in str(caught.value)
+    command = 'hf download ufldl-stanford/svhn --repo-type dataset --local-dir DIR --include "cropped_digits/*"'
+    assert f"log in with 'hf auth login', or set data.root to DIR after '{command} --revision v1'" in str(caught.value)
 
 
 def test_without_the_library(monkeypatch):

@@ -139,9 +139,7 @@ def test_every_law_is_described() -> None:
         assert describe(PartitionConfig(law=law, column="c", file="f.json")).startswith(law)
     config = PartitionConfig(law="iid", sizes="lognormal", sigma=0.5, test_share=0.2)
     assert describe(config) == "iid, sizes=lognormal, sigma=0.5, test_share=0.2"
-    assert describe(PartitionConfig(law="class_dirichlet", feature_noise=0.1)) == (
-        "class_dirichlet, alpha=0.3, feature_noise=0.1"
-    )
+    assert describe(PartitionConfig(law="quantity", num_clients=5)) == "quantity, alpha=0.3, num_clients=5"
 
 
 # --- dirichlet and iid
@@ -247,7 +245,7 @@ def test_domain_and_natural_by_hand() -> None:
         ({"law": "shards", "num_clients": 20}, "needs 40 samples, got 30; lower partition.shards_per_client"),
         (
             {"law": "class_dirichlet", "num_clients": 10, "alpha": 0.01, "min_samples": 3},
-            "no draw of 10 reached partition.min_samples=3; lower",
+            "min_samples=3; lower it or partition.num_clients, or raise partition.alpha",
         ),
         ({"law": "domain", "column": "style", "num_clients": 1}, "2 domains, but 1 clients; raise"),
         ({"law": "domain", "column": "artist"}, "unknown column 'artist'; .*allowed: odd, ratio, style"),

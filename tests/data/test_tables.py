@@ -95,12 +95,12 @@ def test_saved_dataset_dict_and_saved_dataset(tmp_path, hub):
     assert torch.equal(data.test_images, tensor(held))
     assert (data.class_names, data.train_labels.tolist()) == (("a", "b"), [0, 1] * 5)
     assert torch.equal(read(tmp_path / "set", train_split="more").train_images, tensor(held))
-    message = "has no split exam, but more, train, validation; set data.test_split"
+    message = "(found: more, train, validation); set data.test_split=NAME"
     assert message in error_of(tmp_path / "set", test_split="exam")
     (tmp_path / "set" / "train" / "data-00001-of-00003.arrow").unlink()
     assert "2 shard(s) beside" in error_of(tmp_path / "set")
     made(train).save_to_disk(tmp_path / "one")
-    assert "val, but train; set data.test_split" in error_of(tmp_path / "one")
+    assert "'val' in " in error_of(tmp_path / "one")
     assert len(read(tmp_path / "one", test_share=0.2).train_labels) == 8
 
 
@@ -139,10 +139,10 @@ def test_columns_that_hold_no_labels(tmp_path, hub):
     listed = "the columns are img (images), text (words), score (double); set data.image_column or data.label_column"
     assert f"no column of integers or words for labels; {listed}" in error_of(tmp_path)
     assert f"no column 'score' of integers or words for labels; {listed}" in error_of(tmp_path, label_column="score")
-    # A row number, though the only integer column, is no label; a column that is called label may be.
-    write_both(hub, tmp_path, hub.grey(4), {"image_id": [0, 1, 2, 3]}, metadata=False)
-    assert "'image_id' has another value in every row: no label" in error_of(tmp_path)
-    assert read(tmp_path, label_column="image_id").num_classes == 4
+    for name, values in (("image_id", [0, 1, 2, 3]), ("label", pa.array(["a.png", "b.png", "c.png", "d.png"]))):
+        write_both(hub, tmp_path, hub.grey(4), {name: values}, metadata=False)
+        assert f"{name!r} has another value in every row: no label" in error_of(tmp_path)
+        assert read(tmp_path, label_column=name).num_classes == 4
     for split in ("train", "test"):
         pq.write_table(pa.table({"a": ["x"], "label": [0]}), tmp_path / f"{split}.parquet")
     assert "train.parquet has no column of images for images; the columns are a (words), label" in error_of(tmp_path)
@@ -182,10 +182,17 @@ def test_words_of_every_type(tmp_path, hub, kind):
 
 @pytest.mark.parametrize("kind", [pa.uint8(), pa.int16(), pa.uint64(), pa.dictionary(pa.int32(), pa.int64())])
 def test_integers_of_every_type(tmp_path, hub, kind):
-    values = pa.array([0, 2, 1], pa.int64() if pa.types.is_dictionary(kind) else kind)
+    values = pa.array([0, 2, 1, 0], pa.int64() if pa.types.is_dictionary(kind) else kind)
     values = values.dictionary_encode() if pa.types.is_dictionary(kind) else values
-    write_both(hub, tmp_path, hub.grey(3), {"label": values}, metadata=False)
-    assert read(tmp_path).train_labels.tolist() == [0, 2, 1]
+    write_both(hub, tmp_path, hub.grey(4), {"label": values}, metadata=False)
+    assert read(tmp_path).train_labels.tolist() == [0, 2, 1, 0]
+
+
+def test_a_mask_called_label_is_no_image(tmp_path, hub):
+    masks = pa.array([hub.encode(image) for image in hub.grey(2)])
+    write_both(hub, tmp_path, hub.colour(2, size=8), {"label": masks, "category": [0, 1]}, raw=True, metadata=False)
+    assert "several columns could hold images (img, label); set data.image_column" in error_of(tmp_path)
+    assert read(tmp_path, image_column="img").notes == ("labels are those of column 'category'",)
 
 
 def test_a_guessed_column_is_told_and_one_called_label_goes_first(tmp_path, hub):
@@ -249,10 +256,9 @@ def test_missing_folder_files_and_splits(tmp_path, hub):
         load(DataConfig(name="tiny_imagenet", root=tmp_path))
     hub.write(tmp_path / "train.parquet", [hub.encode(hub.grey(1)[0])] * 2, {"label": [0, 1]})
     message = error_of(tmp_path)
-    assert "has no split test, valid, validation, val, but train; set data.test_split" in message
-    assert "or data.test_share" in message
+    assert f"in {tmp_path} (found: train); set data.test_split=NAME, or data.test_share to split" in message
     assert "has 0 training and 2 test images; add some" in error_of(tmp_path, test_share=0.9)
-    assert "has no split fit, but train; set data.train_split" in error_of(tmp_path, train_split="fit")
+    assert "no split 'fit' in" in error_of(tmp_path, train_split="fit")
     hub.write_set(tmp_path / "set", hub.grey(4), [0, 1, 2, 0])
     message = "data.test_share is for sets without a test split, and this one has 4 test images"
     assert message in error_of(tmp_path / "set", test_share=0.1)

@@ -188,8 +188,7 @@ def test_frozen_parts_of_the_student_stay(models, counts, config):
 
 def test_the_students_type_is_kept(classifier, counts, config):
     teachers = [classifier(seed).double() for seed in (1, 2, 3)]
-    settings = config(generator_warmup=1)
-    result = refine(classifier(4).double(), teachers, counts, config=settings, image_shape=SHAPE)
+    result = refine(classifier(4).double(), teachers, counts, config=config(), image_shape=SHAPE)
     assert result.rolled_back is None
     assert {tensor.dtype for tensor in result.model.parameters()} == {torch.float64}
     assert result.sample(3)[0].dtype == torch.float64

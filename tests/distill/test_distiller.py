@@ -122,7 +122,7 @@ def test_the_mask_counts_only_transferable_samples(bench, chunk):
     "overrides",
     [
         {},
-        {"discrepancy_mask": "transferable", "generator_steps": 3, "generator_warmup": 1},
+        {"discrepancy_mask": "transferable", "generator_steps": 3},
         {"generator_update": "per_client", "fidelity_weighting": "batch_mean", "teacher_gradient": "detached"},
         {"generator_optimizer_state": "kept", "temperature": 2.0, "student_mode": "eval", "lambda_md": 0},
     ],
@@ -243,7 +243,7 @@ def test_modes_and_flags_are_put_back_also_after_an_error(bench, counts):
 
 @pytest.mark.parametrize("state", ["kept", "reset"])
 def test_memory_continues_bit_for_bit(bench, counts, state):
-    overrides = {"generator_optimizer_state": state, "generator_warmup": 1}
+    overrides = {"generator_optimizer_state": state}
     through = bench("paper", **overrides)
     through.distil(counts, 0)
     memory, student = through.images.memory(), copy.deepcopy(through.student)
@@ -260,15 +260,6 @@ def test_memory_continues_bit_for_bit(bench, counts, state):
         assert same(through.state(), resumed.state()) == equal
         assert same(through.images.memory(), resumed.images.memory()) == equal
     assert any(name.endswith("exp_avg") for name in memory) == (state == "kept")
-
-
-def test_warmup_is_in_the_first_call_only(bench, counts):
-    one = bench("paper", generator_warmup=3)
-    steps = [0]
-    for _ in range(2):
-        one.distil(counts)
-        steps.append(int(one.generator.base_norm.num_batches_tracked))
-    assert [after - before for before, after in itertools.pairwise(steps)] == [3 + 2, 2]
 
 
 def test_rates_scale(bench, counts):

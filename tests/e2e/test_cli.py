@@ -4,9 +4,11 @@ import itertools
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 
@@ -93,16 +95,35 @@ def test_compare_runs_what_is_missing_only(fedftg: Any, tmp_path: Path) -> None:
     assert list((tmp_path / "runs" / "comparisons").glob("*/accuracy.png"))
 
 
-def test_partition_writes_heatmap_sizes_and_the_partition(fedftg: Any, tmp_path: Path) -> None:
+def test_compare_takes_two_folders_of_data_for_two_runs(fedftg: Any, no_refiner: list[str], tmp_path: Path) -> None:
+    """Also where one of them has been run already; a copy of a recipe is still refused before anything is trained."""
+    images, labels = np.full((40, 8, 8, 3), 40, np.uint8), np.arange(40) % 4
+    arrays = {"train_images": images, "train_labels": labels, "test_images": images, "test_labels": labels}
+    for name, root in (("a", "a.npz"), ("b", "b.npz"), ("copy", "a.npz")):
+        np.savez(tmp_path / root, **arrays)
+        (tmp_path / f"{name}.toml").write_text(f'data = {{ name = "arrays", root = "{root}" }}\n')
+    own = [part for part in zip(no_refiner[::2], no_refiner[1::2], strict=True) if not part[1].startswith("data.")]
+    short = [*itertools.chain(*own), "--set", "rounds=1"]
+    refused = fedftg("compare", "a.toml", "copy.toml", *short)
+    assert refused.returncode == 2
+    assert "a.toml and copy.toml are the same run" in refused.stderr
+    assert not (tmp_path / "runs").exists()
+    done = fedftg("compare", "a.toml", "b.toml", *short)
+    assert done.returncode == 0, done.stderr
+    roots = [tomllib.loads((tmp_path / "runs" / name / "config.toml").read_text())["data"]["root"] for name in "ab"]
+    assert roots == ["a.npz", "b.npz"]
+
+
+def test_partition_writes_heatmap_and_the_partition(fedftg: Any, tmp_path: Path) -> None:
     done = fedftg("partition", "default", "--set", "partition.num_clients=6", "--set", "partition.test_share=0.2",
                   "--out", "p")  # fmt: skip
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "p" / "partition.json").read_text())
     assert len(content["class_counts"]) == len(content["indices"]) == 6
     assert content["law"] == "dirichlet"
-    assert {path.name for path in (tmp_path / "p").iterdir()} == {"partition.json", "partition.png", "sizes.png"}
-    assert all((tmp_path / "p" / name).stat().st_size > 5_000 for name in ("partition.png", "sizes.png"))
-    for line in ("heatmap: p/partition.png", "sizes: p/sizes.png", "partition: p/partition.json"):
+    assert {path.name for path in (tmp_path / "p").iterdir()} == {"partition.json", "partition.png"}
+    assert (tmp_path / "p" / "partition.png").stat().st_size > 5_000
+    for line in ("heatmap: p/partition.png", "partition: p/partition.json"):
         assert f"{line}\n" in done.stdout
     assert "held back" in done.stdout
     assert "clients without samples: 0" in done.stdout
@@ -170,7 +191,7 @@ def test_compare_never_turns_a_base_into_a_copy(fedftg: Any, tiny: list[str], tm
     done = fedftg("compare", "default_base", "default", *short, "--set", "refiner.iterations=1",
                   "--set", "refiner.generator_width=4")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "default_base stays without a refiner" in done.stdout
+    assert "not applied to default_base, which has no refiner" in done.stdout
     assert 'name = "none"' in (tmp_path / "runs" / "default_base" / "config.toml").read_text()
     copies = fedftg("compare", "default_base", "default", "--set", "refiner.name=none")
     assert copies.returncode == 2
@@ -182,7 +203,7 @@ def test_a_base_stays_one_however_a_refiner_is_set(fedftg: Any, tiny: list[str],
     own = [part for part in zip(tiny[::2], tiny[1::2], strict=True) if not part[1].startswith("refiner.")]
     done = fedftg("compare", "default_base", "default", *itertools.chain(*own), "--set", "rounds=1", "--set", setting)
     assert done.returncode == 0, done.stderr
-    assert "default_base stays without a refiner" in done.stdout
+    assert "not applied to default_base, which has no refiner" in done.stdout
     assert 'name = "none"' in (tmp_path / "runs" / "default_base" / "config.toml").read_text()
 
 

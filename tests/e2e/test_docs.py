@@ -25,7 +25,7 @@ def name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-# Flower's pages show parts of apps; tests/flower and examples/flower_app run whole ones.
+# Flower's pages show parts of apps; tests/flower runs the grid of one and whole apps.
 RUN = [page for page in PAGES if BLOCK.search(page.read_text()) and not name(page).startswith("docs/flower")]
 
 
@@ -33,9 +33,17 @@ def test_links_and_nothing_left_to_fill_in() -> None:
     for page in PAGES:
         text = page.read_text()
         assert not re.search(r"PLACEHOLDER|TODO|FIXME|RESULT_", text), page
-        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)[^)]*\)", text):
             if not target.startswith(("http://", "https://", "mailto:")):
-                assert (page.parent / target).exists(), (page, target)
+                other = page.parent / target if target else page
+                assert other.exists(), (page, target)
+                assert not anchor or anchor in anchors(other), (page, target, anchor)
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", RUN, ids=name)

@@ -68,8 +68,9 @@ def test_held_back_samples_give_accuracy_per_client(fedftg: Any, tiny: list[str]
 def test_settings_of_data_beside_a_dataset_are_refused(tmp_path: Path) -> None:
     with pytest.raises(fedftg.InputError, match=r"data\.\* has no effect beside dataset="):
         fedftg.run("default", overrides=[*SMALL, "data.max_train=9"], out=tmp_path / "run", dataset=made())
-    with pytest.raises(fedftg.InputError, match="has no effect beside dataset="):
-        fedftg.run("default", overrides=[*SMALL, " data={max_train=3}"], out=tmp_path / "run", dataset=made())
+    for setting in (" data={max_train=3}", "data ={name='cifar10'}"):
+        with pytest.raises(fedftg.InputError, match="has no effect beside dataset="):
+            fedftg.run("default", overrides=[*SMALL, setting], out=tmp_path / "run", dataset=made())
     assert not (tmp_path / "run").exists()
 
 

@@ -391,4 +391,4 @@ def test_signals_while_images_are_read(nets, fedftg_command, command):
         "sources.load = load\n"
     )
     done = fedftg_command(*command, "--set", 'plugins=["stopper"]', path=nets)
-    assert (done.returncode, done.stderr.strip()) == (130, "fedftg: interrupted; continue by the same command")
+    assert (done.returncode, done.stderr.strip()) == (130, "fedftg: interrupted; run the same command again")

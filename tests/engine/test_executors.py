@@ -304,6 +304,8 @@ def test_auto_takes_processes_where_they_pay() -> None:
         assert expected in reason
     built = executors.build(ExecutorConfig(), model, DATA, SETTINGS, recipe(rounds=2))
     assert built.description == "sequential (auto: about 38 local steps, workers from 1000)"
+    named = executors.build(ExecutorConfig(name="workers", workers=1000), model, DATA, SETTINGS, recipe())
+    assert named.description == "workers: 4 processes of one thread"
 
 
 def test_auto_by_device() -> None:

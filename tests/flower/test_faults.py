@@ -268,14 +268,12 @@ def test_resume_refuses_other_data_and_other_runs(federation: Callable[..., Any]
 def test_evaluations_that_do_not_fit_are_left_out_of_the_mean(federation: Callable[..., Any]) -> None:
     fed = federation(*ALL, "partition.test_share=0.3", "rounds=1", "evaluation.track_all=false")
     grid = fed.grid()
-    changes = [with_metrics(selected=10_000), with_metrics(refined=0.5), with_metrics(**{wire.PARTITION_ID: 7})]
-    for number, change in enumerate(changes):
-        grid.faults[number + 1] = changed(change, "evaluate")
+    grid.faults[3] = changed(with_metrics(**{wire.PARTITION_ID: 7}), "evaluate")
     fed.serve(grid)
     (row,) = fed.rows("served")
-    assert [item["client"] for item in row["not_measured"]] == [0, 1, 2]
-    reasons = ["whole numbers from 0 to", "whole numbers from 0 to", "another task"]
-    assert all(reason in item["reason"] for item, reason in zip(row["not_measured"], reasons, strict=True))
+    (left_out,) = row["not_measured"]
+    assert left_out["client"] == 2
+    assert "another task" in left_out["reason"]
     fed.serve(fed.grid(), "whole")
     (whole,) = fed.rows("whole")
     assert "not_measured" not in whole

@@ -36,7 +36,9 @@ class FedProxConfig(AlgorithmConfig):
     """``algorithm.name = "fedprox"``."""
 
     name: Literal["fedprox"] = "fedprox"
-    mu: float = Field(default=1e-4, ge=0, description="0 gives FedAvg; 1 holds clients close (FedFTG paper: 1e-4)")
+    mu: float = Field(
+        default=1e-4, ge=0, description="0 gives FedAvg; 1 keeps clients close to the global model (FedFTG paper: 1e-4)"
+    )
     weighting: Weighting = "samples"
 
     def build(self, num_clients: int) -> Algorithm:  # noqa: ARG002

@@ -23,7 +23,7 @@ Images = NDArray[np.uint8]
 Entry = tuple[Images, dict[str, Any]]
 Allocate = Callable[[tuple[int, ...]], Images]  # from a shape to an array to fill, which replaces the one before
 
-FORMAT = 3  # part of every key: raise it when the same files and settings give other pixels
+FORMAT = 4  # part of every key: raise it when the same files and settings give other pixels
 
 
 def folder(setting: str) -> Path | None:

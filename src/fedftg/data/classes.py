@@ -34,7 +34,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def folded(name: str) -> str:
-    """Returns a name without differences that cannot be seen: spaces, invisible characters, how accents are stored."""
+    """Normalises whitespace, invisible characters and Unicode (NFC)."""
     return unicodedata.normalize("NFC", "".join(filter(str.isprintable, " ".join(name.split()))))
 
 
@@ -58,6 +58,8 @@ def resolve(
     Words become their index in ``names`` or, without these, in the sorted words of the training rows. Integers are
     indices into ``names`` or, without these, must be 0, 1, 2, ... without a gap, unless they are renumbered.
     """
+    if len(train.values) == 0:
+        raise InputError("the training split has no images; add some, or take another data.train_split")
     kind = train.values.dtype.kind
     if test.values.dtype.kind != kind:
         raise InputError(f"{train.where(0)}: one split has words as labels, the other integers; store both alike")

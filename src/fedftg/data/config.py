@@ -14,7 +14,9 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = Field(default="digits", description="data set by name (see 'fedftg list')")
-    root: Path | None = Field(default=None, description="folder (arrays: file) of the data; unset: from the hub")
+    root: Path | None = Field(
+        default=None, description="folder (arrays: file) of the data; unset: download from the hub"
+    )
     hub_id: str | None = Field(default=None, description="data.name = 'hub' only: the data set's id, as owner/name")
     subset: str | None = Field(default=None, description="the hub's configuration of a data set, where it has several")
     revision: str | None = Field(default=None, description="branch, tag or commit on the hub; unset: the newest")
@@ -48,7 +50,10 @@ class PartitionConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    law: Law = Field(default="dirichlet", description="how samples are assigned to clients (see docs/data.md)")
+    law: Law = Field(
+        default="dirichlet",
+        description="who holds what (docs/data.md); linear, square, exponential were removed: take quantity",
+    )
     num_clients: int = Field(default=20, ge=1, description="1 is central training; not used by laws natural and file")
     alpha: float = Field(
         default=0.3, gt=0, description="laws dirichlet, class_dirichlet, quantity: 0.1 is very skewed, 100 nearly IID"
@@ -56,14 +61,16 @@ class PartitionConfig(BaseModel):
     sizes: Literal["equal", "lognormal"] = Field(
         default="equal", description="laws iid and dirichlet: samples per client, all equal or log-normal with sigma"
     )
-    sigma: float = Field(default=0.0, ge=0, description="of log-normal sizes; above 2 few clients hold nearly all")
+    sigma: float = Field(
+        default=0.0, ge=0, description="standard deviation of log sizes; above 2 a few clients hold nearly all"
+    )
     min_samples: int = Field(default=0, ge=0, description="law class_dirichlet: least samples of a client, in 10 draws")
     classes_per_client: int = Field(default=2, ge=1, description="law pathological: classes that each client holds")
     shards_per_client: int = Field(default=2, ge=1, description="law shards: blocks of the data sorted by class")
     column: str | None = Field(default=None, description="laws domain and natural: the data set's column that decides")
     file: Path | None = Field(default=None, description="law file: JSON with one list of training rows a client")
     feature_noise: float = Field(
-        default=0.0, ge=0, description="standard deviation of noise on the last client, falling linearly to the first"
+        default=0.0, ge=0, description="standard deviation of noise on the last client; lower numbers scale linearly"
     )
     test_share: float = Field(
         default=0.0, ge=0, lt=1, description="share of each client's samples held back, for accuracy per client"

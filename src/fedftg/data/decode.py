@@ -41,12 +41,15 @@ def decode(content: Stored, side: int | None = None, resize: Resize = "crop") ->
     try:
         with Image.open(content if isinstance(content, Path) else io.BytesIO(content)) as image:
             mode, more = image.mode, getattr(image, "is_animated", False)
-            depth = "16-bit " if ";16" in str(getattr(image, "tile", "")) else ""  # PNG, TIFF: read as 8 bits
+            deep = any(  # PNG, TIFF and PPM: read as 8 bits
+                ";16" in str(args) or (codec[:3] == "ppm" and args[0] == "RGB" and args[1] > 255)
+                for codec, _, _, args in getattr(image, "tile", ())
+            )
             if mode in _GREY | _COLOUR:
                 if side is not None:
                     # JPEGs may be decoded at a fraction of their size that leaves work for the antialiased resize.
                     image.draft(None, (2 * side, 2 * side))
-                return np.asarray(_resized(_plain(image), side, resize)), depth + mode + _FIRST * more
+                return np.asarray(_resized(_plain(image), side, resize)), "16-bit " * deep + mode + _FIRST * more
     except InputError:
         raise
     # Pillow's decoders raise many kinds: OSError, SyntaxError, ValueError, struct.error, ...
@@ -65,7 +68,9 @@ def _plain(image: Image.Image) -> Image.Image:
         layers = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), layers)
         if image.getcolors(1) and not layers.getcolors(1):
-            raise InputError("the image is blank on white: it shows white or hidden pixels only; put it on a colour")
+            raise InputError(
+                "all white after its transparent parts are filled with white; flatten it onto another background"
+            )
     return image.convert(mode)
 
 
@@ -96,9 +101,8 @@ def decode_all(
             try:
                 pixels, mode = decode(content, side, resize)
                 if done and pixels.shape[:2] != images.shape[2:]:
-                    raise InputError(
-                        f"(H, W) is {pixels.shape[:2]}, of the first {images.shape[2:]}; set data.image_size"
-                    )
+                    sizes = ["x".join(map(str, shape)) for shape in (pixels.shape[:2], images.shape[2:])]
+                    raise InputError(f"the image is {sizes[0]} (H x W), the first one {sizes[1]}; set data.image_size")
             except InputError as error:
                 raise InputError(f"{split.labels.where(int(row))}: {error}") from error
             depth = 1 if pixels.ndim == 2 else 3

@@ -198,7 +198,9 @@ def load(
         dataset = sources.load(data, columns=needed_columns(config), progress=progress)
     _, train, held_back = partition_dataset(dataset, config, seed)
     if config.test_share > 0 and not any(map(len, held_back)):
-        raise InputError(f"partition.test_share {config.test_share:g} holds no sample back; raise it")
+        raise InputError(
+            f"partition.test_share {config.test_share:g} holds no sample back; raise it, or lower partition.num_clients"
+        )
     noise = noise_levels(len(train), config.feature_noise)
     return FederatedData(dataset, train, device, held_back=held_back, noise=noise)
 

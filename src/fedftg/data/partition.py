@@ -50,23 +50,10 @@ def needed_columns(config: PartitionConfig) -> tuple[str, ...]:
 
 
 def describe(config: PartitionConfig) -> str:
-    """Returns the law and those of its settings that it uses: ``dirichlet, alpha=0.3, test_share=0.2``."""
-    settings = {name: getattr(config, name) for name in (*_SETTINGS[config.law], "feature_noise", "test_share")}
-    used = [f"{name}={value}" for name, value in settings.items() if value not in (0, None, "equal")]
-    return ", ".join([config.law, *used])
-
-
-_SETTINGS: dict[str, tuple[str, ...]] = {
-    "iid": ("sizes", "sigma"),
-    "dirichlet": ("alpha", "sizes", "sigma"),
-    "class_dirichlet": ("alpha", "min_samples"),
-    "pathological": ("classes_per_client",),
-    "shards": ("shards_per_client",),
-    "quantity": ("alpha",),
-    "domain": ("column",),
-    "natural": ("column",),
-    "file": ("file",),
-}
+    """Returns the law, its alpha, and the settings that differ from the defaults: ``dirichlet, alpha=0.3``."""
+    used = {"alpha": config.alpha} if config.law in ("dirichlet", "class_dirichlet", "quantity") else {}
+    used |= config.model_dump(exclude={"law", "alpha"}, exclude_defaults=True)
+    return ", ".join([config.law, *(f"{name}={value}" for name, value in used.items())])
 
 
 # --- the laws
@@ -153,7 +140,10 @@ def class_dirichlet(labels: Indices, config: PartitionConfig, rng: np.random.Gen
         if sizes.sum(axis=0).min() >= config.min_samples:
             owners = np.repeat(np.tile(np.arange(clients), len(counts)), sizes.reshape(-1))
             return _by_client(_shuffled_by_class(labels, rng), owners, clients)
-    raise InputError(f"law class_dirichlet: no draw of 10 reached partition.min_samples={config.min_samples}; lower it")
+    raise InputError(
+        f"law class_dirichlet: no draw of 10 reached partition.min_samples={config.min_samples}; lower it or "
+        "partition.num_clients, or raise partition.alpha"
+    )
 
 
 def pathological(labels: Indices, config: PartitionConfig, rng: np.random.Generator) -> list[Indices]:

@@ -64,10 +64,10 @@ def choose(config: DataConfig, found: Mapping[str, T], source: object, kind: str
         names = names if given is None else (given,)
         chosen.append(next((found[name] for name in names if name in found), None))
         if chosen[-1] is None and (role == "train" or given or config.test_share == 0):
-            listed = ", ".join(sorted(found)[:20]) or "none"
-            raise InputError(
-                f"{source} has no {kind} {', '.join(names)}, but {listed}; set data.{role}_split, or data.test_share"
-            )
+            listed = ", ".join(sorted(found)[:20]) or "nothing"
+            share = "" if given or config.test_share > 0 else ", or data.test_share to split"
+            wanted = " or ".join(map(repr, names))
+            raise InputError(f"no {kind} {wanted} in {source} (found: {listed}); set data.{role}_split=NAME{share}")
     assert chosen[0] is not None
     return chosen[0], chosen[1]
 
@@ -97,22 +97,24 @@ Labelled = list[tuple[Path, str]]  # image files and the names of their class fo
 def class_folders(config: DataConfig) -> Splits:
     """Reads ``root/train/<class>/...`` and ``root/test/<class>/...``, or ``root/<class>/...``."""
     root = root_of(config, "one folder of images a class, in train and test or with data.test_share")
-    found, left_out = _folders(root), Counter[str]()
-    splits = {"train", "training", "testing", *TEST_SPLITS}
-    if config.test_share > 0 and not config.train_split and not splits.intersection(map(str.lower, found)):
-        inside = set.intersection(*(set(_folders(path)) for path in found.values())) if found else set()
+    found, left_out, seen = _folders(root), Counter[str](), dict[str, str]()
+    named = [found[name] for name in found if name.lower() in ("train", "training", "testing", *TEST_SPLITS)]
+    # A class may have the name of a split; a split has class folders, or only splits beside it.
+    if config.test_share > 0 and not config.train_split and len(named) < len(found) and not any(map(_folders, named)):
+        inside = set.intersection(*(set(_folders(path)) for path in found.values()))
         notes = [f"every class has the folders {', '.join(sorted(inside))}; is data.root too high?"]
-        return _of_files(_class_folders(root, left_out), None, left_out, notes if len(inside) > 1 else [])
+        return _of_files(_class_folders(root, left_out, seen), None, left_out, notes if len(inside) > 1 else [])
     train, test = choose(config, found, root, "folder")
-    labelled = _class_folders(train, left_out), _class_folders(test, left_out, least=1) if test else None
-    return _of_files(*labelled, left_out, unused(found, train, test))
+    labelled = _class_folders(train, left_out, seen)
+    held = _class_folders(test, left_out, {} if test == train else seen, least=1) if test else None
+    return _of_files(labelled, held, left_out, unused(found, train, test))
 
 
 def mio_tcd(config: DataConfig) -> Splits:
     """Reads the authors' folder MIO-TCD-Classification: ``train/<class>/*.jpg``; the test images have no labels."""
     root = root_of(config, "train/<class>/*.jpg, the authors' MIO-TCD-Classification")
     inside, left_out = root / "MIO-TCD-Classification", Counter[str]()
-    return _of_files(_class_folders((inside if inside.is_dir() else root) / "train", left_out), None, left_out)
+    return _of_files(_class_folders((inside if inside.is_dir() else root) / "train", left_out, {}), None, left_out)
 
 
 def compcars(config: DataConfig) -> Splits:
@@ -145,15 +147,16 @@ def _folders(root: Path) -> dict[str, Path]:
     return {path.name: path for path in sorted(root.glob("*")) if path.is_dir() and visible(root, path)}
 
 
-def _class_folders(root: Path, left_out: Counter[str], least: int = 2) -> Labelled:
+def _class_folders(root: Path, left_out: Counter[str], seen: dict[str, str], least: int = 2) -> Labelled:
     folders = _folders(root)
     if len(folders) < least:
-        raise InputError(f"{root} has {len(folders)} class folder(s) {list(folders)}; data.root must have one a class")
+        raise InputError(
+            f"{root} has {len(folders)} class folder(s) {list(folders)}; data.root must contain one folder per class"
+        )
     if odd := [name for name in folders if not name.isprintable()]:  # not UTF-8, such as from an old zip file
         raise InputError(f"{root}: the folder name {odd[0]!a} cannot be printed; rename it")
     check_names(folders, str(root), lambda name: folded(name).casefold())
     found: Labelled = []
-    seen: set[str] = set()
     for name in in_order(folders):
         if not (images := _images_below(folders[name], seen, left_out)):
             raise InputError(f"{folders[name]} has no images; remove the folder")
@@ -163,12 +166,11 @@ def _class_folders(root: Path, left_out: Counter[str], least: int = 2) -> Labell
     return found
 
 
-def _images_below(root: Path, seen: set[str], left_out: Counter[str]) -> list[Path]:
+def _images_below(root: Path, seen: dict[str, str], left_out: Counter[str]) -> list[Path]:
     found = []
     for parent, folders, names in os.walk(root, onerror=_unreadable, followlinks=True):
-        if (real := os.path.realpath(parent)) in seen:
-            raise InputError(f"{parent} is a link to {real}, whose images are read already; remove the link")
-        seen.add(real)
+        if (first := seen.setdefault(os.path.realpath(parent), parent)) != parent:
+            raise InputError(f"{first} and {parent} are the same folder; remove the link")
         folders[:] = [name for name in folders if visible(root, Path(parent, name))]
         for path in (Path(parent, name) for name in names if visible(root, Path(parent, name))):
             if path.suffix.lower() in _IMAGES:

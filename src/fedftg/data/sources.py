@@ -164,6 +164,7 @@ def load(config: DataConfig, *, columns: Sequence[str] = (), progress: Progress 
     images, about = _images(config, source, splits, rows, progress)
     if config.image_size is None and source.shape not in (None, images.shape[1:]):
         raise _other_set(config, source, f"images of shape {images.shape[1:]}", f"{source.shape}")
+    counts = ", ".join(f"{count} {mode}" for mode, count in about["converted"].items())
     mean, std = source.normalisation or (tuple(about["mean"]), tuple(about["std"]))
     return ImageDataset(
         train_images=torch.from_numpy(images[: len(rows[0])]),
@@ -176,7 +177,7 @@ def load(config: DataConfig, *, columns: Sequence[str] = (), progress: Progress 
         augment=source.augment if config.augment == "default" else config.augment,
         columns=extra,
         converted=about["converted"],
-        notes=tuple(splits.notes),
+        notes=(*splits.notes, *([f"images converted: {counts}"] if counts else ())),
     )
 
 

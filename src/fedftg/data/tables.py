@@ -43,12 +43,12 @@ def tables(
             _check_shards(files)
     image, label, names = _columns(train_files[0], config.image_column or image, config.label_column or label)
     train = _table(train_files, image, label, names)
-    values = train.labels.values
-    guessed = config.label_column is None and names is None and label not in ("label", "labels")
-    if guessed and len(values) > 2 and len(np.unique(values)) == len(values):
+    values, unnamed = train.labels.values, config.label_column is None and names is None
+    if unnamed and len(values) > 2 and len(np.unique(values)) == len(values):
         raise InputError(f"{source}: {label!r} has another value in every row: no label; set data.label_column")
     test = _table(test_files, image, label, names) if test_files else None
-    notes = unused(found, train_files, test_files) + [f"labels are those of column {label!r}"] * guessed
+    guessed = [f"labels are those of column {label!r}"] * (unnamed and label not in ("label", "labels"))
+    notes = unused(found, train_files, test_files) + guessed
     return Splits(train, test, names, [*train_files, *(test_files or ())], image, notes)
 
 
@@ -86,9 +86,11 @@ def _downloaded(config: DataConfig, hub_id: str, subset: str | None) -> dict[str
         loaded = datasets.load_dataset(hub_id, subset, revision=config.revision)
     # Whatever the network, the library or the files do wrong; there is no common class.
     except Exception as error:
+        only = f' --include "{subset}/*"' * bool(subset) + f" --revision {config.revision}" * bool(config.revision)
         raise InputError(
-            f"{hub_id} cannot be loaded from the hub ({textwrap.shorten(str(error), 300)}); check data.hub_id, or set "
-            f"data.root to DIR after 'hf download {hub_id} --repo-type dataset --local-dir DIR'"
+            f"{hub_id} cannot be loaded from the hub ({textwrap.shorten(str(error), 300)}); check data.hub_id and "
+            "data.subset, log in with 'hf auth login', or set data.root to DIR after "
+            f"'hf download {hub_id} --repo-type dataset --local-dir DIR{only}'"
         ) from error
     return {str(name): [Path(part["filename"]) for part in split.cache_files] for name, split in loaded.items()}
 
@@ -139,8 +141,9 @@ def _columns(path: Path, image: str | None, label: str | None) -> tuple[str, str
     features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
 
     def pick(role: str, named: str | None, hub_type: str, *allowed: str) -> str:
+        called = ("label", "labels") if role == "label" else ()
         typed = [name for name in kinds if features.get(name, {}).get("_type") == hub_type]
-        found = typed or [name for name, kind in kinds.items() if kind in allowed and name in ("label", "labels")]
+        found = typed or [name for name, kind in kinds.items() if kind in allowed and name in called]
         found = found or [name for name, kind in kinds.items() if kind == allowed[0]]
         found = found if named is None else [named]
         if len(found) > 1:

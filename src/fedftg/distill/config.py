@@ -64,7 +64,9 @@ class DistillConfig(BaseModel):
 
     lambda_md: float = Field(default=1.0, ge=0, description="weight of L_md; 0 switches hard sample mining off")
     lambda_cls: float = Field(default=1.0, ge=0, description="weight of L_cls; 0 lets images look like no class")
-    lambda_dis: float = Field(default=1.0, ge=0, description="weight of L_dis; 0 lets images of a class become one")
+    lambda_dis: float = Field(
+        default=1.0, ge=0, description="weight of L_dis; 0 lets images of a class collapse into one"
+    )
     temperature: float = Field(default=1.0, gt=0, description="divides logits in L_md (kl), ensemble and student loss")
 
     student_lr: float = Field(
@@ -82,9 +84,6 @@ class DistillConfig(BaseModel):
 
     student_mode: Literal["train", "eval"] = Field(
         default="train", description="eval: BatchNorm of the student uses and keeps its real statistics, dropout is off"
-    )
-    generator_warmup: int = Field(
-        default=0, ge=0, description="generator-only iterations before those of the first call"
     )
     teacher_chunk: int = Field(
         default=0,

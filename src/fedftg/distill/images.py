@@ -22,7 +22,7 @@ from fedftg.params import Params, clone, prefixed, unprefixed
 Draw = TypeVar("Draw")
 NoiseAndLabels = tuple[Float[Tensor, "B Z"], Int[Tensor, " B"]]
 
-_CALLS, _GENERATOR, _OPTIMIZER = "calls", "generator.", "optimizer."
+_GENERATOR, _OPTIMIZER = "generator.", "optimizer."
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,9 @@ class GeneratorImages:
             raise InputError(f"precision 'bfloat16' needs hardware that has it, got {self._device}; set 'float32'")
         self._config, self._generator = config, generator
         self._optimizer = self._new_optimizer()
-        self._calls = 0
 
     def start(self, call: Call) -> Sequence[NoiseAndLabels]:
-        """Returns noise and labels of each iteration; the first call warms the generator up before."""
+        """Returns noise and labels of each iteration."""
         config, classes, expected = self._config, call.ensemble.num_classes, self._generator.num_classes
         if classes != expected:
             raise InputError(
@@ -101,10 +100,6 @@ class GeneratorImages:
         for group in self._optimizer.param_groups:
             group["lr"] = config.generator_lr * call.lr_scale
         self._optimizer.zero_grad()
-        if config.generator_warmup and self._calls == 0:
-            for draw in self._draw(call, config.generator_warmup):
-                self.improve(call, draw)
-        self._calls += 1
         return self._draw(call, call.iterations)
 
     def improve(self, call: Call, draw: NoiseAndLabels) -> dict[str, Float[Tensor, ""]]:
@@ -126,8 +121,7 @@ class GeneratorImages:
 
     def memory(self) -> Params:
         """Returns copies of all that the next call needs: the generator, and Adam's moments where they are kept."""
-        memory = {_CALLS: torch.tensor(self._calls)}
-        memory |= prefixed(clone(self._generator.state_dict()), _GENERATOR)
+        memory = prefixed(clone(self._generator.state_dict()), _GENERATOR)
         if self._config.generator_optimizer_state == "kept":
             for name, parameter in self._generator.named_parameters():
                 memory |= prefixed(clone(self._optimizer.state.get(parameter, {})), f"{_OPTIMIZER}{name}:")
@@ -136,7 +130,6 @@ class GeneratorImages:
     def load_memory(self, memory: Params) -> None:
         """Restores what `memory` returned with a generator of the same sizes, bit for bit; the tensors are copied."""
         self._generator.load_state_dict(unprefixed(memory, _GENERATOR))
-        self._calls = int(memory[_CALLS])
         self._optimizer = self._new_optimizer()
         if self._config.generator_optimizer_state == "kept":
             for name, parameter in self._generator.named_parameters():

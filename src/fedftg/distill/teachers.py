@@ -23,7 +23,7 @@ STACKED_UP_TO = 2**30  # bytes of all teachers together
 MOST_AT_ONCE = 32  # teachers whose graphs are in memory at a time where ``teacher_chunk`` is 0
 
 
-@runtime_checkable
+@runtime_checkable  # the tests check types at run time
 class Teachers(Protocol):
     """Teachers in evaluation mode: gradients reach the images and never the teachers' weights."""
 

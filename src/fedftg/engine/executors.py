@@ -40,7 +40,9 @@ class ExecutorConfig(BaseModel):
         "sequential with threads = 1; cuda_graph: recorded steps on an NVIDIA GPU; auto takes one by device and "
         "number of local steps, and `environment.json` says which",
     )
-    workers: int = Field(default=0, ge=0, description="processes of workers; 0 is one a core")
+    workers: int = Field(
+        default=0, ge=0, description="processes of workers; 0 is one a core, and no more than clients a round"
+    )
     group: int = Field(default=0, ge=0, description="clients whose steps cuda_graph records together; 0 is 1")
 
 
@@ -129,7 +131,7 @@ def build(
     from fedftg.engine.workers import WorkersExecutor
 
     name, why = config.name, ""
-    count = config.workers or max(1, min(cores(), recipe.cohort))
+    count = max(1, min(config.workers or cores(), recipe.cohort))  # more would only wait
     if name == "auto":
         name, reason, count = choose(model, data, settings, recipe, count)
         why = f" (auto: {reason})"

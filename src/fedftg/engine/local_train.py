@@ -30,7 +30,9 @@ class LocalConfig(BaseModel):
     batch_size: int = Field(default=50, ge=1, description="the last batch of an epoch may be smaller")
     weight_decay: float = Field(default=1e-3, ge=0, description="added to the gradient after clipping, as SGD does")
     momentum: float = Field(default=0.0, ge=0, lt=1, description="0 is plain SGD; the buffer is new in every round")
-    max_grad_norm: float = Field(default=10.0, ge=0, description="gradients are clipped at this norm; 0: off")
+    max_grad_norm: float = Field(
+        default=10.0, ge=0, description="gradients are clipped at this norm; 0 disables clipping"
+    )
     loss: Literal["cross_entropy", "balanced_softmax", "fedrs"] = Field(
         default="cross_entropy",
         description="of what logits, with any algorithm, while a client trains: the model's, those plus loss_tau times "

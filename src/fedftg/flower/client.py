@@ -173,7 +173,8 @@ def class_counts(labels: Tensor | np.ndarray[Any, Any] | Sequence[int], num_clas
     if given.numel() == 0:
         return [0] * num_classes
     if given.ndim != 1 or given.is_floating_point() or int(given.min()) < 0 or int(given.max()) >= num_classes:
-        raise InputError(f"labels must be a list of whole numbers from 0 to {num_classes - 1}, got {str(labels)[:80]}")
+        got = f"{given.dtype} of shape {tuple(given.shape)}, {given.min()} to {given.max()}"
+        raise InputError(f"labels must be a list of whole numbers from 0 to {num_classes - 1}, got {got}")
     return [int(count) for count in torch.bincount(given.long(), minlength=num_classes)]
 
 

@@ -38,10 +38,10 @@ class LocalGrid(Grid):
             TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
 
     @classmethod
-    def of(cls, app: ClientApp, num_clients: int) -> LocalGrid:
+    def of(cls, app: ClientApp, num_clients: int, run_config: Mapping[str, Any] | None = None) -> LocalGrid:
         """Returns a grid whose node ``i + 1`` has partition ``i``."""
         configs = {i + 1: {"partition-id": i, "num-partitions": num_clients} for i in range(num_clients)}
-        return cls(app, configs)
+        return cls(app, configs, run_config)
 
     def join(self, node: int, config: Mapping[str, Any]) -> None:
         """Connects a node, with an empty state."""

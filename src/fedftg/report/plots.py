@@ -10,23 +10,18 @@ from typing import Literal
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, LogNorm, Normalize
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
-from numpy.typing import NDArray
+from matplotlib.ticker import MaxNLocator
 
 from fedftg.errors import InputError
 from fedftg.report.load import RunRecord, Series, display_names
-from fedftg.report.table import score
+from fedftg.report.table import LAST, score
 
 DPI = 100
 WIDTH = 12.0
 """Inches: 1200 px."""
-
-SMOOTH_FROM = 200
-"""From this many evaluations on, lines are running means of `WINDOW` evaluations above the faint single values."""
-WINDOW = 10
 
 SORTED_FROM = 401
 """From this many clients on, a heatmap's rows are thinner than three pixels, and are sorted."""
@@ -71,7 +66,7 @@ def accuracy_plot(runs: Sequence[RunRecord], path: Path) -> Path:
         loc="outside lower center",
         ncols=1 if max(len(str(handle.get_label())) for handle in handles) > 70 else 2,
         frameon=False,
-        title=f"deployed: mean of the last {WINDOW} evaluations in %",
+        title=f"deployed: mean of the last {LAST} evaluations in %",
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
@@ -80,15 +75,15 @@ def accuracy_plot(runs: Sequence[RunRecord], path: Path) -> Path:
         for kind, (label, style, width) in _KINDS.items()
         if kind in shown
     ]
-    _legend_above(axes, styles)
+    axes.legend(handles=styles, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, borderaxespad=0.2)
     title = f"{runs[0].name}: {runs[0].method}" if len(runs) == 1 else f"{len(runs)} runs"
     axes.set_title(_cut(title, 60), loc="left", parse_math=False)
-    smooth = max(len(run.accuracy("refined")[0]) for run in runs) >= SMOOTH_FROM
-    means = f", running mean of {WINDOW} evaluations" if smooth else ""
-    axes.set(xlabel="round", ylabel=f"test accuracy (%){means}")
+    axes.set(xlabel="round", ylabel="test accuracy (%)")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, steps=[1, 2, 5, 10], integer=True))
     axes.margins(x=0.015)
-    _frame(axes, grid="both")
+    axes.grid(color="#DDDDDD", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
     return _save(figure, path)
 
 
@@ -97,9 +92,8 @@ def partition_heatmap(
 ) -> Path:
     """Writes clients x classes as PNG, with each client's size as a bar; returns ``path``.
 
-    Classes that a client has no sample of are white. Counts are written into the cells while they are readable. Where
-    one client holds more than 8 times the median, the colours are logarithmic. From `SORTED_FROM` clients on, clients
-    are sorted by their biggest class.
+    Classes that a client has no sample of are white. Counts are written into the cells while they are readable. From
+    `SORTED_FROM` clients on, clients are sorted by their biggest class.
     """
     counts = np.asarray(class_counts, dtype=np.float64)
     clients, classes = counts.shape
@@ -110,15 +104,12 @@ def partition_heatmap(
     grid = figure.add_gridspec(1, 2, width_ratios=(5, 1))
     axes = figure.add_subplot(grid[0])
     bars = figure.add_subplot(grid[1], sharey=axes)
-    norm = _norm(counts)
+    norm = Normalize(0, max(float(counts.max()), 1.0))
     # From 0.15 on, so that one sample can be told from none.
     shades = ListedColormap(matplotlib.colormaps["YlGnBu"](np.linspace(0.15, 1.0, 256))).with_extremes(bad="white")
     image = axes.imshow(np.ma.masked_equal(counts, 0), aspect="auto", cmap=shades, norm=norm, interpolation="nearest")
     bar = figure.colorbar(image, ax=bars, label="samples of a class", fraction=0.2, pad=0.05, aspect=5 * height)
-    if isinstance(norm, LogNorm):
-        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    else:
-        bar.ax.yaxis.set_major_locator(MaxNLocator(integer=counts.max() >= 5))
+    bar.ax.yaxis.set_major_locator(MaxNLocator(integer=counts.max() >= 5))
     if clients <= 45 and classes <= 20:
         for client, klass in zip(*np.nonzero(counts), strict=True):
             colour = "white" if float(norm(counts[client, klass])) > 0.55 else "#222222"
@@ -137,49 +128,9 @@ def partition_heatmap(
     return _save(figure, path)
 
 
-def partition_sizes(sizes: Sequence[int], path: Path, title: str) -> Path:
-    """Writes a histogram of the clients' sizes as PNG; returns ``path``.
-
-    Clients without samples are counted in the note above, and not drawn.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
-    held = np.asarray(sizes, dtype=np.int64)
-    filled = held[held > 0]
-    figure = Figure(figsize=(WIDTH, 5.0), dpi=DPI, layout="constrained")
-    axes = figure.add_subplot()
-    axes.set(xlabel="samples of a client", ylabel="clients")
-    _frame(axes, grid="y")
-    note = f"{len(filled)} of {len(held)} clients have samples"
-    if len(filled):
-        low, high, mean, median = filled.min(), filled.max(), filled.mean(), np.median(filled)
-        note += f", {low} to {high} each"
-        # Bins hold equally many whole numbers, or the same law shows a comb.
-        width = math.ceil((high - low + 1) / 40)
-        axes.hist(filled, bins=np.arange(low - 0.5, high + width, width).tolist(), color="#5A6B7B", rwidth=0.9)
-        lines = [(f"mean {mean:.4g}", mean, _COLOURS[1], "-"), (f"median {median:.4g}", median, _COLOURS[0], "--")]
-        _legend_above(axes, [axes.axvline(x, label=text, color=hue, linestyle=style) for text, x, hue, style in lines])
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-    axes.set_title(note, loc="left", fontsize=10)
-    figure.suptitle(_cut(title, 120), parse_math=False)
-    return _save(figure, path)
-
-
-def running_mean(values: Sequence[float], window: int = WINDOW) -> list[float]:
-    """Returns the mean of each value and up to ``window - 1`` before it."""
-    parts = [values[max(0, end - window) : end] for end in range(1, len(values) + 1)]
-    return [math.fsum(part) / len(part) for part in parts]
-
-
 def _draw_line(axes: Axes, series: Series, kind: str, colour: str, marker: str) -> None:
     rounds, percent = series[0], [100 * value for value in series[1]]
     _, style, width = _KINDS[kind]
-    if len(rounds) >= SMOOTH_FROM:
-        if kind == "refined":
-            axes.plot(rounds, percent, color=colour, linewidth=0.6, alpha=0.25)
-        percent = running_mean(percent)
     (line,) = axes.plot(rounds, percent, color=colour, linestyle=style, linewidth=width)
     mark = marker or ("." if len(rounds) == 1 else "")
     line.set(marker=mark, markersize=4.5, markevery=max(1, len(rounds) // 15), alpha=1.0 if kind == "refined" else 0.7)
@@ -187,24 +138,6 @@ def _draw_line(axes: Axes, series: Series, kind: str, colour: str, marker: str) 
 
 def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
-
-
-def _legend_above(axes: Axes, handles: Sequence[Line2D]) -> None:
-    axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, borderaxespad=0.2)
-
-
-def _frame(axes: Axes, grid: Literal["y", "both"]) -> None:
-    axes.grid(axis=grid, color="#DDDDDD", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _norm(counts: NDArray[np.float64]) -> Normalize:
-    sizes = counts.sum(axis=1)
-    high = max(float(counts.max()), 1.0)
-    if float(sizes.max()) > 8 * float(np.median(sizes)) and high > 10:
-        return LogNorm(min(1.0, float(counts[counts > 0].min())), high)
-    return Normalize(0, high)
 
 
 def _label_classes(axes: Axes, names: Sequence[str]) -> None:
