@@ -159,8 +159,8 @@ def test_what_is_deployed_is_the_simulator_s(
     """In one go, and stopped after round 2; nobody evaluates, so that refiners due for evaluation act in round 3."""
     settings = config("fedprox", refiner=refiner)
     here = Simulated(settings)
-    sent = here.run()
-    deployed = {name: value for part in here.experiment.state.model for name, value in part.items()}
+    deployed = here.run()
+    sent = {**here.experiment.state.params, **here.experiment.state.buffers}
     assert any(not torch.equal(sent[name], deployed[name]) for name in sent)
 
     def strategy(**more: Any) -> Refined:

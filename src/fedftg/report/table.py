@@ -109,7 +109,6 @@ COLUMNS = (
     Column("selected", lambda row: _accuracy(row, "selected")),
     Column("all", lambda row: _accuracy(row, "all")),
     Column("refined", lambda row: _accuracy(row, "refined")),
-    Column("sent", lambda row: _accuracy(row, "sent")),
     Column("vs base", _versus),
     Column("best", _best, beside=" @{}", below="@{}"),
     Column("seconds", lambda row: (f"{row.run.seconds:.{1 if row.run.seconds < 100 else 0}f}", "")),
