@@ -150,8 +150,9 @@ def test_equals_the_simulator(algorithm: str, refined: bool, same_cohorts: Calla
         {"name": "ema"},
         {"name": "wima", "window": 2, "broadcast": 0.5, "when": "round"},
         {"name": "fedftg", **small.CONFIG.model_dump(), "absent_weight": 1.0, "broadcast": 0.0, "average": "all"},
+        {"name": "fedftg", **small.CONFIG.model_dump(), "average": "all", "prior_tau": 0.5, "min_skew": 0.1},
     ],
-    ids=lambda settings: settings["name"],
+    ids=lambda settings: f"{settings['name']}-{settings.get('broadcast')}",
 )
 def test_what_is_deployed_is_the_simulator_s(
     refiner: dict[str, Any], same_cohorts: Callable[..., None], tmp_path: Path

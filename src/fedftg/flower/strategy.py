@@ -293,7 +293,7 @@ class Refined(Strategy):
             rng = torch_rng(self._seed, report.round, SERVER, "refine")
             refined, report.metrics = self._refiner.refine(state, placed, rng)
             model = self._layout.join(refined.params, refined.buffers)
-            bad = first_non_finite(model) or first_non_finite(refined.refiner)
+            bad = first_non_finite({**model, **refined.deployed}) or first_non_finite(refined.refiner)
             if bad is not None:
                 raise FloatingPointError(f"{bad} of the refined model is not finite")
         except (RuntimeError, FloatingPointError) as error:
@@ -304,7 +304,7 @@ class Refined(Strategy):
         report.seconds = time.perf_counter() - start
         self._memory = to_device(refined.refiner, "cpu")
         sent = broadcast(state, refined, self._config.broadcast)
-        self.deployed = encode(model) if sent.deployed else None
+        self.deployed = encode(self._layout.join(*sent.model)) if sent.deployed else None
         return self._layout.join(sent.params, sent.buffers)
 
     def _logged(self, report: RefineReport, metrics: MetricRecord | None) -> MetricRecord:
