@@ -130,6 +130,8 @@ def test_settings_that_name_no_set():
         load(DataConfig(name="hub"))
     with pytest.raises(InputError, match=r"data\.hub_id goes with data\.name = 'hub', got 'digits'"):
         load(DataConfig(hub_id="me/pets"))
+    with pytest.raises(InputError, match=r"'digits' is built in and has no data\.root; set data\.name too"):
+        load(DataConfig(name="digits", root="pics"))
     with pytest.raises(InputError, match="no column 'writer': only tables and files of arrays have columns"):
         load(DataConfig(), columns=["writer"])
 

@@ -150,6 +150,8 @@ def load(config: DataConfig, *, columns: Sequence[str] = (), progress: Progress 
         raise unknown("data set", config.name, SOURCES)
     if config.hub_id is not None and config.name != "hub":
         raise InputError(f"data.hub_id goes with data.name = 'hub', got {config.name!r}; set data.name")
+    if config.root is not None and config.name == "digits":
+        raise InputError("data set 'digits' is built in and has no data.root; set data.name too, such as folder")
     source = SOURCES[config.name]
     splits = source.read(config) if source.read else _tables(config, source)
     test = splits.test or splits.train
