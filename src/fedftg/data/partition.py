@@ -312,6 +312,8 @@ def hold_back(
     Of n samples ``round(share * n)`` are held back, but at least one stays. Classes keep their proportions, by largest
     remainder; equal remainders in random order.
     """
+    if share == 0:
+        return [np.sort(np.asarray(part, dtype=np.int64)) for part in parts], [np.empty(0, np.int64)] * len(parts)
     train, test = [], []
     keys = rng.random(sum(map(len, parts)))
     for part, key in zip(parts, np.split(keys, np.cumsum([len(part) for part in parts])[:-1]), strict=True):
