@@ -91,7 +91,7 @@ def test_folders_that_cannot_be_used(tmp_path, hub):
     (tmp_path / "test").mkdir()
     assert f"{tmp_path / 'test'} has 0 class folder(s) []" in error_of(tmp_path)
     (tmp_path / "test" / "cat").mkdir()
-    assert f"{tmp_path / 'test' / 'cat'} has no images; remove the folder" in error_of(tmp_path)
+    assert f"{tmp_path / 'test' / 'cat'} has no images that can be read; convert them" in error_of(tmp_path)
     write(hub, tmp_path / "test", ["emu"])
     (tmp_path / "test" / "cat").rmdir()
     assert "label 'emu' is none of the 2 classes" in error_of(tmp_path)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from fedftg.algorithms.base import (
@@ -43,8 +43,8 @@ _SUM, _WINDOW = "sum.", "window."
 _CLIENTS, _SHARES, _COUNTS = "seen.clients", "seen.shares", "seen.counts"
 
 
-class AverageFields(BaseModel):
-    """Which average is taken, and how its head is corrected."""
+class AverageConfig(RefinerConfig):
+    """Which average is taken, how its head is corrected: to be deployed, alone or beside a model that is sent."""
 
     average: Literal["aggregate", "ema", "wima", "all"] = Field(
         default="aggregate",
@@ -72,18 +72,29 @@ class AverageFields(BaseModel):
         default=(), description="q: class distribution where the model is used, one positive number a class; () uniform"
     )
 
+    @classmethod
+    def defaults(cls, given: Mapping[str, Any], num_classes: int | None = None) -> dict[str, Any]:  # noqa: ARG003
+        """Returns whose priors are taken out: those of the clients in the average."""
+        average = given.get("average", cls.model_fields["average"].default)
+        return {"prior_of": "cohort" if average == "aggregate" else "all"}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, given: Any) -> Any:
+        return {**cls.defaults(given), **given} if isinstance(given, dict) else given
+
 
 @dataclass(frozen=True)
 class Averaged(NoRefiner):
     """Deploys an average, with its head corrected or not."""
 
-    config: AverageFields
+    config: AverageConfig
     context: RefinerContext
     bias: str = ""
     """Name of the last layer's bias, where the head is corrected or averaged by class."""
 
     @classmethod
-    def build(cls, config: AverageFields, context: RefinerContext) -> Averaged:
+    def build(cls, config: AverageConfig, context: RefinerContext) -> Averaged:
         """Returns the refiner; an `InputError` says which setting does not fit the model."""
         given, classes = config.target_prior, context.num_classes
         if given and (len(given) != classes or min(given) <= 0):
@@ -235,21 +246,6 @@ def _window(memory: Memory) -> list[Params]:
     return list(itertools.takewhile(bool, found))
 
 
-class AverageConfig(AverageFields, RefinerConfig):
-    """The settings of a refiner that deploys an average, alone or beside a model that it sends."""
-
-    @classmethod
-    def defaults(cls, given: Mapping[str, Any], num_classes: int | None = None) -> dict[str, Any]:  # noqa: ARG003
-        """Returns whose priors are taken out: those of the clients in the average."""
-        average = given.get("average", cls.model_fields["average"].default)
-        return {"prior_of": "cohort" if average == "aggregate" else "all"}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill(cls, given: Any) -> Any:
-        return {**cls.defaults(given), **given} if isinstance(given, dict) else given
-
-
 class DeployedConfig(AverageConfig):
     """The settings of a refiner that deploys an average."""
 
@@ -286,4 +282,4 @@ class HeadPriorConfig(DeployedConfig):
     """``refiner.name = "head_prior"``: deploys the aggregate, or an average, without its clients' label priors."""
 
     name: Literal["head_prior"] = "head_prior"
-    prior_tau: float = Field(default=0.5, ge=0, description=AverageFields.model_fields["prior_tau"].description)
+    prior_tau: float = Field(default=0.5, ge=0, description=AverageConfig.model_fields["prior_tau"].description)
