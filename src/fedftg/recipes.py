@@ -39,7 +39,7 @@ def find(given: str) -> Path:
         raise InputError(f"recipe {given} is now: {now}")
     if len(path.parts) > 1:
         raise InputError(f"recipe {given} does not exist; give a path to a .toml file or a name from 'fedftg list'")
-    raise unknown("recipe", name, names())
+    raise unknown("recipe or file" if path.suffix else "recipe", name, names())
 
 
 _OLD = re.compile(r"(datasets/)?(?:paper/)?(\w+?)(_cnn)?_(iid|dir0\d)(?:_(100?))?_([a-z]+?)(_fedftg)?")

@@ -159,7 +159,9 @@ def _class_folders(root: Path, left_out: Counter[str], seen: dict[str, str], lea
     found: Labelled = []
     for name in in_order(folders):
         if not (images := _images_below(folders[name], seen, left_out)):
-            raise InputError(f"{folders[name]} has no images that can be read; convert them to PNG or JPEG, or move the folder away")
+            raise InputError(
+                f"{folders[name]} has no images that can be read; convert them to PNG or JPEG, or move the folder away"
+            )
         found += [(path, unicodedata.normalize("NFC", name)) for path in images]
     if beside := sum(path.suffix.lower() in _IMAGES and visible(root, path) for path in root.iterdir()):
         left_out["beside the class folders"] += beside
