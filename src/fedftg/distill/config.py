@@ -100,14 +100,18 @@ class DistillConfig(BaseModel):
     pool_size: int = Field(
         default=0,
         ge=0,
-        description="images that are kept from call to call, where they can: the generator takes all its steps, its "
-        "images enter the pool, and the student sees batches of the pool; 0: each batch once, as it is made",
+        description="images that are kept, in a federation from round to round, and shown to the student again after "
+        "each new batch; 0 is off",
     )
     pool_refresh: float = Field(
-        default=0.1, ge=0, le=1, description="share of a full pool that a call replaces, the oldest first"
+        default=0.1,
+        ge=0,
+        le=1,
+        description="share of a full pool, the oldest first, that the new images of a call replace; until it is full "
+        "all are added",
     )
     pool_batches: int = Field(
-        default=1, ge=1, description="batches of the pool in each iteration; student_steps are taken on each"
+        default=1, ge=1, description="batches of the pool after each new one; student_steps are taken on each"
     )
     pool_augment: Literal["none", "flip", "crop", "flip_crop"] = Field(
         default="flip_crop", description="random changes of a batch of the pool, those of data.augment"

@@ -35,7 +35,7 @@ def distil(
 ) -> dict[str, Float[Tensor, " I"]]:
     """Trains the student, and improves the images, in place for ``config.iterations`` iterations.
 
-    Returns the metrics, ``(I,)`` float32 on the CPU (``(I * pool_batches,)`` with a pool): those of `Images.improve`,
+    Returns the metrics, ``(I,)`` float32 on the CPU (with a pool a row per batch): those of `Images.improve`,
     ``student`` (its loss, mean over its steps; 0 where it takes none) and, where the images have labels,
     ``teacher_agreement`` (the share of images for which the ensemble predicts the label).
 

@@ -1,7 +1,8 @@
-"""A pool of the last images of a source, from which the student's batches are drawn."""
+"""A pool of the last images of a source, which are shown again."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,46 +15,48 @@ from fedftg.distill.config import DistillConfig
 from fedftg.distill.images import Call, Images
 from fedftg.params import Params
 
-Row = dict[str, Tensor]
-"""The metrics of one iteration of the source."""
+Shown = tuple[Any, bool]
+"""A draw of the source, and whether it is new; if not, a batch of the pool is shown."""
 
 
 class PooledImages:
-    """Lets a source finish its iterations, takes images of all its draws into a pool, and shows batches of that.
-
-    While the pool is not full, images are added; then a call replaces the oldest ``pool_refresh`` of it.
+    """Shows each batch of a source, then ``pool_batches`` from a pool, into which the source's images go.
 
     Attributes:
         pool: ``images``, in half precision, and ``labels`` where they are known: all that the next call needs besides
-            the source's own memory. Replaced in each call, never written to.
+            the source's own memory. Replaced in each iteration, never written to.
     """
 
     def __init__(self, config: DistillConfig, source: Images[Any], pool: Params | None = None) -> None:
         self._config, self._source, self.pool = config, source, pool or {}
 
-    def start(self, call: Call) -> Sequence[Row]:
-        """Improves the source on each of its draws, and renews the pool; returns the rows of the metrics."""
-        config, self._call = self._config, call
-        draws = self._source.start(call)
-        rows = [self._source.improve(call, draw) for draw in draws]
-        made = [self._source.make(draw) for draw in draws]
-        new = {"images": torch.cat([images.half() for images, _ in made])}
-        if made[0][1] is not None:
-            new["labels"] = torch.cat([labels for _, labels in made if labels is not None])
-        held = len(self.pool.get("images", ()))
-        number = max(config.pool_size - held, round(config.pool_refresh * config.pool_size))
-        parts = {name: [self.pool.get(name, values[:0]), values[:number]] for name, values in new.items()}
-        self.pool = {name: torch.cat(part)[-config.pool_size :] for name, part in parts.items()}
-        return [row for row in rows for _ in range(config.pool_batches)]
+    def start(self, call: Call) -> Sequence[Shown]:
+        """Returns each draw of the source as new, followed by as many batches of the pool."""
+        self._call = call
+        shown = [True, *[False] * self._config.pool_batches]
+        return [(draw, new) for draw in self._source.start(call) for new in shown]
 
-    def improve(self, call: Call, draw: Row) -> Row:  # noqa: ARG002
-        """Returns the source's metrics."""
-        return draw
+    def improve(self, call: Call, draw: Shown) -> dict[str, Tensor]:
+        """Improves the source on a new draw and takes its images into the pool; returns the last metrics."""
+        if draw[1]:
+            self._metrics = self._source.improve(call, draw[0])
+            self._newest = self._source.make(draw[0])
+            self._take(*self._newest)
+        return self._metrics
 
-    def make(self, draw: Row) -> tuple[Float[Tensor, "B D H W"], Int[Tensor, " B"] | None]:  # noqa: ARG002
-        """Returns a batch of the pool, drawn without replacement and changed at random, and its labels."""
+    def make(self, draw: Shown) -> tuple[Float[Tensor, "B D H W"], Int[Tensor, " B"] | None]:
+        """Returns the new images, or some of the pool, drawn without replacement and changed at random."""
+        if draw[1]:
+            return self._newest
         images, rng = self.pool["images"], self._call.rng
         chosen = moved(torch.randperm(len(images), generator=rng)[: self._config.batch_size], images.device)
-        batch = images[chosen].to(next(self._call.student.parameters()).dtype)
-        labels = self.pool["labels"][chosen] if "labels" in self.pool else None
-        return augment(batch, self._config.pool_augment, rng), labels
+        batch = augment(images[chosen].to(self._newest[0].dtype), self._config.pool_augment, rng)
+        return batch, self.pool["labels"][chosen] if "labels" in self.pool else None
+
+    def _take(self, images: Float[Tensor, "B D H W"], labels: Int[Tensor, " B"] | None) -> None:
+        size = self._config.pool_size
+        replaced = math.ceil(self._config.pool_refresh * size / self._call.iterations)
+        number = max(size - len(self.pool.get("images", ())), replaced)
+        new = {"images": images.half()} | ({} if labels is None else {"labels": labels})
+        parts = {name: [self.pool.get(name, values[:0]), values[:number]] for name, values in new.items()}
+        self.pool = {name: torch.cat(part)[-size:] for name, part in parts.items()}
