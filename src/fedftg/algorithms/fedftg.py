@@ -27,14 +27,17 @@ from fedftg.algorithms.base import ClientResult, Memory, Metrics, NoRefiner, Ref
 from fedftg.distill.config import DistillConfig, preset
 from fedftg.distill.distiller import distil
 from fedftg.distill.generator import Generator
-from fedftg.distill.images import GeneratorImages
+from fedftg.distill.images import GeneratorImages, Images
 from fedftg.distill.labels import skew
+from fedftg.distill.pool import PooledImages
 from fedftg.distill.teachers import stack_or_list
+from fedftg.errors import InputError
 from fedftg.models.functional import values
 from fedftg.params import Params, prefixed, unprefixed
 from fedftg.seeds import forked
 
 _MODEL, _CLIENTS, _COUNTS, _AVERAGE = "past.model.", "past.clients", "past.counts", "average."
+_POOL = "pool."
 
 ABSENT_WEIGHTS = {"fedftg": 1.0}
 """Of the presets; 0 for those that are not named."""
@@ -73,6 +76,8 @@ class FedFTG(NoRefiner):
         """Fine-tunes the aggregate; rates decay as ``lr_decay ** state.round``."""
         images = self._images(seed=0)
         images.load_memory(state.refiner)
+        pool = PooledImages(self.config, images, unprefixed(state.refiner, _POOL))
+        source: Images[Any] = pool if self.config.pool_size else images
         model = self.context.model
         student = model.module(state.params, state.buffers)
         ordered = sorted((r for r in results if r.num_samples > 0), key=lambda result: result.client)
@@ -89,10 +94,11 @@ class FedFTG(NoRefiner):
         scale, table = self.config.lr_decay**state.round, torch.stack(counts)
         means: Metrics = {"skew": skew(table)} if self.min_skew else {}
         if not means or means["skew"] >= self.min_skew:
-            metrics = distil(self.config, images, student, teachers, table, rng=rng, lr_scale=scale)
+            metrics = distil(self.config, source, student, teachers, table, rng=rng, lr_scale=scale)
             means |= {name: float(metric.mean()) for name, metric in metrics.items()}
         refined, statistics = values(student)
-        memory = images.memory() | {name: v for name, v in state.refiner.items() if name.startswith(_AVERAGE)}
+        memory = images.memory() | prefixed(pool.pool, _POOL)
+        memory |= {name: v for name, v in state.refiner.items() if name.startswith(_AVERAGE)}
         if self.absent_weight:
             known |= {r.client: r.class_counts.cpu().to(torch.int64) for r in ordered}
             clients = sorted(known)
@@ -162,5 +168,7 @@ class FedFTGConfig(AverageConfig, DistillConfig):
     def build(self, context: RefinerContext) -> Refiner:
         """Returns the refiner for one experiment."""
         config = DistillConfig(**self.model_dump(include=set(DistillConfig.model_fields)))
+        if self.lambda_bn and not context.model.has_batchnorm:
+            raise InputError("refiner.lambda_bn needs a model with BatchNorm, and this one has none; set it to 0")
         average = Averaged.build(self, context) if self.average != "aggregate" or self.prior_tau else None
         return FedFTG(config, context, self.absent_weight, self.min_skew, average)

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from fedftg.augment import augment, moved
 from fedftg.data import sources
-from fedftg.data.augment import augment, moved
 from fedftg.data.config import DataConfig, PartitionConfig
 from fedftg.data.dataset import ImageDataset
 from fedftg.data.partition import Indices, class_counts, hold_back, needed_columns, noise_levels, partition

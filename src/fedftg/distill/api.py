@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Num
@@ -14,8 +15,9 @@ from torch.nn.parameter import is_lazy
 from fedftg.distill.config import DistillConfig, preset
 from fedftg.distill.distiller import Progress, distil, trainable
 from fedftg.distill.generator import Generator
-from fedftg.distill.images import GeneratorImages
+from fedftg.distill.images import GeneratorImages, Images
 from fedftg.distill.labels import check_class_counts, class_probabilities, sample_labels
+from fedftg.distill.pool import PooledImages
 from fedftg.distill.teachers import Classifier, ListedTeachers, frozen
 from fedftg.errors import InputError, first_line
 from fedftg.params import copied, first_non_finite
@@ -36,6 +38,8 @@ class DistillMetrics:
     """The student's loss; 0 where it takes no step."""
     teacher_agreement: Tensor
     """The share of the student's images for which the weighted ensemble predicts the label they were drawn for."""
+    batchnorm: Tensor = field(default_factory=lambda: torch.zeros(1))
+    """``L_bn``; 0 where ``lambda_bn`` is."""
 
     def means(self) -> dict[str, float]:
         """Returns the mean of each metric over the iterations."""
@@ -137,7 +141,9 @@ def refine(
     ensemble = ListedTeachers(list(models.values())[1:])
     start, refined = copy.deepcopy(new).eval(), copied(student)
     rng = torch_rng(seed, 0, SERVER, "refine")
-    metrics = distil(settings, GeneratorImages(settings, new), refined, ensemble, counts, rng=rng, progress=progress)
+    images: Images[Any] = GeneratorImages(settings, new)
+    images = PooledImages(settings, images) if settings.pool_size else images
+    metrics = distil(settings, images, refined, ensemble, counts, rng=rng, progress=progress)
     broken = first_non_finite(refined.state_dict()) or first_non_finite(new.state_dict())
     return RefineResult(
         model=copied(student) if broken else refined,

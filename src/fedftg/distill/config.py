@@ -67,6 +67,12 @@ class DistillConfig(BaseModel):
     lambda_dis: float = Field(
         default=1.0, ge=0, description="weight of L_dis; 0 lets images of a class collapse into one"
     )
+    lambda_bn: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of L_bn, which draws the images' statistics in the teachers' BatchNorm layers to those of "
+        "real images (DeepInversion, CVPR 2020); needs BatchNorm",
+    )
     temperature: float = Field(default=1.0, gt=0, description="divides logits in L_md (kl), ensemble and student loss")
 
     student_lr: float = Field(
@@ -89,6 +95,25 @@ class DistillConfig(BaseModel):
         default=0,
         ge=0,
         description="teachers whose graphs are in memory at a time, same numbers up to rounding; 0 means all up to 32",
+    )
+    pool_size: int = Field(
+        default=0,
+        ge=0,
+        description="images that are kept, in a federation from round to round, and shown to the student again after "
+        "each new batch; 0 is off",
+    )
+    pool_refresh: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="share of a full pool, the oldest first, that the new images of a call replace; until it is full "
+        "all are added",
+    )
+    pool_batches: int = Field(
+        default=1, ge=1, description="batches of the pool after each new one; student_steps are taken on each"
+    )
+    pool_augment: Literal["none", "flip", "crop", "flip_crop"] = Field(
+        default="flip_crop", description="random changes of a batch of the pool, those of data.augment"
     )
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32",

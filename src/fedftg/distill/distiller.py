@@ -35,9 +35,9 @@ def distil(
 ) -> dict[str, Float[Tensor, " I"]]:
     """Trains the student, and improves the images, in place for ``config.iterations`` iterations.
 
-    Returns the metrics, ``(I,)`` float32 on the CPU: those of `Images.improve`, ``student`` (its loss, mean over its
-    steps; 0 where it takes none) and, where the images have labels, ``teacher_agreement`` (the share of images for
-    which the ensemble predicts the label).
+    Returns the metrics, ``(I,)`` float32 on the CPU (with a pool a row per batch): those of `Images.improve`,
+    ``student`` (its loss, mean over its steps; 0 where it takes none) and, where the images have labels,
+    ``teacher_agreement`` (the share of images for which the ensemble predicts the label).
 
     The student's modes and gradient flags are put back; parameters that do not require a gradient stay fixed. Whether
     the result is finite is left to the caller.
@@ -59,11 +59,12 @@ def distil(
     dropout_seed = int(torch.randint(2**62, (), generator=rng))
     rows: list[dict[str, Tensor]] = []
     with _frozen(student), forked(dropout_seed, parameters[0].device):
-        for done, draw in enumerate(images.start(call), start=1):
+        draws = images.start(call)
+        for done, draw in enumerate(draws, start=1):
             improved = images.improve(call, draw)
             rows.append({**improved, **student_steps(config, call, optimizer, *images.make(draw))})
             if progress is not None:
-                progress(done, config.iterations)
+                progress(done, len(draws))
     optimizer.zero_grad()
     table = torch.stack([torch.stack(list(row.values())) for row in rows]).to("cpu", torch.float32)
     return dict(zip(rows[0], table.unbind(dim=1), strict=True))

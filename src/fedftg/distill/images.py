@@ -103,15 +103,16 @@ class GeneratorImages:
         return self._draw(call, call.iterations)
 
     def improve(self, call: Call, draw: NoiseAndLabels) -> dict[str, Float[Tensor, ""]]:
-        """Takes ``generator_steps`` on one batch; returns their mean discrepancy, fidelity and diversity."""
+        """Takes ``generator_steps`` on one batch; returns the mean of each term of their loss."""
         config, number = self._config, len(call.ensemble)
         parts = [(0, number)] if config.generator_update == "joint" else [(k, k + 1) for k in range(number)]
-        total = torch.zeros(3, device=self._device)
+        names = ("discrepancy", "fidelity", "diversity", *(["batchnorm"] if config.lambda_bn else []))
+        total = torch.zeros(len(names), device=self._device)
         self._generator.train()
         for _ in range(config.generator_steps):
             for part in parts:
                 total += self._step(call, draw, *part)
-        return dict(zip(("discrepancy", "fidelity", "diversity"), total / config.generator_steps, strict=True))
+        return dict(zip(names, total / config.generator_steps, strict=True))
 
     @torch.no_grad()
     def make(self, draw: NoiseAndLabels) -> tuple[Float[Tensor, "B D H W"], Int[Tensor, " B"]]:
@@ -155,17 +156,17 @@ class GeneratorImages:
             images: Tensor = self._generator(*draw)
         return images.to(self._dtype)
 
-    def _step(self, call: Call, draw: NoiseAndLabels, start: int, stop: int) -> Float[Tensor, " 3"]:
+    def _step(self, call: Call, draw: NoiseAndLabels, start: int, stop: int) -> Tensor:
         # The gradient is collected at the images, with the graphs of one chunk of teachers in memory at a time.
         images = self._generate(draw)
         leaf = images.detach().requires_grad_()
         mask = self._mask(call, leaf.detach(), draw[1])
-        total = torch.zeros(3, dtype=self._dtype, device=self._device)
+        total: Tensor = torch.zeros((), device=self._device)
         for chunk in call.ensemble.ranges(start, stop):
             loss, terms = self._loss(call, draw, leaf, mask, *chunk)
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
-            total += terms
+            total = total + terms
         if leaf.grad is not None:
             images.backward(leaf.grad)  # type: ignore[no-untyped-call]
         self._optimizer.step()
@@ -185,7 +186,10 @@ class GeneratorImages:
         # errors, which Adam scales up to whole steps, so another order ends in visibly different weights.
         config, (noise, labels) = self._config, draw
         weights = call.ensemble.weights(labels, start, stop)
-        teacher_logits = call.ensemble.logits(images, start, stop)
+        if config.lambda_bn:
+            teacher_logits, batchnorm = call.ensemble.with_batchnorm(images, labels, start, stop)
+        else:
+            teacher_logits, batchnorm = call.ensemble.logits(images, start, stop), None
         discrepancy = losses.model_discrepancy(
             teacher_logits.detach() if config.teacher_gradient == "detached" else teacher_logits,
             call.student(images),
@@ -201,7 +205,11 @@ class GeneratorImages:
         # Some of K teachers carry their share of the diversity, so that all of them have the sum of the joint step.
         number, size, diversity = len(call.ensemble), stop - start, losses.diversity(noise, images)
         loss = loss + config.lambda_dis * diversity / (number / size) if config.lambda_dis else loss
-        return loss, torch.stack([discrepancy, fidelity, size / number * diversity]).detach()
+        terms = [discrepancy, fidelity, size / number * diversity]
+        if batchnorm is not None:
+            loss = loss + config.lambda_bn * batchnorm
+            terms.append(batchnorm)
+        return loss, torch.stack(terms).detach()
 
 
 def _has_bfloat16(device: torch.device) -> bool:

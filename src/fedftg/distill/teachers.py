@@ -9,10 +9,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from fedftg.distill import losses
 from fedftg.distill.config import DistillConfig
 from fedftg.distill.labels import class_probabilities, ensemble_weights
+from fedftg.errors import InputError
 from fedftg.params import Params, copied, stack
 
 Classifier = Callable[[Tensor], Tensor]
@@ -33,6 +36,11 @@ class Teachers(Protocol):
     def __call__(self, images: Float[Tensor, "B D H W"], start: int, stop: int) -> Float[Tensor, "K B C"]:
         """Returns logits of the teachers ``start <= k < stop``, differentiable in the images."""
 
+    def with_batchnorm(
+        self, images: Float[Tensor, "B D H W"], weights: Float[Tensor, "K B"], start: int, stop: int
+    ) -> tuple[Float[Tensor, "K B C"], Float[Tensor, " K"]]:
+        """Returns the logits, and each teacher's `losses.batchnorm_distance`, summed over its BatchNorm layers."""
+
 
 class ListedTeachers:
     """Teachers of any architectures, modules or functions (see `frozen`), called one after the other."""
@@ -46,6 +54,14 @@ class ListedTeachers:
     def __call__(self, images: Float[Tensor, "B D H W"], start: int, stop: int) -> Float[Tensor, "K B C"]:
         """Returns logits of the teachers ``start <= k < stop``."""
         return torch.stack([classifier(images) for classifier in self._classifiers[start:stop]])
+
+    def with_batchnorm(
+        self, images: Float[Tensor, "B D H W"], weights: Float[Tensor, "K B"], start: int, stop: int
+    ) -> tuple[Float[Tensor, "K B C"], Float[Tensor, " K"]]:
+        """Returns logits and distances of the teachers ``start <= k < stop``."""
+        pairs = zip(self._classifiers[start:stop], weights, strict=True)
+        logits, distances = zip(*(_measured(classifier)(images, one) for classifier, one in pairs), strict=True)
+        return torch.stack(logits), torch.stack(distances)
 
 
 class StackedTeachers:
@@ -67,10 +83,20 @@ class StackedTeachers:
 
     def __call__(self, images: Float[Tensor, "B D H W"], start: int, stop: int) -> Float[Tensor, "K B C"]:
         """Returns logits of the teachers ``start <= k < stop``."""
-        params = {name: tensor[start:stop] for name, tensor in self._params.items()}
-        buffers = {name: tensor[start:stop] for name, tensor in self._buffers.items()}
-        logits: Tensor = torch.func.vmap(self._function, in_dims=(0, 0, None))(params, buffers, images)
+        logits: Tensor = torch.func.vmap(self._function, in_dims=(0, 0, None))(*self._values(start, stop), images)
         return logits
+
+    def with_batchnorm(
+        self, images: Float[Tensor, "B D H W"], weights: Float[Tensor, "K B"], start: int, stop: int
+    ) -> tuple[Float[Tensor, "K B C"], Float[Tensor, " K"]]:
+        """Returns logits and distances of the teachers ``start <= k < stop``."""
+        function = torch.func.vmap(_measured(self._function), in_dims=(0, 0, None, 0))
+        logits, distances = function(*self._values(start, stop), images, weights)
+        return logits, distances
+
+    def _values(self, start: int, stop: int) -> tuple[Params, Params]:
+        params = {name: tensor[start:stop] for name, tensor in self._params.items()}
+        return params, {name: tensor[start:stop] for name, tensor in self._buffers.items()}
 
 
 def stack_or_list(function: ClassifierFunction, params: Sequence[Params], buffers: Sequence[Params]) -> Teachers:
@@ -128,6 +154,19 @@ class Ensemble:
             logits = self._teachers(images, start, stop)
         return logits.to(images.dtype)
 
+    def with_batchnorm(
+        self, images: Float[Tensor, "B D H W"], labels: Int[Tensor, " B"], start: int, stop: int
+    ) -> tuple[Float[Tensor, "K B C"], Float[Tensor, ""]]:
+        """Returns the logits, and ``L_bn`` of these teachers: each one's distance times its mean ``a_k(y)``.
+
+        A teacher's moments weight each sample by ``a_k(y)`` too: labels drawn from ``p_t(y)`` are then mixed as in its
+        own data, on which its running statistics are. With uniform weights all is a plain mean over teachers.
+        """
+        weights = self.weights(labels, start, stop)
+        with autocast(self._config, images.device):
+            logits, distances = self._teachers.with_batchnorm(images, weights, start, stop)
+        return logits.to(images.dtype), (weights.mean(dim=1) * distances).sum()
+
     @torch.no_grad()
     def probabilities(self, images: Float[Tensor, "B D H W"], labels: Int[Tensor, " B"] | None) -> Float[Tensor, "B C"]:
         """Returns the weighted mean of the teachers' probabilities, ``(B, C)``, without a graph.
@@ -144,6 +183,27 @@ class Ensemble:
             logits = self.logits(images, first, last)
             parts.append(losses.ensemble_probabilities(logits, weights, self._config.temperature))
         return torch.stack(parts).sum(dim=0)
+
+
+def _measured(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Returns a function that takes weights ``(B,)`` as a last argument and returns the BatchNorm distance too."""
+
+    def call(*arguments: Any) -> tuple[Tensor, Tensor]:
+        terms: list[Tensor] = []
+
+        def measure(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None:
+                values = inputs[0], layer.running_mean, layer.running_var
+                terms.append(losses.batchnorm_distance(*values, arguments[-1]))
+
+        # On all modules, so that it does not matter in what kind of function a teacher is wrapped.
+        with register_module_forward_pre_hook(measure):
+            logits = function(*arguments[:-1])
+        if not terms:
+            raise InputError("lambda_bn needs teachers with BatchNorm, and one has none; set lambda_bn = 0")
+        return logits, torch.stack(terms).sum()
+
+    return call
 
 
 def autocast(config: DistillConfig, device: torch.device) -> torch.autocast:
