@@ -125,6 +125,8 @@ def test_the_pool_is_remembered_and_continues_bit_for_bit(model):
     emptied = {name: value for name, value in resumed.refiner.items() if not name.startswith("pool.")}
     other, _ = refiner.refine(replace(resumed, refiner=emptied), results, rng(3))
     assert not same(other.params, state.params)
+    off, _ = make(model).refine(replace(resumed, refiner=emptied), results, rng(3))
+    assert off.refiner.keys() == emptied.keys()
 
 
 def test_lambda_bn_needs_batchnorm():

@@ -27,7 +27,7 @@ from fedftg.algorithms.base import ClientResult, Memory, Metrics, NoRefiner, Ref
 from fedftg.distill.config import DistillConfig, preset
 from fedftg.distill.distiller import distil
 from fedftg.distill.generator import Generator
-from fedftg.distill.images import GeneratorImages, Images
+from fedftg.distill.images import GeneratorImages
 from fedftg.distill.labels import skew
 from fedftg.distill.pool import PooledImages
 from fedftg.distill.teachers import stack_or_list
@@ -36,8 +36,7 @@ from fedftg.models.functional import values
 from fedftg.params import Params, prefixed, unprefixed
 from fedftg.seeds import forked
 
-_MODEL, _CLIENTS, _COUNTS, _AVERAGE = "past.model.", "past.clients", "past.counts", "average."
-_POOL = "pool."
+_MODEL, _CLIENTS, _COUNTS, _AVERAGE, _POOL = "past.model.", "past.clients", "past.counts", "average.", "pool."
 
 ABSENT_WEIGHTS = {"fedftg": 1.0}
 """Of the presets; 0 for those that are not named."""
@@ -77,7 +76,6 @@ class FedFTG(NoRefiner):
         images = self._images(seed=0)
         images.load_memory(state.refiner)
         pool = PooledImages(self.config, images, unprefixed(state.refiner, _POOL))
-        source: Images[Any] = pool if self.config.pool_size else images
         model = self.context.model
         student = model.module(state.params, state.buffers)
         ordered = sorted((r for r in results if r.num_samples > 0), key=lambda result: result.client)
@@ -94,7 +92,7 @@ class FedFTG(NoRefiner):
         scale, table = self.config.lr_decay**state.round, torch.stack(counts)
         means: Metrics = {"skew": skew(table)} if self.min_skew else {}
         if not means or means["skew"] >= self.min_skew:
-            metrics = distil(self.config, source, student, teachers, table, rng=rng, lr_scale=scale)
+            metrics = distil(self.config, pool, student, teachers, table, rng=rng, lr_scale=scale)
             means |= {name: float(metric.mean()) for name, metric in metrics.items()}
         refined, statistics = values(student)
         memory = images.memory() | prefixed(pool.pool, _POOL)

@@ -68,10 +68,7 @@ class DistillConfig(BaseModel):
         default=1.0, ge=0, description="weight of L_dis; 0 lets images of a class collapse into one"
     )
     lambda_bn: float = Field(
-        default=0.0,
-        ge=0,
-        description="weight of L_bn, which draws the images' statistics in the teachers' BatchNorm layers to those of "
-        "real images (DeepInversion, CVPR 2020); needs BatchNorm",
+        default=0.0, ge=0, description="weight of L_bn: images with the teachers' BatchNorm statistics (DeepInversion)"
     )
     temperature: float = Field(default=1.0, gt=0, description="divides logits in L_md (kl), ensemble and student loss")
 
@@ -97,17 +94,10 @@ class DistillConfig(BaseModel):
         description="teachers whose graphs are in memory at a time, same numbers up to rounding; 0 means all up to 32",
     )
     pool_size: int = Field(
-        default=0,
-        ge=0,
-        description="images that are kept, in a federation from round to round, and shown to the student again after "
-        "each new batch; 0 is off",
+        default=0, ge=0, description="images kept, over rounds too, and shown again after each new batch; 0 is off"
     )
     pool_refresh: float = Field(
-        default=0.1,
-        ge=0,
-        le=1,
-        description="share of a full pool, the oldest first, that the new images of a call replace; until it is full "
-        "all are added",
+        default=0.1, ge=0, le=1, description="share of a full pool, the oldest, that the images of a call replace"
     )
     pool_batches: int = Field(
         default=1, ge=1, description="batches of the pool after each new one; student_steps are taken on each"

@@ -187,7 +187,7 @@ class GeneratorImages:
         config, (noise, labels) = self._config, draw
         weights = call.ensemble.weights(labels, start, stop)
         if config.lambda_bn:
-            teacher_logits, batchnorm = call.ensemble.with_batchnorm(images, labels, start, stop)
+            teacher_logits, batchnorm = call.ensemble.with_batchnorm(images, weights, start, stop)
         else:
             teacher_logits, batchnorm = call.ensemble.logits(images, start, stop), None
         discrepancy = losses.model_discrepancy(
@@ -205,11 +205,9 @@ class GeneratorImages:
         # Some of K teachers carry their share of the diversity, so that all of them have the sum of the joint step.
         number, size, diversity = len(call.ensemble), stop - start, losses.diversity(noise, images)
         loss = loss + config.lambda_dis * diversity / (number / size) if config.lambda_dis else loss
-        terms = [discrepancy, fidelity, size / number * diversity]
-        if batchnorm is not None:
-            loss = loss + config.lambda_bn * batchnorm
-            terms.append(batchnorm)
-        return loss, torch.stack(terms).detach()
+        loss = loss + config.lambda_bn * batchnorm if batchnorm is not None else loss
+        terms = (discrepancy, fidelity, size / number * diversity, batchnorm)
+        return loss, torch.stack([term for term in terms if term is not None]).detach()
 
 
 def _has_bfloat16(device: torch.device) -> bool:

@@ -115,8 +115,7 @@ def batchnorm_distance(
     shares = (weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny))[:, None]
     mean = (shares * values.mean(dim=2)).sum(dim=0)
     variance = (shares * (values - mean[:, None]).square().mean(dim=2)).sum(dim=0)
-    distances: Tensor = torch.linalg.vector_norm(torch.stack([mean - running_mean, variance - running_var]), dim=1)
-    return distances.sum()
+    return torch.dist(mean, running_mean) + torch.dist(variance, running_var)
 
 
 def ensemble_probabilities(

@@ -15,12 +15,11 @@ from fedftg.distill.config import DistillConfig
 from fedftg.distill.images import Call, Images
 from fedftg.params import Params
 
-Shown = tuple[Any, bool]
-"""A draw of the source, and whether it is new; if not, a batch of the pool is shown."""
-
 
 class PooledImages:
     """Shows each batch of a source, then ``pool_batches`` from a pool, into which the source's images go.
+
+    With ``pool_size = 0`` it is the source alone.
 
     Attributes:
         pool: ``images``, in half precision, and ``labels`` where they are known: all that the next call needs besides
@@ -30,23 +29,23 @@ class PooledImages:
     def __init__(self, config: DistillConfig, source: Images[Any], pool: Params | None = None) -> None:
         self._config, self._source, self.pool = config, source, pool or {}
 
-    def start(self, call: Call) -> Sequence[Shown]:
-        """Returns each draw of the source as new, followed by as many batches of the pool."""
-        self._call = call
-        shown = [True, *[False] * self._config.pool_batches]
-        return [(draw, new) for draw in self._source.start(call) for new in shown]
+    def start(self, call: Call) -> Sequence[Any]:
+        """Returns each draw of the source, followed by a None for each batch of the pool."""
+        self._call, repeats = call, self._config.pool_batches if self._config.pool_size else 0
+        return [shown for draw in self._source.start(call) for shown in (draw, *[None] * repeats)]
 
-    def improve(self, call: Call, draw: Shown) -> dict[str, Tensor]:
-        """Improves the source on a new draw and takes its images into the pool; returns the last metrics."""
-        if draw[1]:
-            self._metrics = self._source.improve(call, draw[0])
-            self._newest = self._source.make(draw[0])
-            self._take(*self._newest)
+    def improve(self, call: Call, draw: Any) -> dict[str, Tensor]:
+        """Improves the source on a draw and takes its images into the pool; returns the last metrics."""
+        if draw is not None:
+            self._metrics = self._source.improve(call, draw)
+            self._newest = self._source.make(draw)
+            if self._config.pool_size:
+                self._take(*self._newest)
         return self._metrics
 
-    def make(self, draw: Shown) -> tuple[Float[Tensor, "B D H W"], Int[Tensor, " B"] | None]:
+    def make(self, draw: Any) -> tuple[Float[Tensor, "B D H W"], Int[Tensor, " B"] | None]:
         """Returns the new images, or some of the pool, drawn without replacement and changed at random."""
-        if draw[1]:
+        if draw is not None:
             return self._newest
         images, rng = self.pool["images"], self._call.rng
         chosen = moved(torch.randperm(len(images), generator=rng)[: self._config.batch_size], images.device)

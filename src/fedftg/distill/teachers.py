@@ -59,8 +59,8 @@ class ListedTeachers:
         self, images: Float[Tensor, "B D H W"], weights: Float[Tensor, "K B"], start: int, stop: int
     ) -> tuple[Float[Tensor, "K B C"], Float[Tensor, " K"]]:
         """Returns logits and distances of the teachers ``start <= k < stop``."""
-        pairs = zip(self._classifiers[start:stop], weights, strict=True)
-        logits, distances = zip(*(_measured(classifier)(images, one) for classifier, one in pairs), strict=True)
+        pairs = zip(weights, self._classifiers[start:stop], strict=True)
+        logits, distances = zip(*(_measured(classifier)(of, images) for of, classifier in pairs), strict=True)
         return torch.stack(logits), torch.stack(distances)
 
 
@@ -90,8 +90,8 @@ class StackedTeachers:
         self, images: Float[Tensor, "B D H W"], weights: Float[Tensor, "K B"], start: int, stop: int
     ) -> tuple[Float[Tensor, "K B C"], Float[Tensor, " K"]]:
         """Returns logits and distances of the teachers ``start <= k < stop``."""
-        function = torch.func.vmap(_measured(self._function), in_dims=(0, 0, None, 0))
-        logits, distances = function(*self._values(start, stop), images, weights)
+        function = torch.func.vmap(_measured(self._function), in_dims=(0, 0, 0, None))
+        logits, distances = function(weights, *self._values(start, stop), images)
         return logits, distances
 
     def _values(self, start: int, stop: int) -> tuple[Params, Params]:
@@ -155,14 +155,13 @@ class Ensemble:
         return logits.to(images.dtype)
 
     def with_batchnorm(
-        self, images: Float[Tensor, "B D H W"], labels: Int[Tensor, " B"], start: int, stop: int
+        self, images: Float[Tensor, "B D H W"], weights: Float[Tensor, "K B"], start: int, stop: int
     ) -> tuple[Float[Tensor, "K B C"], Float[Tensor, ""]]:
         """Returns the logits, and ``L_bn`` of these teachers: each one's distance times its mean ``a_k(y)``.
 
         A teacher's moments weight each sample by ``a_k(y)`` too: labels drawn from ``p_t(y)`` are then mixed as in its
         own data, on which its running statistics are. With uniform weights all is a plain mean over teachers.
         """
-        weights = self.weights(labels, start, stop)
         with autocast(self._config, images.device):
             logits, distances = self._teachers.with_batchnorm(images, weights, start, stop)
         return logits.to(images.dtype), (weights.mean(dim=1) * distances).sum()
@@ -186,19 +185,18 @@ class Ensemble:
 
 
 def _measured(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Returns a function that takes weights ``(B,)`` as a last argument and returns the BatchNorm distance too."""
+    """Returns a function that takes weights ``(B,)`` before the arguments and returns the BatchNorm distance too."""
 
-    def call(*arguments: Any) -> tuple[Tensor, Tensor]:
+    def call(weights: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         terms: list[Tensor] = []
 
         def measure(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
             if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None:
-                values = inputs[0], layer.running_mean, layer.running_var
-                terms.append(losses.batchnorm_distance(*values, arguments[-1]))
+                terms.append(losses.batchnorm_distance(inputs[0], layer.running_mean, layer.running_var, weights))
 
         # On all modules, so that it does not matter in what kind of function a teacher is wrapped.
         with register_module_forward_pre_hook(measure):
-            logits = function(*arguments[:-1])
+            logits = function(*arguments)
         if not terms:
             raise InputError("lambda_bn needs teachers with BatchNorm, and one has none; set lambda_bn = 0")
         return logits, torch.stack(terms).sum()
