@@ -25,6 +25,8 @@ RETIRED = ("generator_ema", "generator_warmup", "fresh_batches", "compile_teache
 
 # A generator of width 64 would take twenty times the time of local training of these small networks.
 _WIDTH = "refiner.generator_width=8"
+# The preset `fedftg` before an average was deployed beside it: tables A to S are about the fine-tuned model itself.
+_ALONE = tuple(f"refiner.{key}" for key in ("average=aggregate", "prior_tau=0", "min_skew=0", "generator_steps=2"))
 
 _SKEWS = {"b0.1": (), "b0.3": ("partition.alpha=0.3",), "iid": ("partition.law=iid",)}
 _MODELS = {"gn": (), "bn": ("model.name=lenet_bn",), "plain": ("model.name=lenet", "local.lr=0.05")}
@@ -58,7 +60,7 @@ def settings(cell: Cell) -> dict[str, Any]:
 @cache
 def _off() -> dict[str, Any]:
     """Settings that change nothing: the defaults, and the preset ``paper``."""
-    paper = {"refiner": FedFTGConfig.defaults({"preset": "paper"})}
+    paper = {"refiner": FedFTGConfig(preset="paper").model_dump(mode="json")}
     return configs.flat(configs.RunConfig().model_dump(mode="json")) | configs.flat(paper)
 
 
@@ -105,7 +107,8 @@ def cell(
     if refiner == "base":
         return Cell(base, shared)
     preset = "-".join((algorithm, refiner, skew, model))
-    refined = (*shared, "refiner.name=fedftg", f"refiner.preset={refiner}", _WIDTH)
+    alone = _ALONE if refiner == "fedftg" else ()
+    refined = (*shared, "refiner.name=fedftg", f"refiner.preset={refiner}", _WIDTH, *alone)
     if not change:
         return Cell(preset, refined, base)
     return Cell(f"{preset}-{change}", (*refined, *settings), base, f"{preset}-{unchanged}" if unchanged else preset)

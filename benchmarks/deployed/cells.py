@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -56,11 +56,23 @@ _OTHER = [
     )
 ]
 
-CELLS = {cell.name: cell for cell in [
+_BASES = [
     *(_cifar10(*one) for one in _GRID),
     *_OTHER,
     Cell("long-fedavg-b0.1-gn", ("rounds=200",), long=True),
     Cell("digits", recipe="default_base", folder=None),
+]
+
+
+def _default(base: Cell) -> Cell:
+    # A narrow generator: that of benchmarks/accuracy, and of the default recipe.
+    width = f"refiner.generator_width={8 if base.folder else 16}"
+    return replace(base, name=f"default-{base.name}", settings=(*base.settings, "refiner.name=fedftg", width))
+
+
+CELLS = {cell.name: cell for cell in [
+    *_BASES,
+    *(_default(base) for base in _BASES),
 ]}  # fmt: skip
 
 # 400 of 1,000 rounds, in which the rate falls as far: two cells in one loan of 15 minutes, in pieces of 9.

@@ -1,4 +1,4 @@
-"""Measures every deployed variant on one base trajectory: the base is trained once, without a refiner that changes it.
+"""Measures what can be deployed: every free variant on one base trajectory, and the default preset on its own.
 
     python benchmarks/deployed/deployed.py --data-root FOLDER [--cells b0.1-gn,iid] [--seeds 10,11] [--jobs 2]
     python benchmarks/deployed/deployed.py --paper --data-root FOLDER --minutes 9     (one GPU; call again to go on)
@@ -61,17 +61,27 @@ class Measured(NoRefiner):
     evaluations: Sequence[int]
     ceilings: Sequence[int]
     """Rounds after which the clients' last uploads are evaluated as an ensemble."""
+    own: Refiner
+    """That of the cell. Where it does more than nothing it alone is measured, as ``fedftg``: deployed and sent."""
     refiners: dict[str, Refiner] = field(default_factory=dict)
     reads_previous = True
 
     def __post_init__(self) -> None:
+        if type(self.own) is not NoRefiner:
+            return
         data = self.experiment.data
         context = RefinerContext(self.experiment.model, data.num_classes, data.image_shape, data.device)
         for name, settings in VARIANTS.items():
             self.refiners[name] = configs.parse(REFINERS[settings["name"]], settings).build(context)
 
+    def init(self, params: Params, rng: torch.Generator) -> Memory:
+        """Returns the memory of the cell's refiner."""
+        return self.own.init(params, rng)
+
     def observe(self, state: ServerState, results: Sequence[ClientResult]) -> Memory:
         """Lets each variant observe the round."""
+        if not self.refiners:
+            return self.own.observe(state, results)
         memory: Memory = {}
         for name, refiner in self.refiners.items():
             own = replace(state, refiner=unprefixed(state.refiner, name + "/"))
@@ -83,6 +93,12 @@ class Measured(NoRefiner):
     ) -> tuple[ServerState, Metrics]:
         """Evaluates each variant where it is due."""
         number, metrics = state.round + 1, {}
+        if not self.refiners:
+            state, metrics = self.own.refine(state, results, rng)
+            if number in self.evaluations:
+                metrics |= self._accuracies("fedftg", self._logits(*state.model))
+                metrics |= self._accuracies("sent", self._logits(state.params, state.buffers))
+            return state, metrics
         if number in self.evaluations:
             for name, refiner in self.refiners.items():
                 own = replace(state, refiner=unprefixed(state.refiner, name + "/"))
@@ -176,7 +192,7 @@ def run(
     def prepare() -> Experiment:
         experiment = build(config, progress=progress)
         evaluations = cell.evaluations(config.rounds)
-        experiment.refiner = Measured(experiment, evaluations, evaluations[-1:])
+        experiment.refiner = Measured(experiment, evaluations, evaluations[-1:], experiment.refiner)
         return experiment
 
     progress = Progress()
@@ -192,7 +208,8 @@ def run(
         if timer:
             timer.cancel()
     rows = records.read(folder / "rounds.jsonl")
-    measured = [row for row in rows if any(name in row["refine"] for name in VARIANTS)]
+    names = [*VARIANTS, "fedftg"]
+    measured = [row for row in rows if any(name in row["refine"] for name in names)]
     session = records.read_json(folder / "environment.json")["sessions"][-1]
     result = {
         "cell": cell.name,
@@ -202,7 +219,11 @@ def run(
         "machine": {name: session.get(name) for name in ("device", "processor", "cores", "threads", "packages")},
         "commit": _commit(),
         "rounds": [row["round"] for row in measured],
-        "accuracy": {name: [row["refine"].get(name) for row in measured] for name in measured[-1]["refine"]},
+        "accuracy": {
+            name: [row["refine"].get(name) for row in measured]
+            for name in measured[-1]["refine"]
+            if name.removesuffix(", imbalanced") in (*names, "sent", "ensemble", "ensemble + prior")
+        },
         "seconds": {phase: round(sum(row["seconds"][phase] for row in rows), 1) for phase in rows[0]["seconds"]},
     }
     print(f"{cell.name} seed {seed}: {time.monotonic() - start:.0f} s", flush=True)

@@ -13,7 +13,7 @@ from fedftg.rundir import records
 FOLDER = Path(__file__).parent.parent / "results"
 RESULTS = FOLDER / "deployed.jsonl"
 PAGE = FOLDER / "deployed.md"
-DEFAULT = "all + prior"
+DEFAULT = "fedftg"
 FREE = ("aggregate", "ema", "wima", "all")
 """The free rivals that the default has to beat in each cell."""
 
@@ -26,9 +26,16 @@ def load() -> list[Line]:
     return list({(line["cell"], line["seed"]): line for line in records.read(RESULTS)}.values())
 
 
+def paired() -> list[Line]:
+    """Returns the lines of base trajectories for which the default was run too, with its accuracies among theirs."""
+    lines = {(line["cell"], line["seed"]): line for line in load()}
+    both = ((line, lines.get((f"default-{cell}", seed))) for (cell, seed), line in lines.items())
+    return [{**base, "accuracy": base["accuracy"] | default["accuracy"]} for base, default in both if default]
+
+
 def write_page() -> None:
     """Fills every block ``<!-- table PREFIX SEEDS: ... -->`` with the cells of that prefix and those seeds."""
-    lines = load()
+    lines = paired()
 
     def fill(found: re.Match[str]) -> str:
         prefix, seeds, *what = found[2].split()
@@ -59,18 +66,19 @@ def table(lines: list[Line], what: str = "") -> str:
     cells: dict[str, list[Line]] = defaultdict(list)
     for line in lines:
         cells[line["cell"]].append(line)
-    rows = [["cell", "seeds", *names, f"{DEFAULT} - best free", "seeds won"]]
+    rows = [["cell", "seeds", *names, f"{DEFAULT} - best free", f"{DEFAULT} - (all + prior)", "seeds won"]]
     ends = [50, 100, 200] if what == "rounds" else [None]
     for (cell, found), end in ((item, end) for item in cells.items() for end in ends):
         suffix = ", imbalanced" if what == "imbalanced" else ""
         by_name = {name: [mean(line, name + suffix, end) for line in found] for name in names}
         best = max(FREE, key=lambda name: statistics.mean(by_name[name]))
         leads = [ours - theirs for ours, theirs in zip(by_name[DEFAULT], by_name[best], strict=True)]
+        over = [ours - theirs for ours, theirs in zip(by_name[DEFAULT], by_name["all + prior"], strict=True)]
         won = sum(by_name[DEFAULT][i] > max(by_name[name][i] for name in FREE) for i in range(len(found)))
         label = cell if end is None else f"{cell}, round {end}"
         rows.append(
             [label, str(len(found)), *(spread(by_name[name]) for name in names), f"{spread(leads, '+')} ({best})",
-             f"{won} of {len(found)}"]
+             spread(over, "+"), f"{won} of {len(found)}"]
         )  # fmt: skip
     return "\n".join(["| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]]) + "\n"
 

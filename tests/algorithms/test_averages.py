@@ -129,7 +129,7 @@ def test_two_sums_over_clients_are_enough_for_the_correction():
     counts = [torch.tensor([9, 0]), torch.tensor([0, 4]), torch.tensor([5, 6])]
     samples = torch.stack([one.sum() for one in counts]).sum()
     logs = torch.stack([one.sum() * label_log_prior(one) for one in counts]).sum(dim=0)
-    by_sums = shifted(model(7.0), "head.bias", -0.5 * logs / samples)
+    by_sums = shifted(model(7.0), "head.bias", -0.75 * logs / samples)
     given = [(7.0, [result(client, 1.0, tuple(one.tolist())) for client, one in enumerate(counts)])]
     assert torch.equal(play(built("head_prior"), given)[0].params["head.bias"], by_sums["head.bias"])
 
@@ -142,7 +142,7 @@ LOG19 = math.log(19)
     [
         # Bias of class 0 minus that of class 1, from one client of (9, 0): log 9.5 - log 0.5 = log 19 is taken out.
         ({"prior_tau": 1}, -LOG19),
-        ({}, -LOG19 / 2),
+        ({}, -0.75 * LOG19),
         ({"prior_tau": 1, "target_prior": (9.5, 0.5)}, 0),
         ({"prior_tau": 1, "target_prior": (1, 3)}, -LOG19 - math.log(3)),
         # Round 1 had a client of (0, 4), half as heavy for its age: (9 log 19 - 2 log 9) / 11.

@@ -17,6 +17,8 @@ from fedftg.models.functional import FunctionalModel, values
 from fedftg.params import clone
 
 SMALL: dict[str, Any] = {"iterations": 2, "generator_steps": 1, "student_steps": 2, "batch_size": 6, "noise_dim": 4}
+SENT: dict[str, Any] = {"average": "aggregate", "prior_tau": 0, "min_skew": 0}
+"""What clients receive is deployed, and every round is fine-tuned."""
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def model():
 
 
 def make(model, **settings):
-    config = FedFTGConfig(**{**SMALL, "generator_width": 4, **settings})
+    config = FedFTGConfig(**{**SMALL, **SENT, "generator_width": 4, **settings})
     built = config.build(RefinerContext(model, 3, (1, 8, 8), torch.device("cpu")))
     assert isinstance(built, FedFTG)
     return built
@@ -151,8 +153,11 @@ def test_the_last_counts_of_every_client_are_kept(model):
     assert known_counts({}) == {}
 
 
-def test_presets_say_whether_the_absent_count():
-    assert FedFTGConfig(preset="paper").absent_weight == 0
-    assert FedFTGConfig(preset="official").absent_weight == 0
-    assert FedFTGConfig().absent_weight > 0
+def test_what_goes_with_a_preset():
+    for name in ("paper", "official"):
+        config = FedFTGConfig(preset=name)
+        assert (config.absent_weight, config.min_skew, config.average, config.prior_tau) == (0, 0, "aggregate", 0)
+    config = FedFTGConfig()
+    assert (config.absent_weight, config.min_skew, config.average, config.prior_of) == (1, 2, "all", "all")
     assert FedFTGConfig(absent_weight=0).absent_weight == 0
+    assert FedFTGConfig(average="aggregate").prior_of == "cohort"

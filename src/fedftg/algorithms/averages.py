@@ -282,4 +282,4 @@ class HeadPriorConfig(DeployedConfig):
     """``refiner.name = "head_prior"``: deploys the aggregate, or an average, without its clients' label priors."""
 
     name: Literal["head_prior"] = "head_prior"
-    prior_tau: float = Field(default=0.5, ge=0, description=AverageConfig.model_fields["prior_tau"].description)
+    prior_tau: float = Field(default=0.75, ge=0, description=AverageConfig.model_fields["prior_tau"].description)

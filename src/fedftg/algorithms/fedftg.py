@@ -38,8 +38,10 @@ from fedftg.seeds import forked
 
 _MODEL, _CLIENTS, _COUNTS, _AVERAGE, _POOL = "past.model.", "past.clients", "past.counts", "average.", "pool."
 
-ABSENT_WEIGHTS = {"fedftg": 1.0}
-"""Of the presets; 0 for those that are not named."""
+WITH_PRESET: dict[str, dict[str, Any]] = {
+    "fedftg": {"absent_weight": 1.0, "min_skew": 2.0, "average": "all", "prior_tau": 0.75},
+}
+"""What goes with a preset in a federation. Chosen by pilots: benchmarks/results/deployed.md."""
 
 
 @dataclass(frozen=True)
@@ -156,11 +158,8 @@ class FedFTGConfig(AverageConfig, DistillConfig):
     def defaults(cls, given: Mapping[str, Any], num_classes: int | None = None) -> dict[str, Any]:
         """Returns the preset; from 100 classes on with the public code's noise of 256 for CIFAR-100."""
         name = str(given.get("preset", "fedftg"))
-        values = {
-            **preset(name).model_dump(),
-            "absent_weight": ABSENT_WEIGHTS.get(name, 0.0),
-            **super().defaults(given),
-        }
+        own = WITH_PRESET.get(name, {})
+        values = {**preset(name).model_dump(), **own, **super().defaults({**own, **given})}
         return {**values, "noise_dim": 256} if num_classes is not None and num_classes >= 100 else values
 
     def build(self, context: RefinerContext) -> Refiner:
