@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -10,7 +11,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from fedftg.distill import losses
-from fedftg.distill.config import DistillConfig
+from fedftg.distill.config import StudentConfig
 from fedftg.distill.images import Call, Draw, Images
 from fedftg.distill.labels import check_class_counts
 from fedftg.distill.teachers import Ensemble, Teachers
@@ -23,7 +24,7 @@ Progress = Callable[[int, int], None]
 
 @torch.enable_grad()
 def distil(
-    config: DistillConfig,
+    config: StudentConfig,
     images: Images[Draw],
     student: nn.Module,
     teachers: Teachers,
@@ -50,18 +51,15 @@ def distil(
     parameters = trainable(student)
     counts = check_class_counts(class_counts, num_teachers=len(teachers))
     call = Call(student, Ensemble(teachers, counts, config, parameters[0]), config.iterations, rng, lr_scale)
-    optimizer = torch.optim.SGD(
-        parameters,
-        lr=config.student_lr * lr_scale,
-        momentum=config.student_momentum,
-        weight_decay=config.student_weight_decay,
-    )
+    rate, optimizer = config.student_lr * lr_scale, _optimizer(config, parameters)
     dropout_seed = int(torch.randint(2**62, (), generator=rng))
     rows: list[dict[str, Tensor]] = []
     with _frozen(student), forked(dropout_seed, parameters[0].device):
         draws = images.start(call)
         for done, draw in enumerate(draws, start=1):
             improved = images.improve(call, draw)
+            fallen = (1 + math.cos(math.pi * len(rows) / len(draws))) / 2 if config.student_schedule == "cosine" else 1
+            optimizer.param_groups[0]["lr"] = rate * fallen
             rows.append({**improved, **student_steps(config, call, optimizer, *images.make(draw))})
             if progress is not None:
                 progress(done, len(draws))
@@ -70,8 +68,16 @@ def distil(
     return dict(zip(rows[0], table.unbind(dim=1), strict=True))
 
 
+def _optimizer(config: StudentConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    if config.student_optimizer == "adam":
+        return torch.optim.Adam(parameters, weight_decay=config.student_weight_decay)
+    return torch.optim.SGD(
+        parameters, lr=config.student_lr, momentum=config.student_momentum, weight_decay=config.student_weight_decay
+    )
+
+
 def student_steps(
-    config: DistillConfig,
+    config: StudentConfig,
     call: Call,
     optimizer: torch.optim.Optimizer,
     images: Float[Tensor, "B D H W"],

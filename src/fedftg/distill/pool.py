@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fedftg.augment import augment, moved
-from fedftg.distill.config import DistillConfig
+from fedftg.distill.config import StudentConfig
 from fedftg.distill.images import Call, Images
 from fedftg.params import Params
 
@@ -26,7 +26,7 @@ class PooledImages:
             the source's own memory. Replaced in each iteration, never written to.
     """
 
-    def __init__(self, config: DistillConfig, source: Images[Any], pool: Params | None = None) -> None:
+    def __init__(self, config: StudentConfig, source: Images[Any], pool: Params | None = None) -> None:
         self._config, self._source, self.pool = config, source, pool or {}
 
     def start(self, call: Call) -> Sequence[Any]:
