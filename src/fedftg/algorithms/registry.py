@@ -27,6 +27,9 @@ REFINERS: Registry[type[RefinerConfig]] = Registry(
     {
         "none": "fedftg.algorithms.base:NoRefinerConfig",
         "fedftg": "fedftg.algorithms.fedftg:FedFTGConfig",
+        "dafl": "fedftg.algorithms.dafl:DaflConfig",
+        "adi": "fedftg.algorithms.adi:AdiConfig",
+        "dfrd": "fedftg.algorithms.dfrd:DfrdConfig",
         "head_prior": "fedftg.algorithms.averages:HeadPriorConfig",
         "all": "fedftg.algorithms.averages:AllConfig",
         "ema": "fedftg.algorithms.averages:EmaConfig",

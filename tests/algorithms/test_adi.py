@@ -1,0 +1,130 @@
+"""ADI: the terms of the images' loss by hand, their directions, and digits."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fedftg.algorithms.adi import AdiConfig, AdiImages, jensen_shannon, total_variation
+from fedftg.algorithms.base import RefinerContext
+from fedftg.distill.images import Call
+from fedftg.distill.teachers import Ensemble, ListedTeachers
+from fedftg.models.functional import FunctionalModel
+
+SLOPE = torch.tensor([[1.0, -1.0]])
+"""Two pixels: logits of a teacher are (first - second, 0)."""
+
+
+def reads(images):
+    return torch.cat([images.flatten(1) @ SLOPE.T, torch.zeros(len(images), 1)], dim=1)
+
+
+def undecided(images):
+    """Logits of 0, which have a gradient of 0."""
+    return 0 * reads(images)
+
+
+def source(norm=False, **settings):
+    config = AdiConfig(**{"image_augment": "none", "batch_size": 4, **settings})
+    layers = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten()) if norm else nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
+    return AdiImages(config, RefinerContext(FunctionalModel(layers), 2, (1, 1, 2), torch.device("cpu")))
+
+
+class Student(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
+
+
+def call(student, *teachers, seed=0, iterations=2):
+    counts = torch.ones(len(teachers), 2, dtype=torch.float64)
+    ensemble = Ensemble(ListedTeachers(teachers), counts, AdiConfig(), torch.zeros(()))
+    return Call(Student(student), ensemble, iterations, torch.Generator().manual_seed(seed), 1.0)
+
+
+def test_total_variation_by_hand():
+    """Right: 1, 4; down: 3, 6; the diagonals: 7 and 2. The second image is flat."""
+    image = torch.tensor([[[[1.0, 2.0], [4.0, 8.0]]], [[[5.0, 5.0], [5.0, 5.0]]]])
+    expected = math.sqrt(1 + 16) + math.sqrt(9 + 36) + 7 + 2
+    assert float(total_variation(image)) == pytest.approx(expected / 2)
+
+
+def test_jensen_shannon_by_hand():
+    """Of (1/2, 1/2) and (9/10, 1/10) the middle is (7/10, 3/10); opposites that are certain are ln 2 apart."""
+    left, right = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log()
+    expected = (0.5 * math.log(5 / 7) + 0.5 * math.log(5 / 3) + 0.9 * math.log(9 / 7) + 0.1 * math.log(1 / 3)) / 2
+    assert float(jensen_shannon(left, right)) == pytest.approx(expected)
+    assert float(jensen_shannon(right, left)) == pytest.approx(expected)
+    certain = torch.tensor([[40.0, 0.0]]).log_softmax(dim=1)
+    assert float(jensen_shannon(certain, certain.flip(1))) == pytest.approx(math.log(2))
+    assert float(jensen_shannon(torch.cat([left, left]), torch.cat([left, right]))) == pytest.approx(expected / 2)
+
+
+def test_terms_by_hand():
+    """Images (ln 9, 0) and (0, ln 9): the teachers' odds are 9 and 1, of which the mean of the logits makes 3."""
+    images = math.log(9) * torch.tensor([[1.0, 0.0], [0.0, 1.0]]).reshape(2, 1, 1, 2)
+    found = source().terms(call(undecided, reads, undecided), images, torch.tensor([0, 0]))
+    assert list(found) == ["fidelity", "variation", "norm", "adversarial"]
+    assert float(found["fidelity"]) == pytest.approx(-(math.log(0.75) + math.log(0.25)) / 2)
+    assert float(found["variation"]) == pytest.approx(math.log(9))
+    assert float(found["norm"]) == pytest.approx(math.log(9))
+    near = jensen_shannon(torch.tensor([[0.75, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log())
+    assert float(found["adversarial"]) == pytest.approx(1 - float(near))
+
+
+def test_batchnorm_where_there_is_any():
+    """Pixels 1 and 3 have mean 2 and variance 1; the layer remembers 0 and 1. Without BatchNorm there is no term."""
+    layers = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten()).eval()
+    images = torch.tensor([[1.0, 3.0]]).reshape(1, 1, 1, 2)
+    found = source(norm=True).terms(call(undecided, layers), images, torch.tensor([1]))
+    assert float(found["batchnorm"]) == pytest.approx(2.0)
+    assert "batchnorm" not in source(norm=True, lambda_bn=0).terms(call(undecided, layers), images, torch.tensor([1]))
+
+
+@pytest.mark.parametrize(("teacher", "student"), [(reads, undecided), (undecided, reads)])
+def test_images_move_to_where_teacher_and_student_differ(teacher, student):
+    """One of both is constant, so the gradient passes the other; it moves the image (1, 0) to larger odds."""
+    images = torch.tensor([[1.0, 0.0]]).reshape(1, 1, 1, 2).requires_grad_()
+    source().terms(call(student, teacher), images, torch.tensor([0]))["adversarial"].backward()
+    assert images.grad is not None
+    descent = -images.grad.flatten()
+    assert descent[0] > 0.01
+    assert descent[1] < -0.01
+
+
+@pytest.mark.parametrize("adversarial", [0.0, 10.0])
+def test_images_become_those_of_their_labels(adversarial):
+    """From noise, anew for each batch; the steps on the pixels are the same for the same seed."""
+    config = {"image_steps": 60, "lambda_adversarial": adversarial, "batch_size": 16}
+    ends = []
+    for seed in (0, 0, 1):
+        images, of = source(**config), call(undecided, reads, seed=seed)
+        draws = images.start(of)
+        assert [draw.shape for draw in draws] == [(16,)] * 2
+        batches = []
+        for draw in draws:
+            metrics = images.improve(of, draw)
+            batch, labels = images.make(draw)
+            assert torch.equal(labels, draw)
+            assert not batch.requires_grad
+            assert (reads(batch).argmax(dim=1) == labels).all()
+            assert metrics["fidelity"] > 0
+            batches.append(batch)
+        assert not torch.equal(*batches)
+        ends.append(batches[1])
+    assert torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[0], ends[2])
+
+
+def test_the_student_learns_digits_that_it_never_saw(digits):
+    """From the run's initial weights, which know nothing: all it can learn from are the clients' models."""
+    small = {"start": "fresh", "batch_size": 100, "image_augment": "none", "pool_augment": "none"}
+    ((before, _),) = digits.refined(AdiConfig(**small, iterations=1, image_steps=1, student_steps=0))
+    ((after, metrics),) = digits.refined(AdiConfig(**small, iterations=5, image_steps=50, pool_batches=60))
+    assert digits.ensemble > 0.93
+    assert before < 0.2
+    assert after > 0.85
+    assert metrics["teacher_agreement"] > 0.8
