@@ -56,7 +56,7 @@ def test_run_writes_what_the_contract_says(fedftg: Any, tiny: list[str], tmp_pat
     rows = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
     assert [row["round"] for row in rows] == [1, 2, 3, 4]
     assert all(len(row["clients"]) == 3 for row in rows)
-    assert set(rows[1]["accuracy"]) == set(rows[1]["loss"]) == {"selected", "all", "refined", "sent"}
+    assert set(rows[1]["accuracy"]) == set(rows[1]["loss"]) == {"selected", "all", "refined"}
     assert rows[0]["accuracy"] == {}
     assert set(rows[0]["seconds"]) == {"local", "aggregate", "refine", "evaluate", "checkpoint"}
     assert set(rows[0]["refine"]) == {"skew", "discrepancy", "fidelity", "diversity", "student", "teacher_agreement"}

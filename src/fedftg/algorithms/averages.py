@@ -44,7 +44,7 @@ _CLIENTS, _SHARES, _COUNTS = "seen.clients", "seen.shares", "seen.counts"
 
 
 class AverageConfig(RefinerConfig):
-    """Which average is taken, how its head is corrected: to be deployed, alone or beside a model that is sent."""
+    """Which average is deployed, and how its head is corrected."""
 
     average: Literal["aggregate", "ema", "wima", "all"] = Field(
         default="aggregate",

@@ -52,7 +52,7 @@ class FedFTG(NoRefiner):
     min_skew: float = 0.0
     last_round: int = 0
     average: Averaged | None = None
-    """What is deployed beside the fine-tuned model, which clients receive; None: that."""
+    """What is deployed in rounds that are not fine-tuned; None: the aggregate."""
 
     @property
     def reads_previous(self) -> bool:
@@ -73,40 +73,43 @@ class FedFTG(NoRefiner):
     def refine(
         self, state: ServerState, results: Sequence[ClientResult], rng: torch.Generator
     ) -> tuple[ServerState, Metrics]:
-        """Fine-tunes the aggregate; rates decay as ``lr_decay ** state.round``."""
-        images = self._images(seed=0)
-        images.load_memory(state.refiner)
-        model = self.context.model
-        student = model.module(state.params, state.buffers)
+        """Fine-tunes the aggregate, rates decay as ``lr_decay ** state.round``; or deploys the average."""
+        model, memory = self.context.model, dict(state.refiner)
         ordered = sorted((r for r in results if r.num_samples > 0), key=lambda result: result.client)
-        known = known_counts(state.refiner) if self.absent_weight else {}
+        known = known_counts(memory) if self.absent_weight else {}
         params, buffers = [r.params for r in ordered], [r.buffers for r in ordered]
         counts = [r.class_counts.to(torch.float64) for r in ordered]
         absent = absent_counts(known, ordered)
         if absent is not None:
-            previous = unprefixed(state.refiner, _MODEL)
+            previous = unprefixed(memory, _MODEL)
             params.append({name: previous[name] for name in state.params})
             buffers.append({name: previous[name] for name in state.buffers})
             counts.append(self.absent_weight * absent)
-        teachers = stack_or_list(partial(model, train=False), params, buffers)
-        scale, table = self.config.lr_decay**state.round, torch.stack(counts)
+        table = torch.stack(counts)
         means: Metrics = {"skew": skew(table)} if self.min_skew else {}
-        if (not means or means["skew"] >= self.min_skew) and (not self.last_round or state.round < self.last_round):
+        due = means.get("skew", 0.0) >= self.min_skew and (not self.last_round or state.round < self.last_round)
+        refined = state
+        if due:
+            images, student = self._images(seed=0), model.module(state.params, state.buffers)
+            images.load_memory(memory)
+            teachers, scale = (
+                stack_or_list(partial(model, train=False), params, buffers),
+                self.config.lr_decay**state.round,
+            )
             metrics = distil(self.config, images, student, teachers, table, rng=rng, lr_scale=scale)
             means |= {name: float(metric.mean()) for name, metric in metrics.items()}
-        refined, statistics = values(student)
-        statistics = {name: statistics[name] for name in state.buffers}  # a tied buffer comes apart in the copy
-        memory = images.memory() | {name: v for name, v in state.refiner.items() if name.startswith(_AVERAGE)}
+            tuned, statistics = values(student)  # among the latter, a tied buffer comes apart
+            refined = replace(state, params=tuned, buffers={name: statistics[name] for name in state.buffers})
+            memory |= images.memory()
+        elif self.average is not None:
+            deployed = self.average.refine(_of_average(state), results, rng)[0]
+            refined = replace(state, deployed={**deployed.params, **deployed.buffers})
         if self.absent_weight:
             known |= {r.client: r.class_counts.cpu().to(torch.int64) for r in ordered}
             clients = sorted(known)
             memory |= {_CLIENTS: torch.tensor(clients), _COUNTS: torch.stack([known[client] for client in clients])}
-            memory |= prefixed({**refined, **statistics}, _MODEL)
-        tuned = replace(state, params=refined, buffers=statistics, refiner=memory)
-        if self.average is not None:
-            deployed = self.average.refine(_of_average(state), results, rng)[0]
-            tuned = replace(tuned, deployed={**deployed.params, **deployed.buffers})
-        return tuned, means
+            memory |= prefixed({**refined.params, **refined.buffers}, _MODEL)
+        return replace(refined, refiner=memory), means
 
     def _images(self, seed: int) -> GeneratorImages:
         config, context = self.config, self.context
@@ -149,7 +152,7 @@ class FedFTGConfig(AverageConfig, DistillConfig):
         default=0.0,
         ge=0,
         description="rounds whose teachers' class shares differ less, in multiples of what chance gives, are not "
-        "fine-tuned; 0: all are. IID clients have 1",
+        "fine-tuned and deploy the average; 0: all are fine-tuned. IID clients have 1",
     )
 
     @classmethod
@@ -163,7 +166,7 @@ class FedFTGConfig(AverageConfig, DistillConfig):
     last_round: int = Field(
         default=0,
         ge=0,
-        description="rounds after this one are not fine-tuned; 0: all are. An average and its correction go on",
+        description="rounds after this one are not fine-tuned and deploy the average; 0: all are fine-tuned",
     )
 
     def build(self, context: RefinerContext) -> Refiner:

@@ -340,7 +340,7 @@ class FedFTG(Refined):
     Args:
         strategy: the base; see `Refined` for it and the other arguments.
         config: a preset (``fedftg``, ``paper``, ``official``), or a `DistillConfig`, the fine-tuning alone. ``fedftg``
-            deploys the corrected average of last uploads, which keeps one model per client.
+            deploys an average of last uploads after round 20, for which it keeps one model per client.
         absent_weight: >= 0: the weight of the previous round's model as a teacher for the classes of absent clients;
             0 is off. None: the preset's, 0 with a `DistillConfig`.
         options: those of `Refined`: ``seed``, ``device``, ``checkpoint``.
