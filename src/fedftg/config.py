@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -192,6 +194,27 @@ def _split(override: str) -> tuple[str, Any]:
     except tomllib.TOMLDecodeError:
         value = text.strip()
     return key.strip(), value
+
+
+def sweep(overrides: Sequence[str], seeds: Sequence[int] = ()) -> list[tuple[str, list[str]]]:
+    """Returns the product of ``a.b=value,value`` and of seeds: for each the end of a run's name, and its overrides.
+
+    A value with a comma that is TOML, such as a list or a quoted string, is one value.
+    """
+    choices: list[list[tuple[str, str]]] = []
+    for override in overrides:
+        key, value = _split(override)
+        if isinstance(value, str) and "," in value and not override.rstrip().endswith(('"', "'")):
+            leaf = key.rpartition(".")[2].replace("name", "")
+            choices.append([(f"-{leaf}{part.strip()}", f"{key}={part.strip()}") for part in value.split(",")])
+        else:
+            choices.append([("", override)])
+    choices.append([(f"-s{seed}", f"seed={seed}") for seed in seeds] or [("", "")])
+    found = itertools.product(*choices)
+    return [
+        (re.sub(r"[^\w.+=-]", "_", "".join(end for end, _ in one)), [override for _, override in one if override])
+        for one in found
+    ]
 
 
 RESUME_MAY_CHANGE = (

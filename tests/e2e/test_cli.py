@@ -95,6 +95,30 @@ def test_compare_runs_what_is_missing_only(fedftg: Any, tmp_path: Path) -> None:
     assert list((tmp_path / "runs" / "comparisons").glob("*/accuracy.png"))
 
 
+def test_compare_runs_seeds_and_values_side_by_side(fedftg: Any, tmp_path: Path) -> None:
+    """Four runs in two processes are those that one process makes one after the other, and are one row a value."""
+    small = ["data.max_train=200", "data.max_test=60", "rounds=1", "partition.num_clients=4", "cohort.size=2"]
+    sweep = [part for item in [*small, "partition.alpha=0.1,1"] for part in ("--set", item)]
+    listed = fedftg("compare", "default_base", *sweep, "--seeds", "0,3", "--missing")
+    assert listed.stdout.splitlines() == [f"missing: default_base-alpha{a}-s{s}" for a in ("0.1", "1") for s in (0, 3)]
+    done = fedftg("compare", "default_base", *sweep, "--seeds", "0,3", "--jobs", "2")
+    assert done.returncode == 0, done.stderr
+    assert "4/4 default_base-alpha" in done.stdout
+    assert done.stdout.count("fedavg, 2 seeds") == 2
+    alone = [
+        part for item in [*small, "partition.alpha=1", "seed=3", "executor.name=sequential"] for part in ("--set", item)
+    ]
+    assert fedftg("run", "default_base", *alone, "--out", "alone").returncode == 0
+    rows = [
+        json.loads((tmp_path / run / "rounds.jsonl").read_text()) for run in ("runs/default_base-alpha1-s3", "alone")
+    ]
+    assert rows[0]["accuracy"] == rows[1]["accuracy"]
+    assert (
+        "finished: default_base-alpha1-s3"
+        in fedftg("compare", "default_base", *sweep, "--seeds", "3", "--jobs", "2", "--missing").stdout
+    )
+
+
 def test_compare_takes_two_folders_of_data_for_two_runs(fedftg: Any, no_refiner: list[str], tmp_path: Path) -> None:
     """Also where one of them has been run already; a copy of a recipe is still refused before anything is trained."""
     images, labels = np.full((40, 8, 8, 3), 40, np.uint8), np.arange(40) % 4

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedftg.report.load import RunRecord, load_run
-from fedftg.report.table import comparison_rows, markdown_table, partition_table, score, terminal_table
+from fedftg.report.table import comparison_rows, interval, markdown_table, partition_table, score, terminal_table
 
 
 def run_of(
@@ -77,10 +77,10 @@ def test_gain_over_the_base(tmp_path: Path) -> None:
     assert first.gain is None
     assert second.gain is not None
     assert second.gain.base == "base"
-    assert second.gain.final == pytest.approx(0.06)
-    assert second.gain.mean_last == pytest.approx(0.04)
+    assert second.gain.final == pytest.approx((0.06,))
+    assert second.gain.mean_last == pytest.approx((0.04,))
     assert (second.gain.until, second.gain.whole, second.gain.differs) == (2, True, ())
-    assert (second.run.refiner, second.run.seconds) == ("fedftg (paper)", 1.0)
+    assert (second.runs[0].refiner, second.runs[0].seconds) == ("fedftg (paper)", 1.0)
 
 
 def test_each_algorithm_has_its_own_base(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_each_algorithm_has_its_own_base(tmp_path: Path) -> None:
         run_of(tmp_path / "alone", [0.1], [0.7], algorithm="feddyn"),
     ]
     rows = comparison_rows(runs)
-    assert [row.gain and round(row.gain.final, 6) for row in rows] == [0.2, None, None, 0.2, None]
+    assert [row.gain and round(row.gain.final[0], 6) for row in rows] == [0.2, None, None, 0.2, None]
     assert [row.is_base for row in rows] == [False, True, True, False, False]
 
 
@@ -114,7 +114,7 @@ def test_unfinished_run_is_compared_where_both_were_evaluated(tmp_path: Path) ->
     ours = run_of(tmp_path / "ours", [0.1, 0.1], [0.2, 0.3], planned=4, finished=False)
     gain = comparison_rows([base, ours])[1].gain
     assert gain is not None
-    assert gain.mean_last == pytest.approx(0.1)
+    assert gain.mean_last == pytest.approx((0.1,))
     assert (gain.until, gain.whole) == (2, False)
     text = markdown_table([base, ours])
     assert "ours vs base: up to round 2, the last that both evaluated." in text
@@ -124,7 +124,7 @@ def test_unfinished_run_is_compared_where_both_were_evaluated(tmp_path: Path) ->
 
 def test_no_evaluation_at_all(tmp_path: Path) -> None:
     runs = [run_of(tmp_path / "a", []), run_of(tmp_path / "b", [], [])]
-    assert all(row.deployed is None for row in comparison_rows(runs))
+    assert all(row.deployed == () for row in comparison_rows(runs))
     assert "| a | fedavg | none | 0 | - | - | - | - | - | 0.0 |" in markdown_table(runs).replace("| base |", "| - |")
     assert rendered(terminal_table(runs))
 
@@ -185,3 +185,22 @@ def test_accuracy_over_clients_is_a_note(tmp_path: Path) -> None:
     run.rounds[0]["client_accuracy"] = {"refined": {"mean": 0.5, "worst_10": 0.25, "std": 0.1}}
     note = "a, per client (round 1): mean 50.00, worst 10 % 25.00, standard deviation 10.00."
     assert note in markdown_table([run])
+
+
+def test_seeds_are_one_row_and_gains_are_paired(tmp_path: Path) -> None:
+    """Bases .5 and .6, deployed .54 and .68: gains .04 and .08; t(.975, 1) = 12.706, so half the interval is .2541."""
+    runs = []
+    for seed, (base, ours) in enumerate([(0.5, 0.54), (0.6, 0.68)]):
+        folder = tmp_path / str(seed)
+        runs += [run_of(folder / f"base-s{seed}", [base]), run_of(folder / f"ours-s{seed}", [0.1], [ours])]
+        for run in runs[-2:]:
+            run.config["seed"] = seed
+    base_row, row = comparison_rows(runs)
+    assert (base_row.name, row.name, len(row.runs)) == ("base", "ours", 2)
+    assert row.gain is not None
+    assert row.gain.mean_last == pytest.approx((0.04, 0.08))
+    assert interval(row.gain.mean_last) == pytest.approx((-0.19412, 0.31412), abs=1e-5)
+    text = markdown_table(runs)
+    assert "| **61.00** (± 9.90) | +6.00 (± 2.83) |" in text
+    assert "ours vs base: 95 % interval -19.41 to +31.41 (t, 2 seeds)." in text
+    assert "fedavg + fedftg" in "\n".join(rendered(terminal_table(runs)))
