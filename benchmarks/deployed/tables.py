@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+from cells import CELLS
 
 from fedftg.rundir import records
 
@@ -28,7 +31,9 @@ def load() -> list[Line]:
 
 def paired() -> list[Line]:
     """Returns the lines of base trajectories for which the default was run too, with its accuracies among theirs."""
-    lines = {(line["cell"], line["seed"]): line for line in load()}
+    order = list(CELLS)
+    kept = sorted(load(), key=lambda line: (order.index(line["cell"]), line["seed"]))
+    lines = {(line["cell"], line["seed"]): line for line in kept}
     both = ((line, lines.get((f"default-{cell}", seed))) for (cell, seed), line in lines.items())
     return [{**base, "accuracy": base["accuracy"] | default["accuracy"]} for base, default in both if default]
 
@@ -54,7 +59,7 @@ def mean(line: Line, name: str, until: int | None = None) -> float:
         for number, value in zip(line["rounds"], line["accuracy"][name], strict=True)
         if value is not None and (until is None or number <= until)
     ]
-    return 100 * statistics.mean(values[-10:])
+    return 100 * statistics.mean(values[-10:]) if values else math.nan
 
 
 def table(lines: list[Line], what: str = "") -> str:
@@ -65,7 +70,8 @@ def table(lines: list[Line], what: str = "") -> str:
             ``short`` without the columns that are never best.
     """
     names = [name for name in lines[0]["accuracy"] if not name.endswith(", imbalanced")]
-    shown = [name for name in names if what != "short" or name not in ("wima", "ensemble", "sent")]
+    hidden = {"short": ("wima", "ensemble", "sent"), "rounds": ("ensemble", "ensemble + prior")}.get(what, ())
+    shown = [name for name in names if name not in hidden]
     cells: dict[str, list[Line]] = defaultdict(list)
     for line in lines:
         cells[line["cell"]].append(line)

@@ -8,12 +8,10 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
-import multiprocessing
 import re
 import signal
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,7 +60,12 @@ def run(recipe: str | None, overrides: Sequence[str], out: Path | None, resume: 
 @click.argument("items", nargs=-1, required=True, metavar="RECIPE|RUN...")
 @_set
 @click.option("--seeds", default="", metavar="N,N...", help="Run each with each seed; tables show the mean.")
-@click.option("--jobs", type=click.IntRange(1), default=1, help="Runs at a time, in processes of one thread each.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    default=1,
+    help="Runs at a time, in processes of one thread each.",
+)
 @click.option("--missing", is_flag=True, help="Only list the runs and which of them are missing.")
 @click.option("--out", type=click.Path(path_type=Path), default=RUNS, help="Folder of run folders.")
 def compare(items: Sequence[str], overrides: Sequence[str], seeds: str, jobs: int, missing: bool, out: Path) -> None:
@@ -304,6 +307,8 @@ def _to_compare(
             changed: dict[str, object] = {"name": config.name + end}
             if jobs > 1:
                 changed |= {"threads": 1, "executor": config.executor.model_copy(update={"name": "sequential"})}
+            if item + end in made or (jobs > 1 and any(one.name == changed["name"] for one in made.values())):
+                raise InputError(f"two runs would be named {changed['name']}; give recipes and values different names")
             made[item + end] = config.model_copy(update=changed)
     if bases and bases != set(files) and len(others) < len(overrides):
         _print(console, f"--set refiner.* is not applied to {', '.join(sorted(bases))}, which has no refiner")
@@ -326,14 +331,22 @@ def _run(console: Console, configs: dict[str, RunConfig], out: Path, jobs: int) 
     """Runs all, ``jobs`` at a time; returns their folders."""
     if jobs == 1 or not configs:
         return {label: run_or_resume(config, out, _progress(console)) for label, config in configs.items()}
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+
     _print(console, f"{len(configs)} runs to do, {jobs} at a time")
     folders = {}
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         started = {pool.submit(run_or_resume, config, out): label for label, config in configs.items()}
-        for number, future in enumerate(as_completed(started), start=1):
-            label = started[future]
-            folders[label] = future.result()
-            _print(console, f"{number}/{len(configs)} {configs[label].name}")
+        try:
+            for number, future in enumerate(as_completed(started), start=1):
+                label = started[future]
+                folders[label] = future.result()
+                _print(console, f"{number}/{len(configs)} {configs[label].name}")
+        except BaseException:
+            for child in multiprocessing.active_children():  # what they did up to their last checkpoint is kept
+                child.kill()
+            raise
     return folders
 
 

@@ -199,13 +199,15 @@ def _split(override: str) -> tuple[str, Any]:
 def sweep(overrides: Sequence[str], seeds: Sequence[int] = ()) -> list[tuple[str, list[str]]]:
     """Returns the product of ``a.b=value,value`` and of seeds: for each the end of a run's name, and its overrides.
 
-    A value with a comma that is TOML, such as a list or a quoted string, is one value.
+    A value with a comma that is TOML (a quoted string, a list) or starts like a list is one value.
     """
     choices: list[list[tuple[str, str]]] = []
     for override in overrides:
         key, value = _split(override)
-        if isinstance(value, str) and "," in value and not override.rstrip().endswith(('"', "'")):
-            leaf = key.rpartition(".")[2].replace("name", "")
+        text = override.partition("=")[2].strip()
+        if isinstance(value, str) and "," in text and text[0] not in "\"'[{":
+            *_, leaf = key.split(".")
+            leaf = "" if leaf == "name" else leaf
             choices.append([(f"-{leaf}{part.strip()}", f"{key}={part.strip()}") for part in value.split(",")])
         else:
             choices.append([("", override)])

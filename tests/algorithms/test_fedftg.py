@@ -145,4 +145,4 @@ def test_after_the_last_round_the_aggregate_stays(model):
     left, metrics = refiner.refine(replace(tuned, round=1, params=first.params), results, rng(2))
     assert "student" not in metrics
     assert same(left.params, first.params)
-    assert all(torch.equal(left.refiner[key], tuned.refiner[key]) for key in tuned.refiner if "generator" in key)
+    assert not tuned.refiner  # nothing will be fine-tuned from it

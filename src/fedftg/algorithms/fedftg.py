@@ -98,13 +98,15 @@ class FedFTG(NoRefiner):
             )
             metrics = distil(self.config, images, student, teachers, table, rng=rng, lr_scale=scale)
             means |= {name: float(metric.mean()) for name, metric in metrics.items()}
-            tuned, statistics = values(student)  # among the latter, a tied buffer comes apart
+            tuned, statistics = values(student)  # unties buffers, so the state's names are kept
             refined = replace(state, params=tuned, buffers={name: statistics[name] for name in state.buffers})
             memory |= images.memory()
         elif self.average is not None:
             deployed = self.average.refine(_of_average(state), results, rng)[0]
             refined = replace(state, deployed={**deployed.params, **deployed.buffers})
-        if self.absent_weight:
+        if self.last_round and state.round + 1 >= self.last_round:  # nothing is fine-tuned any more
+            memory = {name: value for name, value in memory.items() if name.startswith(_AVERAGE)}
+        elif self.absent_weight:
             known |= {r.client: r.class_counts.cpu().to(torch.int64) for r in ordered}
             clients = sorted(known)
             memory |= {_CLIENTS: torch.tensor(clients), _COUNTS: torch.stack([known[client] for client in clients])}
@@ -172,5 +174,6 @@ class FedFTGConfig(AverageConfig, DistillConfig):
     def build(self, context: RefinerContext) -> Refiner:
         """Returns the refiner for one experiment."""
         config = DistillConfig(**self.model_dump(include=set(DistillConfig.model_fields)))
-        average = Averaged.build(self, context) if self.average != "aggregate" or self.prior_tau else None
+        deploys = (self.min_skew or self.last_round) and (self.average != "aggregate" or self.prior_tau)
+        average = Averaged.build(self, context) if deploys else None
         return FedFTG(config, context, self.absent_weight, self.min_skew, self.last_round, average)

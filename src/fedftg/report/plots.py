@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -18,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fedftg.errors import InputError
 from fedftg.report.load import RunRecord, Series, grouped
-from fedftg.report.table import LAST, score
+from fedftg.report.table import LAST, deviation, score
 
 DPI = 100
 WIDTH = 12.0
@@ -138,7 +137,7 @@ def _mean_of(series: Sequence[Series]) -> tuple[list[int], list[float], list[flo
     numbers = sorted(set.intersection(*(set(one) for one in values)))
     columns = [[one[number] for one in values] for number in numbers]
     means = [math.fsum(column) / len(column) for column in columns]
-    return numbers, means, [statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns]
+    return numbers, means, [deviation(column) for column in columns]
 
 
 def _draw_line(axes: Axes, series: Series, kind: str, colour: str, marker: str) -> None:

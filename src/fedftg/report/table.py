@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -142,8 +141,9 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     """Returns the 95 % confidence interval of the mean of two or more values (Student's t)."""
     from scipy.stats import t
 
-    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.mean(values) - half, statistics.mean(values) + half
+    half = float(t.ppf(0.975, len(values) - 1)) * deviation(values) / math.sqrt(len(values))
+    mean = math.fsum(values) / len(values)
+    return mean - half, mean + half
 
 
 def comparison_rows(runs: Sequence[RunRecord]) -> list[Row]:
@@ -282,7 +282,7 @@ def _gain(group: Group, base: Group) -> Gain | None:
             whole = whole and common[-1] == max(*ours, *theirs)
     if not last:
         return None
-    differs = _differences(group.first, base.first)
+    differs = tuple(key for key in _differences(group.first, base.first) if key != "seed" or len(pairs) == 1)
     return Gain(base.name, tuple(final), tuple(last), min(untils), whole, differs)
 
 
@@ -348,7 +348,13 @@ def _pair(values: Sequence[float], of_one: Sequence[float], sign: str = "") -> t
         return "", ""
     if len(values) == 1:
         return _percent(values[0], sign), _percent(of_one[0], sign) if of_one else ""
-    return _percent(math.fsum(values) / len(values), sign), f"± {_percent(statistics.stdev(values))}"
+    return _percent(math.fsum(values) / len(values), sign), f"± {_percent(deviation(values))}"
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Returns the standard deviation (n - 1), NaN where a value is."""
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1))
 
 
 def _percent(value: float, sign: str = "") -> str:
