@@ -162,7 +162,7 @@ def test_equals_the_simulator(algorithm: str, refined: bool, same_cohorts: Calla
             **small.CONFIG.model_dump(),
             "average": "all",
             "prior_tau": 0.5,
-            "min_skew": 1000,
+            "lacking": 1e-9,
         },
     ],
     ids=lambda settings: f"{settings['name']}-{settings.get('broadcast')}",
