@@ -43,6 +43,8 @@ class Experiment:
     config: RunConfig
     data: FederatedData
     model: FunctionalModel
+    models: tuple[FunctionalModel, ...]
+    """Of the clients, where these have their own; then nothing is averaged."""
     algorithm: Algorithm
     refiner: Refiner
     executor: Executor
@@ -94,11 +96,14 @@ class Experiment:
     def _tasks(self, number: int, cohort: list[int]) -> Iterator[LocalTask]:
         message = self.algorithm.server.message(self.state)
         for client in cohort:
+            params, buffers = self.state.params, self.state.buffers
+            if self.models:
+                params, buffers = self.models[client % len(self.models)].init()
             yield LocalTask(
                 round=number,
                 client=client,
-                params=self.state.params,
-                buffers=self.state.buffers,
+                params=params,
+                buffers=buffers,
                 memory=to_device(self.clients.memory(client), self.data.device),
                 message=message,
                 num_samples=self.data.num_samples(client),
@@ -127,7 +132,7 @@ class Experiment:
             few = f"only {len(results)} of at least {self.min_results} client updates were"
             got = few if results else "no client update was"
             return before, {}, f"{got} usable; the global model stays as it was"
-        state, metrics = self.algorithm.server.step(before, results)
+        state, metrics = (before, {}) if self.models else self.algorithm.server.step(before, results)
         bad = _non_finite(state)
         if bad is not None:
             return before, {}, f"the aggregate was not finite ({bad}); the global model stays as it was"
@@ -167,7 +172,7 @@ class Experiment:
         self, number: int, selected: ServerState, refined: ServerState, clients: ClientStore, progress: Progress
     ) -> Measured:
         models: Models = {"selected": selected.model}
-        if self.config.evaluation.track_all:
+        if self.config.evaluation.track_all and not self.models:
             average = to_device(clients.average(), self.data.device)
             params, buffers = ({name: average[name] for name in of} for of in (selected.params, selected.buffers))
             models["all"] = params, buffers

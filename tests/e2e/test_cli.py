@@ -56,10 +56,10 @@ def test_run_writes_what_the_contract_says(fedftg: Any, tiny: list[str], tmp_pat
     rows = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
     assert [row["round"] for row in rows] == [1, 2, 3, 4]
     assert all(len(row["clients"]) == 3 for row in rows)
-    assert set(rows[1]["accuracy"]) == set(rows[1]["loss"]) == {"selected", "all", "refined"}
+    assert set(rows[1]["accuracy"]) == set(rows[1]["loss"]) == {"selected", "all", "refined", "sent"}
     assert rows[0]["accuracy"] == {}
     assert set(rows[0]["seconds"]) == {"local", "aggregate", "refine", "evaluate", "checkpoint"}
-    assert set(rows[0]["refine"]) == {"discrepancy", "fidelity", "diversity", "student", "teacher_agreement"}
+    assert set(rows[0]["refine"]) == {"skew", "discrepancy", "fidelity", "diversity", "student", "teacher_agreement"}
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["rounds_to"] == {"0.01": 2, "0.999": None}
     assert summary["peak_memory_mb"] > 0

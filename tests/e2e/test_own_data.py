@@ -50,7 +50,7 @@ def test_held_back_samples_give_accuracy_per_client(fedftg: Any, tiny: list[str]
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
     for row in rows:
-        assert set(row["client_accuracy"]) == {"selected", "all", "refined"}
+        assert set(row["client_accuracy"]) == {"selected", "all", "refined", "sent"}
         for found in row["client_accuracy"].values():
             assert 0 <= found["worst_10"] <= found["mean"] <= 1
             assert found["std"] >= 0

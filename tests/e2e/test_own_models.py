@@ -263,7 +263,7 @@ def test_a_run_of_0_1_is_exported_without_its_model(nets, tiny_settings):
     file.write_text(json.dumps(about))
     assert cli.write_model(nets / "run", nets / "model.safetensors") == 1
     run.model.load_state_dict(found := load_file(nets / "model.safetensors"))
-    assert all(torch.equal(found[name], value) for name, value in {**run.state.params, **run.state.buffers}.items())
+    assert all(torch.equal(found[name], value) for name, value in run.state.deployed.items())
 
 
 def test_a_state_that_is_no_tensor_is_not_exported(nets, tiny_settings):

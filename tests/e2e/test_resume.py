@@ -236,7 +236,7 @@ def test_export_is_the_deployed_model_whatever_became_of_clients(fedftg: Any, ti
     assert fedftg("export", "r", "--to", "model.safetensors").returncode == 0
     exported = load_file(tmp_path / "model.safetensors")
     state = read_tensors(tmp_path / "r" / "checkpoint" / "state-000001.safetensors")
-    parts = {name.partition("/")[2]: value for name, value in state.items() if name.startswith(("params/", "buffers/"))}
+    parts = {name.partition("/")[2]: value for name, value in state.items() if name.startswith("deployed/")}
     assert set(exported) == set(parts)
     assert all(exported[name].equal(parts[name]) for name in parts)
     done = fedftg("run", "--resume", "--out", "r", "--set", "rounds=2")

@@ -73,7 +73,7 @@ def test_what_clients_hold_back_is_measured_on_their_nodes(federation: Callable[
     assert "client_accuracy" not in fed.rows("served")[0]  # round 1 is not evaluated
     for mine, theirs in zip(fed.rows("served")[1:], fed.rows("simulated")[1:], strict=True):
         assert mine["accuracy"] == {}
-        assert set(mine["client_accuracy"]) == {"selected", "all", "refined"}
+        assert set(mine["client_accuracy"]) == {"selected", "all", "refined", "sent"}
         assert mine["client_accuracy"] == theirs["client_accuracy"]
         assert "not_measured" not in mine
     assert run.summary["client_accuracy"] == simulated.summary["client_accuracy"]

@@ -273,7 +273,7 @@ def test_the_label_priors_are_taken_out_by_name(app: ClientApp) -> None:
     plain = small.state(run(refined(BASES["FedAvg"](), "none"), LocalGrid.of(app, CLIENTS), 1).arrays)
     logs = [len(of) * ((torch.bincount(of, minlength=10) + 0.5) / (len(of) + 5)).log() for of in labels]
     prior = torch.stack(logs).sum(dim=0) / sum(map(len, labels))
-    expected = plain["head.bias"] - 0.5 * (prior - prior.mean())
+    expected = plain["head.bias"] - 0.75 * (prior - prior.mean())
     assert torch.allclose(found["head.bias"], expected, atol=1e-6)
     assert all(torch.equal(found[name], plain[name]) for name in plain if name != "head.bias")
 

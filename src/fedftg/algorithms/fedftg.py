@@ -39,7 +39,7 @@ from fedftg.seeds import forked
 _MODEL, _CLIENTS, _COUNTS, _AVERAGE, _POOL = "past.model.", "past.clients", "past.counts", "average.", "pool."
 
 WITH_PRESET: dict[str, dict[str, Any]] = {
-    "fedftg": {"absent_weight": 1.0, "min_skew": 2.0, "average": "all", "prior_tau": 0.75},
+    "fedftg": {"absent_weight": 1.0, "min_skew": 2.0, "last_round": 20, "average": "all", "prior_tau": 0.75},
 }
 """What goes with a preset in a federation. Chosen by pilots: benchmarks/results/deployed.md."""
 
@@ -52,6 +52,7 @@ class FedFTG(NoRefiner):
     context: RefinerContext
     absent_weight: float = 0.0
     min_skew: float = 0.0
+    last_round: int = 0
     average: Averaged | None = None
     """What is deployed beside the fine-tuned model, which clients receive; None: that."""
 
@@ -93,10 +94,11 @@ class FedFTG(NoRefiner):
         teachers = stack_or_list(partial(model, train=False), params, buffers)
         scale, table = self.config.lr_decay**state.round, torch.stack(counts)
         means: Metrics = {"skew": skew(table)} if self.min_skew else {}
-        if not means or means["skew"] >= self.min_skew:
+        if (not means or means["skew"] >= self.min_skew) and (not self.last_round or state.round < self.last_round):
             metrics = distil(self.config, pool, student, teachers, table, rng=rng, lr_scale=scale)
             means |= {name: float(metric.mean()) for name, metric in metrics.items()}
         refined, statistics = values(student)
+        statistics = {name: statistics[name] for name in state.buffers}  # a tied buffer comes apart in the copy
         memory = images.memory() | prefixed(pool.pool, _POOL)
         memory |= {name: v for name, v in state.refiner.items() if name.startswith(_AVERAGE)}
         if self.absent_weight:
@@ -106,7 +108,7 @@ class FedFTG(NoRefiner):
             memory |= prefixed({**refined, **statistics}, _MODEL)
         tuned = replace(state, params=refined, buffers=statistics, refiner=memory)
         if self.average is not None:
-            deployed = self.average.refine(_of_average(tuned), results, rng)[0]
+            deployed = self.average.refine(_of_average(state), results, rng)[0]
             tuned = replace(tuned, deployed={**deployed.params, **deployed.buffers})
         return tuned, means
 
@@ -162,10 +164,16 @@ class FedFTGConfig(AverageConfig, DistillConfig):
         values = {**preset(name).model_dump(), **own, **super().defaults({**own, **given})}
         return {**values, "noise_dim": 256} if num_classes is not None and num_classes >= 100 else values
 
+    last_round: int = Field(
+        default=0,
+        ge=0,
+        description="rounds after this one are not fine-tuned; 0: all are. An average and its correction go on",
+    )
+
     def build(self, context: RefinerContext) -> Refiner:
         """Returns the refiner for one experiment."""
         config = DistillConfig(**self.model_dump(include=set(DistillConfig.model_fields)))
         if self.lambda_bn and not context.model.has_batchnorm:
             raise InputError("refiner.lambda_bn needs a model with BatchNorm, and this one has none; set it to 0")
         average = Averaged.build(self, context) if self.average != "aggregate" or self.prior_tau else None
-        return FedFTG(config, context, self.absent_weight, self.min_skew, average)
+        return FedFTG(config, context, self.absent_weight, self.min_skew, self.last_round, average)

@@ -339,7 +339,8 @@ class FedFTG(Refined):
 
     Args:
         strategy: the base; see `Refined` for it and the other arguments.
-        config: a preset (``fedftg``, ``paper``, ``official``), or a `DistillConfig`.
+        config: a preset (``fedftg``, ``paper``, ``official``), or a `DistillConfig`, the fine-tuning alone. ``fedftg``
+            deploys the corrected average of last uploads, which keeps one model per client.
         absent_weight: >= 0: the weight of the previous round's model as a teacher for the classes of absent clients;
             0 is off. None: the preset's, 0 with a `DistillConfig`.
         options: those of `Refined`: ``seed``, ``device``, ``checkpoint``.
@@ -357,7 +358,7 @@ class FedFTG(Refined):
     ) -> None:
         settings: dict[str, Any] = {"preset": config}
         if isinstance(config, DistillConfig):
-            settings = {**config.model_dump(), "absent_weight": 0.0}
+            settings = {"preset": "paper", **config.model_dump()}
         if absent_weight is not None:
             settings["absent_weight"] = absent_weight
         super().__init__(strategy, parse(FedFTGConfig, settings), model, image_shape, **options)
