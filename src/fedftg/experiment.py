@@ -22,7 +22,7 @@ from fedftg.algorithms.base import (
 from fedftg.config import RunConfig
 from fedftg.data.federated import FederatedData
 from fedftg.engine import sampling
-from fedftg.engine.evaluate import Measured, evaluate, evaluate_clients
+from fedftg.engine.evaluate import Measured, evaluate, evaluate_clients, evaluate_ensemble
 from fedftg.engine.executors import Executor, Rejected
 from fedftg.models.functional import FunctionalModel
 from fedftg.params import Params, first_non_finite, to_device
@@ -72,7 +72,7 @@ class Experiment:
         with clock.phase("aggregate"):
             clients = self.clients.updated(results)
         with clock.phase("evaluate"):
-            measured = self._evaluate(number, selected, refined, clients, progress) if due else Measured()
+            measured = self._evaluate(number, selected, refined, results, clients, progress) if due else Measured()
         self.state, self.clients = replace(refined, round=number), clients
         record: Record = {"round": number, "clients": cohort}
         if rejected:
@@ -169,7 +169,13 @@ class Experiment:
         return to_device(self.clients.upload(client), self.data.device) if client in self.clients else {}
 
     def _evaluate(
-        self, number: int, selected: ServerState, refined: ServerState, clients: ClientStore, progress: Progress
+        self,
+        number: int,
+        selected: ServerState,
+        refined: ServerState,
+        results: list[ClientResult],
+        clients: ClientStore,
+        progress: Progress,
     ) -> Measured:
         models: Models = {"selected": selected.model}
         if self.config.evaluation.track_all and not self.models:
@@ -187,9 +193,12 @@ class Experiment:
             for done, (kind, values) in enumerate(models.items()):
                 progress.phase(number, "evaluate", done, len(models))
                 measured.accuracy[kind], measured.loss[kind] = evaluate(self.model, *values, self.data, size)
+            if self.config.evaluation.ensemble and results:
+                for kind, found in evaluate_ensemble(self.model, results, self.data, size).items():
+                    measured.accuracy[kind], measured.loss[kind] = found
         self._evaluate_clients(number, models, measured)
-        found: tuple[dict[str, Any], ...] = (measured.accuracy, measured.loss, measured.clients)
-        for by_kind in found:
+        by_kinds: tuple[dict[str, Any], ...] = (measured.accuracy, measured.loss, measured.clients)
+        for by_kind in by_kinds:
             if by_kind:
                 by_kind.setdefault("refined", by_kind["selected"])
         return measured

@@ -38,7 +38,7 @@ def test_three_rounds_are_those_of_the_simulator(federation: Callable[..., Any],
         ("cohort.probability=0.5", "checkpoint.every=2"),
         ("evaluation.track_all=false", "local.momentum=0.9"),
         ("local.loss=balanced_softmax", "local.loss_tau=0.5"),
-        ("local.loss=fedrs",),
+        ("local.loss=fedrs", "evaluation.ensemble=true"),
         ("partition.test_share=0.3", "evaluation.every=2", "partition.feature_noise=0.3"),
     ],
 )
