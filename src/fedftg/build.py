@@ -54,8 +54,9 @@ def parts(config: RunConfig, data: FederatedData, with_data: int) -> Parts:
     params, buffers = model.init()
     algorithm = config.algorithm.build(data.num_clients)
     _check_fit(config, algorithm, model, data)
+    normalisation = data.dataset.mean, data.dataset.std
     refiner = config.refiner.build(
-        RefinerContext(model, *shape, data.device, data.dataset.mean, data.dataset.std, tuple(own))
+        RefinerContext(model, *shape, data.device, *normalisation, tuple(own), data.unlabelled_images)
     )
     state = ServerState(
         round=0,

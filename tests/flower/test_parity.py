@@ -39,6 +39,7 @@ def test_three_rounds_are_those_of_the_simulator(federation: Callable[..., Any],
         ("evaluation.track_all=false", "local.momentum=0.9"),
         ("local.loss=balanced_softmax", "local.loss_tau=0.5"),
         ("local.loss=fedrs", "evaluation.ensemble=true"),
+        ("refiner.name=feddf", "refiner.proxy.name=digits", "refiner.batch_size=8", "partition.unlabelled_share=0.2"),
         ("partition.test_share=0.3", "evaluation.every=2", "partition.feature_noise=0.3"),
     ],
 )

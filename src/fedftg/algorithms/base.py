@@ -204,6 +204,8 @@ class RefinerContext:
     std: tuple[float, ...] = ()
     models: tuple[FunctionalModel, ...] = ()
     """Where clients have models of their own: client k the k-th, over and over."""
+    unlabelled: Tensor = field(default_factory=lambda: torch.empty(0, 1, 1, 1, dtype=torch.uint8))
+    """Training images ``(N, D, H, W)``, as bytes, that no client holds."""
 
     def model_of(self, client: int) -> FunctionalModel:
         """Returns the model that a client's parameters belong to."""

@@ -6,13 +6,13 @@ round to round.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fedftg.algorithms.base import (
     ClientResult,
@@ -34,9 +34,17 @@ from fedftg.models.functional import values
 class DistilledConfig(RefinerConfig, StudentConfig):
     """The settings of a refiner that distils the clients' models into a student."""
 
+    paper: ClassVar[Mapping[str, Any]] = {}
+    """Defaults of inherited settings; a field declared anew would lose its bounds and description."""
+
     start: Literal["aggregate", "fresh"] = Field(
         default="aggregate", description="what the student starts from: the aggregate, or the run's initial weights"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, given: Any) -> Any:
+        return {**cls.paper, **given} if isinstance(given, dict) else given
 
     def images(self, context: RefinerContext, rng: torch.Generator) -> Images[Any]:  # noqa: ARG002
         """Returns the source of images for one round; networks of its own start from ``rng``."""
