@@ -194,7 +194,7 @@ class Experiment:
                 progress.phase(number, "evaluate", done, len(models))
                 measured.accuracy[kind], measured.loss[kind] = evaluate(self.model, *values, self.data, size)
             if self.config.evaluation.ensemble and results:
-                for kind, found in evaluate_ensemble(self.model, results, self.data, size).items():
+                for kind, found in evaluate_ensemble(self.models or (self.model,), results, self.data, size).items():
                     measured.accuracy[kind], measured.loss[kind] = found
         self._evaluate_clients(number, models, measured)
         by_kinds: tuple[dict[str, Any], ...] = (measured.accuracy, measured.loss, measured.clients)

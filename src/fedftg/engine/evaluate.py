@@ -56,19 +56,20 @@ def evaluate(
 
 
 def evaluate_ensemble(
-    model: FunctionalModel, clients: Sequence[ClientResult], data: FederatedData, batch_size: int
+    models: Sequence[FunctionalModel], clients: Sequence[ClientResult], data: FederatedData, batch_size: int
 ) -> dict[str, tuple[float, float]]:
     """Returns what `evaluate` does for a round's clients together, each weighted by its samples.
 
     ``ensemble`` predicts the mean of their probabilities; ``ensemble_prior`` the softmax of the mean of their logits,
-    each without the log of its client's label prior (`label_log_prior`).
+    each without the log of its client's label prior (`label_log_prior`). Client k has the k-th model, over and over.
     """
-    counts = torch.stack([client.class_counts for client in clients]).to(data.device)
+    pairs = [(models[one.client % len(models)], one) for one in clients]
+    counts = torch.stack([one.class_counts for one in clients]).to(data.device)
     shares = (counts.sum(dim=1) / counts.sum())[:, None, None]
     priors = label_log_prior(counts)[:, None].float()
 
     def predict(images: Tensor) -> list[Tensor]:
-        logits = torch.stack([model(client.params, client.buffers, images, train=False) for client in clients])
+        logits = torch.stack([model(one.params, one.buffers, images, train=False) for model, one in pairs])
         mixed = (logits.log_softmax(dim=-1) + shares.log()).logsumexp(dim=0)
         return [mixed, (shares * (logits - priors)).sum(dim=0)]
 
