@@ -40,12 +40,9 @@ def client(number: int, logits: list[float], counts: list[int]) -> ClientResult:
 CLIENTS = [client(0, [2 * math.log(3), 0.0], [6, 3]), client(1, [0.0, 0.0], [0, 1])]
 
 
-def context(shape: tuple[int, int, int] = (1, 8, 8), **given: Any) -> RefinerContext:
-    images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
-    channels = shape[0]
-    return RefinerContext(
-        FunctionalModel(Says()), 2, shape, torch.device("cpu"), (0.5,) * channels, (0.25,) * channels, images
-    )
+def context(shape: tuple[int, int, int] = (1, 8, 8)) -> RefinerContext:
+    images, (mean, std) = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), ((value,) * shape[0] for value in (0.5, 0.25))
+    return RefinerContext(FunctionalModel(Says()), 2, shape, torch.device("cpu"), mean, std, unlabelled=images)
 
 
 def refined(**settings: Any) -> tuple[torch.Tensor, dict[str, float]]:
