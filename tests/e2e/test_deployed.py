@@ -40,8 +40,10 @@ def test_what_is_not_sent_cannot_harm_training(run: Run, monkeypatch: pytest.Mon
     draw = experiment.sampling.cohort
     monkeypatch.setattr(experiment.sampling, "cohort", lambda *given: [] if given[-1] == 3 else draw(*given))
     small = ["refiner.iterations=2", "refiner.batch_size=8", "refiner.generator_width=4"] if name == "fedftg" else []
-    _, plain = run("plain", "refiner.name=none")
-    done, rows = run("run", f"refiner.name={name}", "refiner.broadcast=0", *small)
+    if name == "feddf":
+        small = ["refiner.iterations=2", "refiner.batch_size=8"]
+    _, plain = run("plain", "refiner.name=none", "partition.unlabelled_share=0.2")
+    done, rows = run("run", f"refiner.name={name}", "refiner.broadcast=0", "partition.unlabelled_share=0.2", *small)
     for one, other in zip(plain, rows, strict=True):
         assert one["server"] == other["server"]
         for kind in ("selected", "all"):

@@ -49,6 +49,12 @@ def ensemble_weights(
     return weights.to(torch.float32)
 
 
+def label_log_prior(counts: Tensor) -> Tensor:
+    """Returns the log of a client's label prior, float64, from its samples a class; ``(..., C)`` both."""
+    counts = counts.double()
+    return ((counts + 0.5) / (counts.sum(dim=-1, keepdim=True) + 0.5 * counts.shape[-1])).log()
+
+
 def skew(class_counts: Float[Tensor, "K C"]) -> float:
     """Returns how much the teachers' class shares differ, in multiples of what chance gives: 1 where they are alike.
 
