@@ -77,7 +77,7 @@ class Distilled(NoRefiner):
         start = (state.params, state.buffers) if config.start == "aggregate" else model.init()
         student, counts = model.module(*start), torch.stack([client.class_counts for client in clients])
         teachers = stack_or_list(partial(model, train=False), [c.params for c in clients], [c.buffers for c in clients])
-        images = PooledImages(config, source)
+        images = source if isinstance(source, PooledImages) else PooledImages(config, source)
         metrics = distil(config, images, student, teachers, counts, rng=rng, lr_scale=config.lr_decay**state.round)
         params, buffers = values(student)
         return replace(state, params=params, buffers=buffers), {name: float(m.mean()) for name, m in metrics.items()}
