@@ -12,7 +12,7 @@ from fedftg.distill import images as sources
 from fedftg.distill import losses
 from fedftg.distill.api import refine
 from fedftg.distill.config import DistillConfig
-from fedftg.distill.teachers import Ensemble, ListedTeachers, StackedTeachers, stack_or_list
+from fedftg.distill.teachers import Ensemble, ListedTeachers, StackedTeachers, _batchnorm, stack_or_list
 from fedftg.errors import InputError
 from fedftg.params import stack
 
@@ -81,12 +81,12 @@ def test_teachers_by_hand(ensemble, chunk):
 def test_layers_add_up_and_gradients_reach_the_images(classifier):
     for teachers in forms([classifier(seed) for seed in range(2)]):
         images = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        _, one = teachers.with_batchnorm(images, torch.ones(2, 4), 0, 2)
+        _, one = teachers.measured(_batchnorm, images, torch.ones(2, 4), 0, 2)
         one.sum().backward()
         assert images.grad is not None
         assert images.grad.abs().sum() > 0
     twice = nn.Sequential(nn.BatchNorm2d(1), nn.Identity(), nn.BatchNorm2d(1, affine=False), nn.Flatten()).eval()
-    _, both = ListedTeachers([twice]).with_batchnorm(IMAGES, torch.ones(1, 2), 0, 1)
+    _, both = ListedTeachers([twice]).measured(_batchnorm, IMAGES, torch.ones(1, 2), 0, 1)
     scale = 1 + 1e-5
     assert float(both) == pytest.approx((4 + 4) + (4 / math.sqrt(scale) + abs(5 / scale - 1)))
 

@@ -66,6 +66,12 @@ class Distilled(NoRefiner):
         self, state: ServerState, results: Sequence[ClientResult], rng: torch.Generator
     ) -> tuple[ServerState, Metrics]:
         """Distils this round's clients into the student; rates decay as ``lr_decay ** state.round``."""
+        return self.distil(self.config.images(self.context, rng), state, results, rng)
+
+    def distil(
+        self, source: Images[Any], state: ServerState, results: Sequence[ClientResult], rng: torch.Generator
+    ) -> tuple[ServerState, Metrics]:
+        """Does what `refine` does, on images of this source."""
         config, model = self.config, self.context.model
         clients = sorted((result for result in results if result.num_samples > 0), key=lambda result: result.client)
         start = (state.params, state.buffers) if config.start == "aggregate" else model.init()
@@ -78,7 +84,7 @@ class Distilled(NoRefiner):
         else:
             values_of = [c.params for c in clients], [c.buffers for c in clients]
             teachers = stack_or_list(partial(model, train=False), *values_of)
-        images = PooledImages(config, config.images(self.context, rng))
+        images = source if isinstance(source, PooledImages) else PooledImages(config, source)
         metrics = distil(config, images, student, teachers, counts, rng=rng, lr_scale=config.lr_decay**state.round)
         params, buffers = values(student)
         buffers = {name: buffers[name] for name in state.buffers}  # a tied buffer comes apart in the copy

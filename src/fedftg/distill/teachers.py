@@ -25,6 +25,9 @@ ClassifierFunction = Callable[[Params, Params, Tensor], Tensor]
 STACKED_UP_TO = 2**30  # bytes of all teachers together
 MOST_AT_ONCE = 32  # teachers whose graphs are in memory at a time where ``teacher_chunk`` is 0
 
+Measure = Callable[[list[Tensor], nn.Module, tuple[Any, ...], Tensor], None]
+"""Called before each layer as ``(terms, layer, inputs, weights (B,))``; changes the scalars that are then added up."""
+
 
 @runtime_checkable  # the tests check types at run time
 class Teachers(Protocol):
@@ -36,10 +39,10 @@ class Teachers(Protocol):
     def __call__(self, images: Float[Tensor, "B D H W"], start: int, stop: int) -> Float[Tensor, "K B C"]:
         """Returns logits of the teachers ``start <= k < stop``, differentiable in the images."""
 
-    def with_batchnorm(
-        self, images: Float[Tensor, "B D H W"], weights: Float[Tensor, "K B"], start: int, stop: int
+    def measured(
+        self, measure: Measure, images: Float[Tensor, "B D H W"], weights: Float[Tensor, "K B"], start: int, stop: int
     ) -> tuple[Float[Tensor, "K B C"], Float[Tensor, " K"]]:
-        """Returns the logits, and each teacher's `losses.batchnorm_distance`, summed over its BatchNorm layers."""
+        """Returns the logits, and the sum of the scalars that ``measure`` takes of each teacher's layers."""
 
 
 class ListedTeachers:
@@ -55,13 +58,14 @@ class ListedTeachers:
         """Returns logits of the teachers ``start <= k < stop``."""
         return torch.stack([classifier(images) for classifier in self._classifiers[start:stop]])
 
-    def with_batchnorm(
-        self, images: Float[Tensor, "B D H W"], weights: Float[Tensor, "K B"], start: int, stop: int
+    def measured(
+        self, measure: Measure, images: Float[Tensor, "B D H W"], weights: Float[Tensor, "K B"], start: int, stop: int
     ) -> tuple[Float[Tensor, "K B C"], Float[Tensor, " K"]]:
-        """Returns logits and distances of the teachers ``start <= k < stop``."""
+        """Returns logits and measurements of the teachers ``start <= k < stop``."""
         pairs = zip(weights, self._classifiers[start:stop], strict=True)
-        logits, distances = zip(*(_measured(classifier)(of, images) for of, classifier in pairs), strict=True)
-        return torch.stack(logits), torch.stack(distances)
+        found = (_measured(measure, classifier)(of, images) for of, classifier in pairs)
+        logits, sums = zip(*found, strict=True)
+        return torch.stack(logits), torch.stack(sums)
 
 
 class StackedTeachers:
@@ -86,13 +90,13 @@ class StackedTeachers:
         logits: Tensor = torch.func.vmap(self._function, in_dims=(0, 0, None))(*self._values(start, stop), images)
         return logits
 
-    def with_batchnorm(
-        self, images: Float[Tensor, "B D H W"], weights: Float[Tensor, "K B"], start: int, stop: int
+    def measured(
+        self, measure: Measure, images: Float[Tensor, "B D H W"], weights: Float[Tensor, "K B"], start: int, stop: int
     ) -> tuple[Float[Tensor, "K B C"], Float[Tensor, " K"]]:
-        """Returns logits and distances of the teachers ``start <= k < stop``."""
-        function = torch.func.vmap(_measured(self._function), in_dims=(0, 0, 0, None))
-        logits, distances = function(weights, *self._values(start, stop), images)
-        return logits, distances
+        """Returns logits and measurements of the teachers ``start <= k < stop``."""
+        function = torch.func.vmap(_measured(measure, self._function), in_dims=(0, 0, 0, None))
+        logits, sums = function(weights, *self._values(start, stop), images)
+        return logits, sums
 
     def _values(self, start: int, stop: int) -> tuple[Params, Params]:
         params = {name: tensor[start:stop] for name, tensor in self._params.items()}
@@ -160,6 +164,14 @@ class Ensemble:
             logits = self._teachers(images, start, stop)
         return self._corrected(logits.to(images.dtype), start, stop)
 
+    def measured(
+        self, measure: Measure, images: Float[Tensor, "B D H W"], weights: Float[Tensor, "K B"], start: int, stop: int
+    ) -> tuple[Float[Tensor, "K B C"], Float[Tensor, " K"]]:
+        """Returns logits of the teachers ``start <= k < stop``, and the sum of what ``measure`` takes of each one."""
+        with autocast(self._config, images.device):
+            logits, sums = self._teachers.measured(measure, images, weights, start, stop)
+        return self._corrected(logits.to(images.dtype), start, stop), sums
+
     def with_batchnorm(
         self, images: Float[Tensor, "B D H W"], weights: Float[Tensor, "K B"], start: int, stop: int
     ) -> tuple[Float[Tensor, "K B C"], Float[Tensor, ""]]:
@@ -168,10 +180,8 @@ class Ensemble:
         A teacher's moments weight each sample by ``a_k(y)`` too: labels drawn from ``p_t(y)`` are then mixed as in its
         own data, on which its running statistics are. With uniform weights all is a plain mean over teachers.
         """
-        with autocast(self._config, images.device):
-            logits, distances = self._teachers.with_batchnorm(images, weights, start, stop)
-        corrected = self._corrected(logits.to(images.dtype), start, stop)
-        return corrected, (weights.mean(dim=1) * distances).sum()
+        logits, distances = self.measured(_batchnorm, images, weights, start, stop)
+        return logits, (weights.mean(dim=1) * distances).sum()
 
     def _corrected(self, logits: Float[Tensor, "K B C"], start: int, stop: int) -> Float[Tensor, "K B C"]:
         return logits - self._priors[start:stop] if self._config.teacher_prior_tau else logits
@@ -186,7 +196,11 @@ class Ensemble:
         return total.softmax(dim=-1) if self._config.ensemble_mean == "logits" else total
 
     def combined(
-        self, logits: Float[Tensor, "K B C"], labels: Int[Tensor, " B"] | None, start: int = 0
+        self,
+        logits: Float[Tensor, "K B C"],
+        labels: Int[Tensor, " B"] | None,
+        start: int = 0,
+        temperature: float | None = None,
     ) -> Float[Tensor, "B C"]:
         """Returns the weighted sum of teachers' probabilities or logits (``ensemble_mean``), over the temperature.
 
@@ -195,35 +209,46 @@ class Ensemble:
 
         Args:
             logits: of the teachers from ``start`` on, as `logits` returns them.
+            temperature: None takes the config's.
         """
         stop = start + len(logits)
         if labels is None:
             weights = self._mean_weights[start:stop, None].expand(-1, logits.shape[1])
         else:
             weights = self.weights(labels, start, stop)
+        temperature = self._config.temperature if temperature is None else temperature
         if self._config.ensemble_mean == "logits":
-            return (weights[..., None] * logits / self._config.temperature).sum(dim=0)
-        return losses.ensemble_probabilities(logits, weights, self._config.temperature)
+            return (weights[..., None] * logits / temperature).sum(dim=0)
+        return losses.ensemble_probabilities(logits, weights, temperature)
+
+    def log_probabilities(
+        self, logits: Float[Tensor, "K B C"], labels: Int[Tensor, " B"] | None
+    ) -> Float[Tensor, "B C"]:
+        """Returns the log of what all teachers predict together, at temperature 1, from their `logits`."""
+        mean = self.combined(logits, labels, temperature=1.0)
+        if self._config.ensemble_mean == "logits":
+            return mean.log_softmax(dim=-1)
+        return mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
 
 
-def _measured(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Returns a function that takes weights ``(B,)`` before the arguments and returns the BatchNorm distance too."""
+def _measured(measure: Measure, function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Returns a function that takes weights ``(B,)`` before the arguments and returns the measured sum too."""
 
     def call(weights: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         terms: list[Tensor] = []
-
-        def measure(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None:
-                terms.append(losses.batchnorm_distance(inputs[0], layer.running_mean, layer.running_var, weights))
-
         # On all modules, so that it does not matter in what kind of function a teacher is wrapped.
-        with register_module_forward_pre_hook(measure):
+        with register_module_forward_pre_hook(lambda layer, inputs: measure(terms, layer, inputs, weights)):
             logits = function(*arguments)
         if not terms:
             raise InputError("lambda_bn needs teachers with BatchNorm, and one has none; set lambda_bn = 0")
         return logits, torch.stack(terms).sum()
 
     return call
+
+
+def _batchnorm(terms: list[Tensor], layer: nn.Module, inputs: tuple[Any, ...], weights: Tensor) -> None:
+    if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None:
+        terms.append(losses.batchnorm_distance(inputs[0], layer.running_mean, layer.running_var, weights))
 
 
 def autocast(config: StudentConfig, device: torch.device) -> torch.autocast:
