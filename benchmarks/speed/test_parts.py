@@ -10,7 +10,7 @@ import torch
 from workload import BATCH, CLASSES, SHAPE, bare_loop, images, model
 
 from fedftg import params as tree
-from fedftg.data.augment import augment
+from fedftg.augment import augment
 from fedftg.data.config import PartitionConfig
 from fedftg.data.partition import partition
 from fedftg.distill import losses

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, ValidationInfo
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from fedftg.algorithms.base import AlgorithmConfig, RefinerConfig
 from fedftg.algorithms.registry import ALGORITHMS, REFINERS
@@ -85,6 +94,16 @@ class RunConfig(BaseModel):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     executor: ExecutorConfig = ExecutorConfig()
+
+    @model_validator(mode="after")
+    def _check_own_models(self) -> RunConfig:
+        got = self.rounds, self.algorithm.name, getattr(self.refiner, "start", None)
+        if self.model.clients and got != (1, "fedavg", "fresh"):
+            raise ValueError(
+                "model.clients cannot be averaged: they need rounds = 1, algorithm.name = fedavg and refiner.start = "
+                f"fresh, got {got[0]}, {got[1]}, {got[2]}"
+            )
+        return self
 
     def to_toml(self) -> str:
         """Returns every setting, also those left at their default, as TOML; what has no value is left out."""

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fedftg.algorithms.averages import Averaged, head_bias, label_log_prior, shifted
+from fedftg.algorithms.averages import Averaged, head_bias, shifted
 from fedftg.algorithms.base import ClientResult, RefinerContext, ServerState, broadcast
 from fedftg.algorithms.registry import REFINERS
 from fedftg.config import parse
+from fedftg.distill.labels import label_log_prior
 from fedftg.errors import InputError
 from fedftg.models import registry as models
 from fedftg.models.functional import FunctionalModel

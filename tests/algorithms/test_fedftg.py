@@ -12,6 +12,7 @@ from fedftg.algorithms.base import ClientResult, RefinerContext, ServerState
 from fedftg.algorithms.fedftg import FedFTG, FedFTGConfig, absent_counts, known_counts
 from fedftg.distill.distiller import distil
 from fedftg.distill.teachers import stack_or_list
+from fedftg.errors import InputError
 from fedftg.models.functional import FunctionalModel, values
 from fedftg.params import clone
 
@@ -107,6 +108,33 @@ def test_memory_is_all_that_the_next_round_needs(model):
     assert same(whole.params, again.params)
     assert same(whole.refiner, again.refiner)
     assert not any(name.startswith("past.") for name in make(model, preset="paper").init(state.params, rng(0)))
+
+
+def test_the_pool_is_remembered_and_continues_bit_for_bit(model):
+    """Rounds of 12 images, a pool of 20: 12, then 20."""
+    refiner, states = make(model, pool_size=20, lambda_bn=0.5), []
+    state = start(model, refiner)
+    for number in (1, 2, 3):
+        results = [upload(model, client, [2, 1, client], number) for client in (0, 1)]
+        state, metrics = refiner.refine(replace(state, refiner=clone(state.refiner)), results, rng(number))
+        assert metrics["batchnorm"] > 0
+        states.append(state)
+    assert [len(one.refiner["pool.images"]) for one in states] == [12, 20, 20]
+    resumed = replace(states[1], refiner=clone(states[1].refiner))
+    again, _ = make(model, pool_size=20, lambda_bn=0.5).refine(resumed, results, rng(3))
+    assert same(again.params, state.params)
+    assert same(again.refiner, state.refiner)
+    emptied = {name: value for name, value in resumed.refiner.items() if not name.startswith("pool.")}
+    other, _ = refiner.refine(replace(resumed, refiner=emptied), results, rng(3))
+    assert not same(other.params, state.params)
+    off, _ = make(model).refine(replace(resumed, refiner=emptied), results, rng(3))
+    assert off.refiner.keys() == emptied.keys()
+
+
+def test_lambda_bn_needs_batchnorm():
+    plain = FunctionalModel(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)))
+    with pytest.raises(InputError, match="lambda_bn needs a model with BatchNorm"):
+        make(plain, lambda_bn=1.0)
 
 
 def test_the_last_counts_of_every_client_are_kept(model):

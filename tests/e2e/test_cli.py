@@ -79,10 +79,15 @@ def test_run_writes_what_the_contract_says(fedftg: Any, tiny: list[str], tmp_pat
 
 
 def test_base_logs_the_aggregate_as_deployed(fedftg: Any, no_refiner: list[str], tmp_path: Path) -> None:
-    assert fedftg("run", *no_refiner, "--out", "base").returncode == 0
+    done = fedftg("run", *no_refiner, "--out", "base", "--set", "evaluation.ensemble=true")
+    assert done.returncode == 0
     rows = [json.loads(line) for line in (tmp_path / "base" / "rounds.jsonl").read_text().splitlines()]
     assert all(row["accuracy"]["refined"] == row["accuracy"]["selected"] for row in rows)
     assert all(row["refine"] == {} for row in rows)
+    kinds = {"selected", "all", "refined", "ensemble", "ensemble_prior"}
+    assert all(set(row["accuracy"]) == set(row["loss"]) == kinds for row in rows)
+    assert set(json.loads((tmp_path / "base" / "summary.json").read_text())["accuracy"]) == kinds
+    assert "ensemble: of the round's clients" in " ".join(done.stdout.split())
 
 
 def test_compare_runs_what_is_missing_only(fedftg: Any, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import small_federation as small
 
 from fedftg.algorithms.base import ClientResult, NoRefiner, RefinerConfig, RefinerContext, ServerState
+from fedftg.algorithms.feddf import FedDFConfig
 from fedftg.algorithms.registry import REFINERS, register_refiner
 from fedftg.distill.distiller import distil
 from fedftg.distill.generator import Generator
@@ -207,6 +208,15 @@ def test_a_registered_refiner_is_known_by_its_name(app: ClientApp, request: pyte
     register_refiner("add", AddConfig)
     result = run(refined(BASES["FedAdam"](), "add"), LocalGrid.of(app, CLIENTS), 1)
     assert result.train_metrics_clientapp[1]["fedftg-mean-size"] == 2.5
+
+
+def test_proxy_images_need_the_normalisation_of_the_clients(app: ClientApp) -> None:
+    """FedDF around a strategy, on images that the server has."""
+    settings = FedDFConfig(proxy={"name": "digits"}, iterations=2, batch_size=8)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="pass the strategy mean and std"):
+        refined(BASES["FedAvg"](), settings)
+    result = run(refined(BASES["FedAvg"](), settings, mean=(0.3,), std=(0.4,)), LocalGrid.of(app, CLIENTS), 1)
+    assert result.train_metrics_clientapp[1]["fedftg-student"] > 0
 
 
 class Seen(small.FaultyGrid):

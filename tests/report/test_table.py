@@ -125,7 +125,7 @@ def test_unfinished_run_is_compared_where_both_were_evaluated(tmp_path: Path) ->
 def test_no_evaluation_at_all(tmp_path: Path) -> None:
     runs = [run_of(tmp_path / "a", []), run_of(tmp_path / "b", [], [])]
     assert all(row.deployed == () for row in comparison_rows(runs))
-    assert "| a | fedavg | none | 0 | - | - | - | - | - | 0.0 |" in markdown_table(runs).replace("| base |", "| - |")
+    assert "| a | fedavg | none | 0 | base | 0.0 |" in markdown_table(runs)
     assert rendered(terminal_table(runs))
 
 
@@ -145,13 +145,16 @@ def test_terminal_table_fits_80_columns_and_cuts_nothing(tmp_path: Path) -> None
     base = run_of(tmp_path / "cifar10_cnn_dir03_scaffold", [0.5] * 1000, algorithm="scaffold")
     name = "cifar10_cnn_dir03_scaffold_fedftg_official"
     ours = run_of(tmp_path / name, [0.61] * 900, [0.62] * 900, algorithm="scaffold", planned=1000, preset="official")
+    for row in ours.rounds:
+        row["accuracy"] |= {"ensemble": 0.7, "ensemble_prior": 0.75}
     lines = rendered(terminal_table([base, ours]))
     assert max(len(line.rstrip()) for line in lines) <= 80
     text = "\n".join(lines)
     assert "…" not in text
-    for part in ("rounds", "selected", "all", "refined", "vs base", "best", "seconds", "+12.00", "of 1000", "500"):
+    headers = ["rounds", "selected", "all", "refined", "ensemble", "best", "seconds"]
+    for part in (*headers, "vs base", "+12.00", "of 1000", "75.00", "500"):
         assert part in text, part
-    assert name in "".join(line[:20].strip() for line in lines)
+    assert name in "".join(line[:10].strip() for line in lines)
 
 
 def test_names_are_not_read_as_markup(tmp_path: Path) -> None:

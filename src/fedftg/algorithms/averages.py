@@ -35,6 +35,7 @@ from fedftg.algorithms.base import (
     ServerState,
     When,
 )
+from fedftg.distill.labels import label_log_prior
 from fedftg.errors import InputError
 from fedftg.models.functional import FunctionalModel
 from fedftg.params import Params, prefixed, unprefixed, weighted_mean
@@ -183,12 +184,6 @@ class Averaged(NoRefiner):
             rows = counts.double() + total / 1000  # a class that nobody holds is averaged like everything else
             total = rows.view(-1, *[1] * (like.ndim - 1))
         return (share * total).to(like.device)
-
-
-def label_log_prior(counts: Tensor) -> Tensor:
-    """Returns the log of a client's label prior, float64, from its samples a class; ``(..., C)`` both."""
-    counts = counts.double()
-    return ((counts + 0.5) / (counts.sum(dim=-1, keepdim=True) + 0.5 * counts.shape[-1])).log()
 
 
 def shifted(values: Params, bias: str, shift: Tensor) -> Params:

@@ -29,12 +29,14 @@ from fedftg.distill.distiller import distil
 from fedftg.distill.generator import Generator
 from fedftg.distill.images import GeneratorImages
 from fedftg.distill.labels import least_share
+from fedftg.distill.pool import PooledImages
 from fedftg.distill.teachers import stack_or_list
+from fedftg.errors import InputError
 from fedftg.models.functional import values
 from fedftg.params import Params, prefixed, unprefixed
 from fedftg.seeds import forked
 
-_MODEL, _CLIENTS, _COUNTS, _AVERAGE = "past.model.", "past.clients", "past.counts", "average."
+_MODEL, _CLIENTS, _COUNTS, _AVERAGE, _POOL = "past.model.", "past.clients", "past.counts", "average.", "pool."
 
 WITH_PRESET: dict[str, dict[str, Any]] = {
     "fedftg": {"absent_weight": 1.0, "lacking": 0.1, "last_round": 20, "average": "all", "prior_tau": 0.75},
@@ -93,13 +95,14 @@ class FedFTG(NoRefiner):
         if due:
             images, student = self._images(seed=0), model.module(state.params, state.buffers)
             images.load_memory(memory)
+            pool = PooledImages(self.config, images, unprefixed(memory, _POOL))
             teachers = stack_or_list(partial(model, train=False), params, buffers)
             scale = self.config.lr_decay**state.round
-            metrics = distil(self.config, images, student, teachers, torch.stack(counts), rng=rng, lr_scale=scale)
+            metrics = distil(self.config, pool, student, teachers, torch.stack(counts), rng=rng, lr_scale=scale)
             means |= {name: float(metric.mean()) for name, metric in metrics.items()}
             tuned, statistics = values(student)  # unties buffers, so the state's names are kept
             refined = replace(state, params=tuned, buffers={name: statistics[name] for name in state.buffers})
-            memory |= images.memory()
+            memory |= images.memory() | prefixed(pool.pool, _POOL)
         elif self.average is not None:
             deployed = self.average.refine(_of_average(state), results, rng)[0]
             refined = replace(state, deployed={**deployed.params, **deployed.buffers})
@@ -174,6 +177,8 @@ class FedFTGConfig(AverageConfig, DistillConfig):
     def build(self, context: RefinerContext) -> Refiner:
         """Returns the refiner for one experiment."""
         config = DistillConfig(**self.model_dump(include=set(DistillConfig.model_fields)))
+        if self.lambda_bn and not context.model.has_batchnorm:
+            raise InputError("refiner.lambda_bn needs a model with BatchNorm, and this one has none; set it to 0")
         deploys = (self.lacking or self.last_round) and (self.average != "aggregate" or self.prior_tau)
         average = Averaged.build(self, context) if deploys else None
         return FedFTG(config, context, self.absent_weight, self.lacking, self.last_round, average)

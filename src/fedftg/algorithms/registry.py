@@ -27,6 +27,9 @@ REFINERS: Registry[type[RefinerConfig]] = Registry(
     {
         "none": "fedftg.algorithms.base:NoRefinerConfig",
         "fedftg": "fedftg.algorithms.fedftg:FedFTGConfig",
+        "feddf": "fedftg.algorithms.feddf:FedDFConfig",
+        "dense": "fedftg.algorithms.dense:DenseConfig",
+        "coboosting": "fedftg.algorithms.coboosting:CoBoostingConfig",
         "head_prior": "fedftg.algorithms.averages:HeadPriorConfig",
         "all": "fedftg.algorithms.averages:AllConfig",
         "ema": "fedftg.algorithms.averages:EmaConfig",

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedftg.augment import Augmentation
 from fedftg.data.classes import RawLabels, check_names, resolve
 from fedftg.errors import InputError
 
-Augmentation = Literal["none", "flip", "crop", "flip_crop"]
 Channels = tuple[float, ...]
 
 
@@ -75,7 +75,7 @@ class ImageDataset:
             class_names: None names the classes by number.
             mean: per channel, of images scaled to 0..1; None measures it over all training pixels.
             std: likewise.
-            augment: what training batches go through (`fedftg.data.augment`).
+            augment: what training batches go through (`fedftg.augment`).
             columns: further columns ``(N,)`` of the training rows, for the partition laws "domain" and "natural".
         """
         images = [part[:, None] if part.ndim == 3 else part for part in (_tensor(train_images), _tensor(test_images))]

@@ -17,7 +17,8 @@ from fedftg.data.partition import largest_remainder
 from fedftg.errors import InputError, unknown
 
 if TYPE_CHECKING:  # names and numbers of classes are read without torch
-    from fedftg.data.dataset import Augmentation, Channels, ImageDataset
+    from fedftg.augment import Augmentation
+    from fedftg.data.dataset import Channels, ImageDataset
 
 Progress = Callable[[int, int], None]
 

@@ -16,6 +16,7 @@ from fedftg.distill.distiller import Progress, distil, trainable
 from fedftg.distill.generator import Generator
 from fedftg.distill.images import GeneratorImages
 from fedftg.distill.labels import check_class_counts, class_probabilities, sample_labels
+from fedftg.distill.pool import PooledImages
 from fedftg.distill.teachers import Classifier, ListedTeachers, frozen
 from fedftg.errors import InputError, first_line
 from fedftg.params import copied, first_non_finite
@@ -32,6 +33,8 @@ class DistillMetrics:
     """``sum_k a_k L_cls``."""
     diversity: Tensor
     """``L_dis``; 1 is a generator that makes one image."""
+    batchnorm: Tensor
+    """``L_bn``; 0 where ``lambda_bn`` is."""
     student: Tensor
     """The student's loss; 0 where it takes no step."""
     teacher_agreement: Tensor
@@ -137,12 +140,13 @@ def refine(
     ensemble = ListedTeachers(list(models.values())[1:])
     start, refined = copy.deepcopy(new).eval(), copied(student)
     rng = torch_rng(seed, 0, SERVER, "refine")
-    metrics = distil(settings, GeneratorImages(settings, new), refined, ensemble, counts, rng=rng, progress=progress)
+    images = PooledImages(settings, GeneratorImages(settings, new))
+    metrics = distil(settings, images, refined, ensemble, counts, rng=rng, progress=progress)
     broken = first_non_finite(refined.state_dict()) or first_non_finite(new.state_dict())
     return RefineResult(
         model=copied(student) if broken else refined,
         generator=start if broken else new.eval(),
-        metrics=DistillMetrics(**metrics),
+        metrics=DistillMetrics(**{"batchnorm": torch.zeros_like(metrics["student"]), **metrics}),
         rolled_back=f"{broken} is not finite; lower student_lr or generator_lr" if broken else None,
         class_probabilities=class_probabilities(counts),
         _rng=torch_rng(seed, 0, SERVER, "sample"),

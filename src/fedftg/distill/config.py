@@ -15,15 +15,75 @@ LabelSampling = Literal["iid", "proportional", "uniform"]
 EnsembleWeighting = Literal["class", "samples", "uniform"]
 
 
-class DistillConfig(BaseModel):
-    """Every choice of the fine-tuning. Defaults: the paper; where it is silent (rates, widths) its public code."""
+class StudentConfig(BaseModel):
+    """How a student learns from its teachers, on images of any source."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    iterations: int = Field(default=10, ge=1, description="I: batches of noise and labels in one call")
-    generator_steps: int = Field(default=1, ge=1, description="I_g: generator steps on each batch")
+    iterations: int = Field(default=10, ge=1, description="I: batches of new images in one call")
+    batch_size: int = Field(default=50, ge=2, description="images in a batch; 2 or more, to have pairs")
     student_steps: int = Field(default=5, ge=0, description="I_d: student steps on each batch; 0: the generator only")
-    batch_size: int = Field(default=50, ge=2, description="synthetic images in a batch; 2 or more, to have pairs")
+    student_loss: StudentLoss = Field(
+        default="kl",
+        description="kl: mean over the batch; soft_cross_entropy: mean over batch and classes, C times weaker",
+    )
+    student_optimizer: Literal["sgd", "adam"] = Field(
+        default="sgd", description="of the student, rebuilt in every call; adam takes no momentum"
+    )
+    student_lr: float = Field(default=0.1, ge=0, description="rate of the student before decay; 0 leaves it as it is")
+    student_schedule: Literal["constant", "cosine"] = Field(
+        default="constant", description="of the student's rate in a call: cosine falls to 0 over its iterations"
+    )
+    student_weight_decay: float = Field(default=1e-3, ge=0, description="weight decay of the student")
+    student_momentum: float = Field(default=0.0, ge=0, lt=1, description="momentum of the student's SGD")
+    student_mode: Literal["train", "eval"] = Field(
+        default="train", description="eval: BatchNorm of the student uses and keeps its real statistics, dropout is off"
+    )
+    lr_decay: float = Field(default=0.998, gt=0, le=1, description="factor on both rates per round; 1 keeps them")
+
+    ensemble: EnsembleWeighting = Field(
+        default="class", description="weights of the teachers: class is a_k(y), samples by their data, uniform 1/K"
+    )
+    ensemble_epsilon: float = Field(
+        default=0.0, ge=0, description="added to a class's total in a_k(y); 1e-6 in the public code: the last bit only"
+    )
+    ensemble_mean: Literal["probabilities", "logits"] = Field(
+        default="probabilities", description="what of the teachers is averaged; logits: the softmax of their mean"
+    )
+    teacher_prior_tau: float = Field(
+        default=0.0,
+        ge=0,
+        description="share of its log label prior that is taken out of each teacher's logits; 0 is off",
+    )
+    temperature: float = Field(default=1.0, gt=0, description="divides logits in L_md (kl), ensemble and student loss")
+    teacher_chunk: int = Field(
+        default=0,
+        ge=0,
+        description="teachers whose graphs are in memory at a time, same numbers up to rounding; 0 means all up to 32",
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="arithmetic of the frozen teachers and the generator; bfloat16 needs hardware that has it",
+    )
+
+    pool_size: int = Field(
+        default=0, ge=0, description="images kept, over rounds too, and shown again after each new batch; 0 is off"
+    )
+    pool_refresh: float = Field(
+        default=0.1, ge=0, le=1, description="share of a full pool, the oldest, that the images of a call replace"
+    )
+    pool_batches: int = Field(
+        default=1, ge=1, description="batches of the pool after each new one; student_steps are taken on each"
+    )
+    pool_augment: Literal["none", "flip", "crop", "flip_crop"] = Field(
+        default="flip_crop", description="random changes of a batch of the pool, those of data.augment"
+    )
+
+
+class DistillConfig(StudentConfig):
+    """Every choice of the fine-tuning. Defaults: the paper; where it is silent (rates, widths) its public code."""
+
+    generator_steps: int = Field(default=1, ge=1, description="I_g: generator steps on each batch")
     noise_dim: int = Field(default=100, ge=1, description="length of the noise z; public code: 256 for 100 classes")
     generator_width: int = Field(default=64, ge=1, description="channels of the generator after its second upsampling")
 
@@ -47,19 +107,9 @@ class DistillConfig(BaseModel):
         default="joint",
         description="joint: one step on the sum over teachers; per_client: one Adam step per teacher in turn",
     )
-    student_loss: StudentLoss = Field(
-        default="kl",
-        description="kl: mean over the batch; soft_cross_entropy: mean over batch and classes, C times weaker",
-    )
     label_sampling: LabelSampling = Field(
         default="iid",
         description="iid: from p_t(y); proportional: laid out by proportion, shuffled; uniform: over held classes",
-    )
-    ensemble: EnsembleWeighting = Field(
-        default="class", description="weights of the teachers: class is a_k(y), samples by their data, uniform 1/K"
-    )
-    ensemble_epsilon: float = Field(
-        default=0.0, ge=0, description="added to a class's total in a_k(y); 1e-6 in the public code: the last bit only"
     )
 
     lambda_md: float = Field(default=1.0, ge=0, description="weight of L_md; 0 switches hard sample mining off")
@@ -67,32 +117,13 @@ class DistillConfig(BaseModel):
     lambda_dis: float = Field(
         default=1.0, ge=0, description="weight of L_dis; 0 lets images of a class collapse into one"
     )
-    temperature: float = Field(default=1.0, gt=0, description="divides logits in L_md (kl), ensemble and student loss")
+    lambda_bn: float = Field(
+        default=0.0, ge=0, description="weight of L_bn: images with the teachers' BatchNorm statistics (DeepInversion)"
+    )
 
-    student_lr: float = Field(
-        default=0.1, ge=0, description="rate of the student's SGD before decay; 0 leaves it as it is"
-    )
-    student_weight_decay: float = Field(default=1e-3, ge=0, description="weight decay of the student's SGD")
-    student_momentum: float = Field(
-        default=0.0, ge=0, lt=1, description="momentum of the student's SGD, rebuilt in every call"
-    )
     generator_lr: float = Field(default=0.01, ge=0, description="rate of the generator's Adam before decay")
-    lr_decay: float = Field(default=0.998, gt=0, le=1, description="factor on both rates per round; 1 keeps them")
     generator_optimizer_state: Literal["reset", "kept"] = Field(
         default="reset", description="kept: Adam's moments survive from call to call"
-    )
-
-    student_mode: Literal["train", "eval"] = Field(
-        default="train", description="eval: BatchNorm of the student uses and keeps its real statistics, dropout is off"
-    )
-    teacher_chunk: int = Field(
-        default=0,
-        ge=0,
-        description="teachers whose graphs are in memory at a time, same numbers up to rounding; 0 means all up to 32",
-    )
-    precision: Literal["float32", "bfloat16"] = Field(
-        default="float32",
-        description="arithmetic of the frozen teachers and the generator; bfloat16 needs hardware that has it",
     )
 
 

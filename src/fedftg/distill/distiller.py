@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -10,7 +11,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from fedftg.distill import losses
-from fedftg.distill.config import DistillConfig
+from fedftg.distill.config import StudentConfig
 from fedftg.distill.images import Call, Draw, Images
 from fedftg.distill.labels import check_class_counts
 from fedftg.distill.teachers import Ensemble, Teachers
@@ -23,7 +24,7 @@ Progress = Callable[[int, int], None]
 
 @torch.enable_grad()
 def distil(
-    config: DistillConfig,
+    config: StudentConfig,
     images: Images[Draw],
     student: nn.Module,
     teachers: Teachers,
@@ -35,9 +36,9 @@ def distil(
 ) -> dict[str, Float[Tensor, " I"]]:
     """Trains the student, and improves the images, in place for ``config.iterations`` iterations.
 
-    Returns the metrics, ``(I,)`` float32 on the CPU: those of `Images.improve`, ``student`` (its loss, mean over its
-    steps; 0 where it takes none) and, where the images have labels, ``teacher_agreement`` (the share of images for
-    which the ensemble predicts the label).
+    Returns the metrics, ``(I,)`` float32 on the CPU (with a pool a row per batch): those of `Images.improve`,
+    ``student`` (its loss, mean over its steps; 0 where it takes none) and, where the images have labels,
+    ``teacher_agreement`` (the share of images for which the ensemble predicts the label).
 
     The student's modes and gradient flags are put back; parameters that do not require a gradient stay fixed. Whether
     the result is finite is left to the caller.
@@ -50,27 +51,33 @@ def distil(
     parameters = trainable(student)
     counts = check_class_counts(class_counts, num_teachers=len(teachers))
     call = Call(student, Ensemble(teachers, counts, config, parameters[0]), config.iterations, rng, lr_scale)
-    optimizer = torch.optim.SGD(
-        parameters,
-        lr=config.student_lr * lr_scale,
-        momentum=config.student_momentum,
-        weight_decay=config.student_weight_decay,
-    )
+    rate, optimizer = config.student_lr * lr_scale, _optimizer(config, parameters)
     dropout_seed = int(torch.randint(2**62, (), generator=rng))
     rows: list[dict[str, Tensor]] = []
     with _frozen(student), forked(dropout_seed, parameters[0].device):
-        for done, draw in enumerate(images.start(call), start=1):
+        draws = images.start(call)
+        for done, draw in enumerate(draws, start=1):
             improved = images.improve(call, draw)
+            fallen = (1 + math.cos(math.pi * len(rows) / len(draws))) / 2 if config.student_schedule == "cosine" else 1
+            optimizer.param_groups[0]["lr"] = rate * fallen
             rows.append({**improved, **student_steps(config, call, optimizer, *images.make(draw))})
             if progress is not None:
-                progress(done, config.iterations)
+                progress(done, len(draws))
     optimizer.zero_grad()
     table = torch.stack([torch.stack(list(row.values())) for row in rows]).to("cpu", torch.float32)
     return dict(zip(rows[0], table.unbind(dim=1), strict=True))
 
 
+def _optimizer(config: StudentConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    if config.student_optimizer == "adam":
+        return torch.optim.Adam(parameters, weight_decay=config.student_weight_decay)
+    return torch.optim.SGD(
+        parameters, lr=config.student_lr, momentum=config.student_momentum, weight_decay=config.student_weight_decay
+    )
+
+
 def student_steps(
-    config: DistillConfig,
+    config: StudentConfig,
     call: Call,
     optimizer: torch.optim.Optimizer,
     images: Float[Tensor, "B D H W"],

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from fedftg.distill import losses
@@ -53,11 +53,17 @@ class Images(Protocol[Draw]):
 class ProxyImages:
     """Real images without labels (FedDF), each shown once per pass, in random order.
 
-    They are on the student's device and normalised as the teachers' were; ``B`` may be larger than ``N``.
+    They are on the student's device; ``B`` may be larger than ``N``. ``prepare`` makes of a batch what the teachers
+    take, such as normalised images of bytes; None where ``images`` are that already.
     """
 
-    def __init__(self, images: Float[Tensor, "N D H W"], batch_size: int) -> None:
-        self._images, self._batch_size = images, batch_size
+    def __init__(
+        self,
+        images: Num[Tensor, "N d h w"],
+        batch_size: int,
+        prepare: Callable[[Tensor], Float[Tensor, "B D H W"]] | None = None,
+    ) -> None:
+        self._images, self._batch_size, self._prepare = images, batch_size, prepare
 
     def start(self, call: Call) -> Sequence[Tensor]:
         """Returns the rows ``(B,)`` of each batch."""
@@ -71,7 +77,8 @@ class ProxyImages:
 
     def make(self, draw: Int[Tensor, " B"]) -> tuple[Float[Tensor, "B D H W"], None]:
         """Returns the images of these rows."""
-        return self._images[draw], None
+        images = self._images[draw]
+        return images if self._prepare is None else self._prepare(images), None
 
 
 class GeneratorImages:
@@ -103,15 +110,16 @@ class GeneratorImages:
         return self._draw(call, call.iterations)
 
     def improve(self, call: Call, draw: NoiseAndLabels) -> dict[str, Float[Tensor, ""]]:
-        """Takes ``generator_steps`` on one batch; returns their mean discrepancy, fidelity and diversity."""
+        """Takes ``generator_steps`` on one batch; returns the mean of each term of their loss."""
         config, number = self._config, len(call.ensemble)
         parts = [(0, number)] if config.generator_update == "joint" else [(k, k + 1) for k in range(number)]
-        total = torch.zeros(3, device=self._device)
+        names = ("discrepancy", "fidelity", "diversity", *(["batchnorm"] if config.lambda_bn else []))
+        total = torch.zeros(len(names), device=self._device)
         self._generator.train()
         for _ in range(config.generator_steps):
             for part in parts:
                 total += self._step(call, draw, *part)
-        return dict(zip(("discrepancy", "fidelity", "diversity"), total / config.generator_steps, strict=True))
+        return dict(zip(names, total / config.generator_steps, strict=True))
 
     @torch.no_grad()
     def make(self, draw: NoiseAndLabels) -> tuple[Float[Tensor, "B D H W"], Int[Tensor, " B"]]:
@@ -155,17 +163,17 @@ class GeneratorImages:
             images: Tensor = self._generator(*draw)
         return images.to(self._dtype)
 
-    def _step(self, call: Call, draw: NoiseAndLabels, start: int, stop: int) -> Float[Tensor, " 3"]:
+    def _step(self, call: Call, draw: NoiseAndLabels, start: int, stop: int) -> Tensor:
         # The gradient is collected at the images, with the graphs of one chunk of teachers in memory at a time.
         images = self._generate(draw)
         leaf = images.detach().requires_grad_()
         mask = self._mask(call, leaf.detach(), draw[1])
-        total = torch.zeros(3, dtype=self._dtype, device=self._device)
+        total: Tensor = torch.zeros((), device=self._device)
         for chunk in call.ensemble.ranges(start, stop):
             loss, terms = self._loss(call, draw, leaf, mask, *chunk)
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
-            total += terms
+            total = total + terms
         if leaf.grad is not None:
             images.backward(leaf.grad)  # type: ignore[no-untyped-call]
         self._optimizer.step()
@@ -185,7 +193,10 @@ class GeneratorImages:
         # errors, which Adam scales up to whole steps, so another order ends in visibly different weights.
         config, (noise, labels) = self._config, draw
         weights = call.ensemble.weights(labels, start, stop)
-        teacher_logits = call.ensemble.logits(images, start, stop)
+        if config.lambda_bn:
+            teacher_logits, batchnorm = call.ensemble.with_batchnorm(images, weights, start, stop)
+        else:
+            teacher_logits, batchnorm = call.ensemble.logits(images, start, stop), None
         discrepancy = losses.model_discrepancy(
             teacher_logits.detach() if config.teacher_gradient == "detached" else teacher_logits,
             call.student(images),
@@ -201,7 +212,9 @@ class GeneratorImages:
         # Some of K teachers carry their share of the diversity, so that all of them have the sum of the joint step.
         number, size, diversity = len(call.ensemble), stop - start, losses.diversity(noise, images)
         loss = loss + config.lambda_dis * diversity / (number / size) if config.lambda_dis else loss
-        return loss, torch.stack([discrepancy, fidelity, size / number * diversity]).detach()
+        loss = loss + config.lambda_bn * batchnorm if batchnorm is not None else loss
+        terms = (discrepancy, fidelity, size / number * diversity, batchnorm)
+        return loss, torch.stack([term for term in terms if term is not None]).detach()
 
 
 def _has_bfloat16(device: torch.device) -> bool:

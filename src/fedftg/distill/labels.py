@@ -47,6 +47,12 @@ def ensemble_weights(
     return weights.to(torch.float32)
 
 
+def label_log_prior(counts: Tensor) -> Tensor:
+    """Returns the log of a client's label prior, float64, from its samples a class; ``(..., C)`` both."""
+    counts = counts.double()
+    return ((counts + 0.5) / (counts.sum(dim=-1, keepdim=True) + 0.5 * counts.shape[-1])).log()
+
+
 def least_share(present: Float[Tensor, " C"], everyone: Float[Tensor, " C"]) -> float:
     """Returns the smallest quotient, over classes, of the share of some clients' samples and of everyone's.
 

@@ -100,6 +100,24 @@ def diversity(noise: Float[Tensor, "B Z"], images: Float[Tensor, "B D H W"]) -> 
     return torch.exp((-noise_distance * image_distance).mean())
 
 
+def batchnorm_distance(
+    inputs: Float[Tensor, "B F ..."],
+    running_mean: Float[Tensor, " F"],
+    running_var: Float[Tensor, " F"],
+    weights: Float[Tensor, " B"],
+) -> Float[Tensor, ""]:
+    """Returns the scalar distance of a BatchNorm layer's inputs from its running statistics (DeepInversion).
+
+    It is ``||mean - running_mean||_2 + ||variance - running_var||_2``, the biased moments of each feature over places
+    and samples, where sample ``i`` counts ``weights[i] / sum(weights)``.
+    """
+    values = inputs.reshape(*inputs.shape[:2], -1).to(running_mean.dtype)
+    shares = (weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny))[:, None]
+    mean = (shares * values.mean(dim=2)).sum(dim=0)
+    variance = (shares * (values - mean[:, None]).square().mean(dim=2)).sum(dim=0)
+    return torch.dist(mean, running_mean) + torch.dist(variance, running_var)
+
+
 def ensemble_probabilities(
     teacher_logits: Float[Tensor, "K B C"], weights: Float[Tensor, "K B"], temperature: float = 1.0
 ) -> Float[Tensor, "B C"]:

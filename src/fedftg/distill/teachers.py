@@ -9,10 +9,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from fedftg.distill import losses
-from fedftg.distill.config import DistillConfig
-from fedftg.distill.labels import class_probabilities, ensemble_weights
+from fedftg.distill.config import StudentConfig
+from fedftg.distill.labels import class_probabilities, ensemble_weights, label_log_prior
+from fedftg.errors import InputError
 from fedftg.params import Params, copied, stack
 
 Classifier = Callable[[Tensor], Tensor]
@@ -21,6 +24,9 @@ ClassifierFunction = Callable[[Params, Params, Tensor], Tensor]
 
 STACKED_UP_TO = 2**30  # bytes of all teachers together
 MOST_AT_ONCE = 32  # teachers whose graphs are in memory at a time where ``teacher_chunk`` is 0
+
+Measure = Callable[[list[Tensor], nn.Module, tuple[Any, ...], Tensor], None]
+"""Called before each layer as ``(terms, layer, inputs, weights (B,))``; changes the scalars that are then added up."""
 
 
 @runtime_checkable  # the tests check types at run time
@@ -32,6 +38,11 @@ class Teachers(Protocol):
 
     def __call__(self, images: Float[Tensor, "B D H W"], start: int, stop: int) -> Float[Tensor, "K B C"]:
         """Returns logits of the teachers ``start <= k < stop``, differentiable in the images."""
+
+    def measured(
+        self, measure: Measure, images: Float[Tensor, "B D H W"], weights: Float[Tensor, "K B"], start: int, stop: int
+    ) -> tuple[Float[Tensor, "K B C"], Float[Tensor, " K"]]:
+        """Returns the logits, and the sum of the scalars that ``measure`` takes of each teacher's layers."""
 
 
 class ListedTeachers:
@@ -46,6 +57,15 @@ class ListedTeachers:
     def __call__(self, images: Float[Tensor, "B D H W"], start: int, stop: int) -> Float[Tensor, "K B C"]:
         """Returns logits of the teachers ``start <= k < stop``."""
         return torch.stack([classifier(images) for classifier in self._classifiers[start:stop]])
+
+    def measured(
+        self, measure: Measure, images: Float[Tensor, "B D H W"], weights: Float[Tensor, "K B"], start: int, stop: int
+    ) -> tuple[Float[Tensor, "K B C"], Float[Tensor, " K"]]:
+        """Returns logits and measurements of the teachers ``start <= k < stop``."""
+        pairs = zip(weights, self._classifiers[start:stop], strict=True)
+        found = (_measured(measure, classifier)(of, images) for of, classifier in pairs)
+        logits, sums = zip(*found, strict=True)
+        return torch.stack(logits), torch.stack(sums)
 
 
 class StackedTeachers:
@@ -67,10 +87,20 @@ class StackedTeachers:
 
     def __call__(self, images: Float[Tensor, "B D H W"], start: int, stop: int) -> Float[Tensor, "K B C"]:
         """Returns logits of the teachers ``start <= k < stop``."""
-        params = {name: tensor[start:stop] for name, tensor in self._params.items()}
-        buffers = {name: tensor[start:stop] for name, tensor in self._buffers.items()}
-        logits: Tensor = torch.func.vmap(self._function, in_dims=(0, 0, None))(params, buffers, images)
+        logits: Tensor = torch.func.vmap(self._function, in_dims=(0, 0, None))(*self._values(start, stop), images)
         return logits
+
+    def measured(
+        self, measure: Measure, images: Float[Tensor, "B D H W"], weights: Float[Tensor, "K B"], start: int, stop: int
+    ) -> tuple[Float[Tensor, "K B C"], Float[Tensor, " K"]]:
+        """Returns logits and measurements of the teachers ``start <= k < stop``."""
+        function = torch.func.vmap(_measured(measure, self._function), in_dims=(0, 0, 0, None))
+        logits, sums = function(weights, *self._values(start, stop), images)
+        return logits, sums
+
+    def _values(self, start: int, stop: int) -> tuple[Params, Params]:
+        params = {name: tensor[start:stop] for name, tensor in self._params.items()}
+        return params, {name: tensor[start:stop] for name, tensor in self._buffers.items()}
 
 
 def stack_or_list(function: ClassifierFunction, params: Sequence[Params], buffers: Sequence[Params]) -> Teachers:
@@ -97,13 +127,14 @@ class Ensemble:
     """
 
     def __init__(
-        self, teachers: Teachers, class_counts: Float[Tensor, "K C"], config: DistillConfig, like: Tensor
+        self, teachers: Teachers, class_counts: Float[Tensor, "K C"], config: StudentConfig, like: Tensor
     ) -> None:
         self.class_counts = class_counts
         self._teachers, self._config = teachers, config
         weights = ensemble_weights(class_counts, config.ensemble, config.ensemble_epsilon)
         self._class_weights = weights.to(like)
         self._mean_weights = (weights.double() @ class_probabilities(class_counts)).to(like)
+        self._priors = (config.teacher_prior_tau * label_log_prior(class_counts))[:, None].to(like)
 
     def __len__(self) -> int:
         return len(self._teachers)
@@ -118,6 +149,11 @@ class Ensemble:
         size = self._config.teacher_chunk or MOST_AT_ONCE
         return [(first, min(first + size, stop)) for first in range(start, stop, size)]
 
+    def reweight(self, weights: Float[Tensor, " K"]) -> None:
+        """Gives each teacher one weight, whatever the label; they are divided by their sum."""
+        self._mean_weights = weights / weights.sum()
+        self._class_weights = self._mean_weights[:, None].expand_as(self._class_weights)
+
     def weights(self, labels: Int[Tensor, " B"], start: int, stop: int) -> Float[Tensor, "K B"]:
         """Returns ``a_k(y_i)`` of the teachers ``start <= k < stop``."""
         return self._class_weights[start:stop][:, labels]
@@ -126,27 +162,96 @@ class Ensemble:
         """Returns logits of the teachers ``start <= k < stop``, in the type of the images."""
         with autocast(self._config, images.device):
             logits = self._teachers(images, start, stop)
-        return logits.to(images.dtype)
+        return self._corrected(logits.to(images.dtype), start, stop)
+
+    def measured(
+        self, measure: Measure, images: Float[Tensor, "B D H W"], weights: Float[Tensor, "K B"], start: int, stop: int
+    ) -> tuple[Float[Tensor, "K B C"], Float[Tensor, " K"]]:
+        """Returns logits of the teachers ``start <= k < stop``, and the sum of what ``measure`` takes of each one."""
+        with autocast(self._config, images.device):
+            logits, sums = self._teachers.measured(measure, images, weights, start, stop)
+        return self._corrected(logits.to(images.dtype), start, stop), sums
+
+    def with_batchnorm(
+        self, images: Float[Tensor, "B D H W"], weights: Float[Tensor, "K B"], start: int, stop: int
+    ) -> tuple[Float[Tensor, "K B C"], Float[Tensor, ""]]:
+        """Returns the logits, and ``L_bn`` of these teachers: each one's distance times its mean ``a_k(y)``.
+
+        A teacher's moments weight each sample by ``a_k(y)`` too: labels drawn from ``p_t(y)`` are then mixed as in its
+        own data, on which its running statistics are. With uniform weights all is a plain mean over teachers.
+        """
+        logits, distances = self.measured(_batchnorm, images, weights, start, stop)
+        return logits, (weights.mean(dim=1) * distances).sum()
+
+    def _corrected(self, logits: Float[Tensor, "K B C"], start: int, stop: int) -> Float[Tensor, "K B C"]:
+        return logits - self._priors[start:stop] if self._config.teacher_prior_tau else logits
 
     @torch.no_grad()
     def probabilities(self, images: Float[Tensor, "B D H W"], labels: Int[Tensor, " B"] | None) -> Float[Tensor, "B C"]:
-        """Returns the weighted mean of the teachers' probabilities, ``(B, C)``, without a graph.
+        """Returns what the student learns, ``(B, C)``: `combined`, without a graph."""
+        parts = []
+        for first, last in self.ranges(0, len(self)):
+            parts.append(self.combined(self.logits(images, first, last), labels, first))
+        total = torch.stack(parts).sum(dim=0)
+        return total.softmax(dim=-1) if self._config.ensemble_mean == "logits" else total
+
+    def combined(
+        self,
+        logits: Float[Tensor, "K B C"],
+        labels: Int[Tensor, " B"] | None,
+        start: int = 0,
+        temperature: float | None = None,
+    ) -> Float[Tensor, "B C"]:
+        """Returns the weighted sum of teachers' probabilities or logits (``ensemble_mean``), over the temperature.
 
         Where ``labels`` is None (unknown), a teacher's weight is its mean over ``p_t(y)``: with ``ensemble = "class"``
         its share of all samples, as FedDF weights.
+
+        Args:
+            logits: of the teachers from ``start`` on, as `logits` returns them.
+            temperature: None takes the config's.
         """
-        parts = []
-        for first, last in self.ranges(0, len(self)):
-            if labels is None:
-                weights = self._mean_weights[first:last, None].expand(-1, len(images))
-            else:
-                weights = self.weights(labels, first, last)
-            logits = self.logits(images, first, last)
-            parts.append(losses.ensemble_probabilities(logits, weights, self._config.temperature))
-        return torch.stack(parts).sum(dim=0)
+        stop = start + len(logits)
+        if labels is None:
+            weights = self._mean_weights[start:stop, None].expand(-1, logits.shape[1])
+        else:
+            weights = self.weights(labels, start, stop)
+        temperature = self._config.temperature if temperature is None else temperature
+        if self._config.ensemble_mean == "logits":
+            return (weights[..., None] * logits / temperature).sum(dim=0)
+        return losses.ensemble_probabilities(logits, weights, temperature)
+
+    def log_probabilities(
+        self, logits: Float[Tensor, "K B C"], labels: Int[Tensor, " B"] | None
+    ) -> Float[Tensor, "B C"]:
+        """Returns the log of what all teachers predict together, at temperature 1, from their `logits`."""
+        mean = self.combined(logits, labels, temperature=1.0)
+        if self._config.ensemble_mean == "logits":
+            return mean.log_softmax(dim=-1)
+        return mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
 
 
-def autocast(config: DistillConfig, device: torch.device) -> torch.autocast:
+def _measured(measure: Measure, function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Returns a function that takes weights ``(B,)`` before the arguments and returns the measured sum too."""
+
+    def call(weights: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        terms: list[Tensor] = []
+        # On all modules, so that it does not matter in what kind of function a teacher is wrapped.
+        with register_module_forward_pre_hook(lambda layer, inputs: measure(terms, layer, inputs, weights)):
+            logits = function(*arguments)
+        if not terms:
+            raise InputError("lambda_bn needs teachers with BatchNorm, and one has none; set lambda_bn = 0")
+        return logits, torch.stack(terms).sum()
+
+    return call
+
+
+def _batchnorm(terms: list[Tensor], layer: nn.Module, inputs: tuple[Any, ...], weights: Tensor) -> None:
+    if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None:
+        terms.append(losses.batchnorm_distance(inputs[0], layer.running_mean, layer.running_var, weights))
+
+
+def autocast(config: StudentConfig, device: torch.device) -> torch.autocast:
     """Returns the precision of the frozen teachers and the generator; student and losses stay in full precision."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.optim.sgd import sgd as torch_sgd
 
 from fedftg import params as tree
-from fedftg.algorithms.averages import label_log_prior
 from fedftg.algorithms.base import Batch, ClientResult, LocalRule, LocalTask
 from fedftg.data.federated import FederatedData
+from fedftg.distill.labels import label_log_prior
 from fedftg.models.functional import AdjustedModel, FunctionalModel
 from fedftg.params import Params
 

@@ -73,7 +73,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a comparison, right-aligned; the terminal leaves it out where no run has a value.
+    """One column of a comparison, right-aligned, left out where no run has a value.
 
     ``cell`` returns a value and a smaller one, either may be empty. ``beside`` and ``below`` format the smaller one,
     in Markdown beside the value and in the terminal below it.
@@ -119,6 +119,7 @@ COLUMNS = (
     Column("selected", lambda row: _accuracy(row, "selected")),
     Column("all", lambda row: _accuracy(row, "all")),
     Column("refined", lambda row: _accuracy(row, "refined")),
+    Column("ensemble", lambda row: (_accuracy(row, "ensemble")[0], _accuracy(row, "ensemble_prior")[0])),
     Column("vs base", _versus),
     Column("best", _best, beside=" {}"),
     Column("seconds", _seconds),
@@ -174,7 +175,7 @@ def _scores(runs: Sequence[RunRecord], kind: str) -> tuple[Score, ...]:
 def terminal_table(runs: Sequence[RunRecord]) -> Table:
     """Returns a table for 80 columns: two lines per run, the mean of the last evaluations above the final value."""
     rows = comparison_rows(runs)
-    columns = [column for column in COLUMNS if any(column.cell(row)[0] for row in rows)]
+    columns = _columns(rows)
     table = Table(
         box=box.SIMPLE_HEAD,
         show_edge=False,
@@ -184,7 +185,7 @@ def terminal_table(runs: Sequence[RunRecord]) -> Table:
         caption=Text("\n" + "\n".join(_notes(rows, below="below it the final"))),
         caption_justify="left",
     )
-    table.add_column("run\nmethod", overflow="fold", min_width=12)
+    table.add_column("run\nmethod", overflow="fold", min_width=10)
     for column in columns:
         table.add_column(column.header, justify="right", no_wrap=True)
     for row in rows:
@@ -204,11 +205,12 @@ def terminal_table(runs: Sequence[RunRecord]) -> Table:
 def markdown_table(runs: Sequence[RunRecord]) -> str:
     """Returns the same numbers as a Markdown table, ``mean of the last (final)``, with its notes below."""
     rows = comparison_rows(runs)
-    header = ["run", "algorithm", "refiner", *(column.header for column in COLUMNS)]
-    lines = ["| " + " | ".join(header) + " |", "|---|---|---|" + "---:|" * len(COLUMNS)]
+    columns = _columns(rows)
+    header = ["run", "algorithm", "refiner", *(column.header for column in columns)]
+    lines = ["| " + " | ".join(header) + " |", "|---|---|---|" + "---:|" * len(columns)]
     for row in rows:
         cells = [row.name, row.runs[0].algorithm, row.runs[0].refiner]
-        for column in COLUMNS:
+        for column in columns:
             value, smaller = column.cell(row)
             bold = "**" if _is_best(row, column, rows) else ""
             cells.append(f"{bold}{value or '-'}{bold}" + (column.beside.format(smaller) if smaller else ""))
@@ -292,6 +294,10 @@ def _differences(run: RunRecord, base: RunRecord) -> tuple[str, ...]:
     return tuple(key for key in keys if ours.get(key) != theirs.get(key))
 
 
+def _columns(rows: Sequence[Row]) -> list[Column]:
+    return [column for column in COLUMNS if any(column.cell(row)[0] for row in rows)]
+
+
 def _is_best(row: Row, column: Column, rows: Sequence[Row]) -> bool:
     """Returns whether the column has the row's deployed accuracy, and no run's is higher."""
     kind = "selected" if row.runs[0].refiner == "none" else "refined"
@@ -313,6 +319,11 @@ def _notes(rows: Sequence[Row], below: str) -> list[str]:
         notes.append("vs base: deployed minus the same algorithm without refiner, in points.")
     if any(len(row.runs) > 1 for row in rows):
         notes.append("Of several seeds: the mean and its standard deviation over seeds; vs base is paired by seed.")
+    if any(row.runs[0].accuracy("ensemble")[0] for row in rows):
+        notes.append(
+            "ensemble: of the round's clients, not deployed: by the mean of their probabilities; second, by that of "
+            "their logits without label priors."
+        )
     for row in rows:
         if row.gain and len(row.gain.mean_last) > 1:
             low, high = (_percent(end, "+") for end in interval(row.gain.mean_last))

@@ -1,20 +1,23 @@
-"""Random changes of training images, for a whole batch at once on the images' device."""
+"""Random changes of images, for a whole batch at once on the images' device."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedftg.data.dataset import Augmentation
+Augmentation = Literal["none", "flip", "crop", "flip_crop"]
 
 
 def augment(images: Tensor, kind: Augmentation, rng: torch.Generator) -> Tensor:
     """Returns changed images ``(B, D, H, W)``, of the same type and on the same device.
 
     flip: each image is mirrored left-right with probability 0.5. crop: with probability 0.5 it becomes a window of the
-    original size at a uniform place in the image padded with black (0: before normalisation) by an eighth of its longer
-    side, rounded up. flip_crop: both. none: the images themselves. ``rng`` is a CPU generator on every device.
+    original size at a uniform place in the image padded with 0 (black before normalisation, the mean after it) by an
+    eighth of its longer side, rounded up. flip_crop: both. none: the images themselves. ``rng`` is a CPU generator on
+    every device.
     """
     if kind == "none":
         return images

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fedftg.data.augment import augment
+from fedftg.augment import augment
 
 
 def flip_crop(images, rng):
