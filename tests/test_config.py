@@ -158,3 +158,14 @@ def test_executors_of_the_same_numbers_may_take_each_others_place() -> None:
     for name in ("auto", "workers"):
         assert configs.first_difference(before, configs.load(None, [f"executor.name={name}"])) is None
     assert configs.first_difference(before, configs.load(None, ["executor.name=workers", "executor.workers=3"])) is None
+
+
+def test_a_sweep_is_the_product_of_values_and_seeds() -> None:
+    """TOML with commas is one value."""
+    found = configs.sweep(["partition.alpha=0.1, 0.3", 'plugins=["a", "b"]', "refiner.name=dense,none"], [4, 5])
+    assert len(found) == 8
+    assert found[0] == (
+        "-alpha0.1-dense-s4", ["partition.alpha=0.1", 'plugins=["a", "b"]', "refiner.name=dense", "seed=4"]
+    )  # fmt: skip
+    assert found[-1][0] == "-alpha0.3-none-s5"
+    assert configs.sweep(["rounds=3"]) == [("", ["rounds=3"])]

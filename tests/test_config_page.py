@@ -27,7 +27,8 @@ sets is in [refine](refine.md); the names of data sets and models are in [data](
 
 def row(key: str, field: FieldInfo, of: str = "", default: Any = None) -> str:
     """One key; ``of`` names the algorithms or refiners that have it."""
-    shown = "" if default is None else f"`{list(default) if isinstance(default, tuple) else default}`"
+    hidden = default is None or isinstance(default, BaseModel)
+    shown = "" if hidden else f"`{list(default) if isinstance(default, tuple) else default}`"
     meaning = (field.description or "").replace("|", "\\|")
     return f"| `{key}`{f' ({of})' if of else ''} | {shown} | {meaning} |\n"
 

@@ -62,7 +62,7 @@ def flat(group: click.Group, prefix: str = "") -> dict[str, click.Command]:
 def test_frozen_cli() -> None:
     frozen = {
         "run": ["--out", "--resume", "--set", "recipe"],
-        "compare": ["--out", "--set", "items"],
+        "compare": ["--jobs", "--missing", "--out", "--seeds", "--set", "items"],
         "report": ["folder"],
         "partition": ["--out", "--set", "recipe"],
         "list": [],

@@ -26,7 +26,7 @@ RETIRED = ("generator_ema", "generator_warmup", "fresh_batches", "compile_teache
 # A generator of width 64 would take twenty times the time of local training of these small networks.
 _WIDTH = "refiner.generator_width=8"
 # The preset `fedftg` before an average was deployed beside it: tables A to S are about the fine-tuned model itself.
-_ALONE = tuple(f"refiner.{key}" for key in ("average=aggregate", "prior_tau=0", "min_skew=0", "generator_steps=2"))
+_ALONE = ("refiner.average=aggregate", "refiner.prior_tau=0", "refiner.lacking=0", "refiner.last_round=0")
 
 _SKEWS = {"b0.1": (), "b0.3": ("partition.alpha=0.3",), "iid": ("partition.law=iid",)}
 _MODELS = {"gn": (), "bn": ("model.name=lenet_bn",), "plain": ("model.name=lenet", "local.lr=0.05")}

@@ -49,7 +49,7 @@ _OTHER = [
     Cell(f"{name}-{skew}", (*settings, *_SKEWS[skew]), folder=folder)
     for (name, folder, settings), skew in product(
         (
-            ("tiny20", "tiny-imagenet-20", ("data.name=tiny_imagenet", "model.name=convnet", "data.max_train=10000")),
+            ("tiny20", "tiny-imagenet-20", ("data.name=tiny_imagenet", "data.image_size=32", "data.max_train=10000")),
             ("cifar100", "cifar100-part", ("data.name=cifar100", "data.max_train=10000")),
         ),
         _SKEWS,

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from cells import CELLS, DRY, PAPER, Cell
+from figure import write_figure
 from tables import RESULTS, load, write_page
 from torch import Tensor
 
@@ -173,6 +174,7 @@ def main() -> None:
             list(pool.map(work, missing))
     if not given.one and not trial:
         write_page()
+        write_figure()
 
 
 def run(

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from cells import CELLS
+
 from fedftg.rundir import records
 
 FOLDER = Path(__file__).parent.parent / "results"
 RESULTS = FOLDER / "deployed.jsonl"
-PAGE = FOLDER / "deployed.md"
+PAGES = (FOLDER / "deployed.md", FOLDER.parent.parent / "docs" / "results.md")
 DEFAULT = "fedftg"
 FREE = ("aggregate", "ema", "wima", "all")
 """The free rivals that the default has to beat in each cell."""
 
 Line = dict[str, Any]
-_BLOCK = re.compile(r"(<!-- table ([^:]+):[^>]*-->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- deployed ([^:]+):[^>]*-->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
 
 def load() -> list[Line]:
@@ -28,13 +31,15 @@ def load() -> list[Line]:
 
 def paired() -> list[Line]:
     """Returns the lines of base trajectories for which the default was run too, with its accuracies among theirs."""
-    lines = {(line["cell"], line["seed"]): line for line in load()}
+    order = list(CELLS)
+    kept = sorted(load(), key=lambda line: (order.index(line["cell"]), line["seed"]))
+    lines = {(line["cell"], line["seed"]): line for line in kept}
     both = ((line, lines.get((f"default-{cell}", seed))) for (cell, seed), line in lines.items())
     return [{**base, "accuracy": base["accuracy"] | default["accuracy"]} for base, default in both if default]
 
 
 def write_page() -> None:
-    """Fills every block ``<!-- table PREFIX SEEDS: ... -->`` with the cells of that prefix and those seeds."""
+    """Fills every block ``<!-- deployed PREFIX SEEDS: ... -->`` with the cells of that prefix and those seeds."""
     lines = paired()
 
     def fill(found: re.Match[str]) -> str:
@@ -43,7 +48,8 @@ def write_page() -> None:
         use = [line for line in lines if re.match(prefix, line["cell"]) and line["seed"] in chosen]
         return found[1] + (table(use, *what) if use else "Not measured yet.\n") + found[4]
 
-    PAGE.write_text(_BLOCK.sub(fill, PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(_BLOCK.sub(fill, page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def mean(line: Line, name: str, until: int | None = None) -> float:
@@ -53,20 +59,23 @@ def mean(line: Line, name: str, until: int | None = None) -> float:
         for number, value in zip(line["rounds"], line["accuracy"][name], strict=True)
         if value is not None and (until is None or number <= until)
     ]
-    return 100 * statistics.mean(values[-10:])
+    return 100 * statistics.mean(values[-10:]) if values else math.nan
 
 
 def table(lines: list[Line], what: str = "") -> str:
     """Returns a row per cell: each variant's mean ± standard deviation over seeds, and the default's lead.
 
     Args:
-        what: ``imbalanced`` for the accuracies on the imbalanced test set, ``rounds`` for rows at rounds 50, 100, 200.
+        what: ``imbalanced`` for the accuracies on the imbalanced test set, ``rounds`` for rows at rounds 50, 100, 200,
+            ``short`` without the columns that are never best.
     """
     names = [name for name in lines[0]["accuracy"] if not name.endswith(", imbalanced")]
+    hidden = {"short": ("wima", "ensemble", "sent"), "rounds": ("ensemble", "ensemble + prior")}.get(what, ())
+    shown = [name for name in names if name not in hidden]
     cells: dict[str, list[Line]] = defaultdict(list)
     for line in lines:
         cells[line["cell"]].append(line)
-    rows = [["cell", "seeds", *names, f"{DEFAULT} - best free", f"{DEFAULT} - (all + prior)", "seeds won"]]
+    rows = [["cell", "seeds", *shown, f"{DEFAULT} - best free", f"{DEFAULT} - (all + prior)", "seeds won"]]
     ends = [50, 100, 200] if what == "rounds" else [None]
     for (cell, found), end in ((item, end) for item in cells.items() for end in ends):
         suffix = ", imbalanced" if what == "imbalanced" else ""
@@ -77,7 +86,7 @@ def table(lines: list[Line], what: str = "") -> str:
         won = sum(by_name[DEFAULT][i] > max(by_name[name][i] for name in FREE) for i in range(len(found)))
         label = cell if end is None else f"{cell}, round {end}"
         rows.append(
-            [label, str(len(found)), *(spread(by_name[name]) for name in names), f"{spread(leads, '+')} ({best})",
+            [label, str(len(found)), *(spread(by_name[name]) for name in shown), f"{spread(leads, '+')} ({best})",
              spread(over, "+"), f"{won} of {len(found)}"]
         )  # fmt: skip
     return "\n".join(["| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]]) + "\n"

@@ -12,12 +12,13 @@ from fedftg.data import federated
 from fedftg.data.dataset import ImageDataset
 from fedftg.data.federated import FederatedData
 from fedftg.engine import executors
-from fedftg.engine.executors import RunRecipe
+from fedftg.engine.executors import Executor, RunRecipe, SequentialExecutor
 from fedftg.engine.machine import resolve_device
 from fedftg.errors import InputError, first_line
 from fedftg.experiment import Experiment
 from fedftg.models import registry as models
 from fedftg.models.functional import FunctionalModel
+from fedftg.models.registry import ModelConfig
 from fedftg.params import clone
 from fedftg.progress import Progress
 from fedftg.rundir.clients import ClientStore
@@ -30,6 +31,8 @@ class Parts:
     """What a config names besides clients and data, and the state before the first round."""
 
     model: FunctionalModel
+    models: tuple[FunctionalModel, ...]
+    """Of the clients, where these have their own."""
     algorithm: Algorithm
     refiner: Refiner
     state: ServerState
@@ -43,13 +46,17 @@ def parts(config: RunConfig, data: FederatedData, with_data: int) -> Parts:
     """
     if config.cohort.size is not None and config.cohort.size > with_data:
         raise InputError(f"cohort.size must be at most {with_data}, the clients with data, got {config.cohort.size}")
-    module = models.build(config.model, data.num_classes, data.image_shape, seed_for(config.seed, 0, SERVER, "model"))
-    model = FunctionalModel(module.to(data.device))
+    named = [config.model, *(ModelConfig(name=name) for name in config.model.clients)]
+    seeds = [seed_for(config.seed, 0, SERVER, "model" if one is config.model else one.name) for one in named]
+    shape = data.num_classes, data.image_shape
+    built = [models.build(one, *shape, seed).to(data.device) for one, seed in zip(named, seeds, strict=True)]
+    model, *own = map(FunctionalModel, built)
     params, buffers = model.init()
     algorithm = config.algorithm.build(data.num_clients)
     _check_fit(config, algorithm, model, data)
+    normalisation = data.dataset.mean, data.dataset.std
     refiner = config.refiner.build(
-        RefinerContext(model, data.num_classes, data.image_shape, data.device, data.dataset.mean, data.dataset.std)
+        RefinerContext(model, *shape, data.device, *normalisation, tuple(own), data.unlabelled_images)
     )
     state = ServerState(
         round=0,
@@ -58,12 +65,13 @@ def parts(config: RunConfig, data: FederatedData, with_data: int) -> Parts:
         server=algorithm.server.init(params),
         refiner=refiner.init(params, torch_rng(config.seed, 0, SERVER, "refiner")),
     )
-    return Parts(model, algorithm, refiner, state)
+    return Parts(model, tuple(own), algorithm, refiner, state)
 
 
 def keeps_uploads(config: RunConfig, refiner: Refiner) -> bool:
     """Returns whether the server keeps every client's last upload."""
-    return config.evaluation.track_all or getattr(refiner, "reads_previous", False)
+    tracked = config.evaluation.track_all and not config.model.clients
+    return tracked or getattr(refiner, "reads_previous", False)
 
 
 def build(config: RunConfig, dataset: ImageDataset | None = None, progress: Progress | None = None) -> Experiment:
@@ -90,7 +98,10 @@ def build(config: RunConfig, dataset: ImageDataset | None = None, progress: Prog
         config.cohort.size or round((config.cohort.probability or 1.0) * with_data),
         config.threads,
     )
-    executor = executors.build(config.executor, made.model, data, config.local, recipe)
+    if made.models:
+        executor: Executor = SequentialExecutor(made.model, data, config.local, made.models)
+    else:
+        executor = executors.build(config.executor, made.model, data, config.local, recipe)
     record: Record = {
         "class_names": list(data.dataset.class_names),
         "class_counts": data.class_counts.tolist(),

@@ -59,25 +59,43 @@ def run(recipe: str | None, overrides: Sequence[str], out: Path | None, resume: 
 @cli.command()
 @click.argument("items", nargs=-1, required=True, metavar="RECIPE|RUN...")
 @_set
+@click.option("--seeds", default="", metavar="N,N...", help="Run each with each seed; tables show the mean.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    default=1,
+    help="Runs at a time, in processes of one thread each.",
+)
+@click.option("--missing", is_flag=True, help="Only list the runs and which of them are missing.")
 @click.option("--out", type=click.Path(path_type=Path), default=RUNS, help="Folder of run folders.")
-def compare(items: Sequence[str], overrides: Sequence[str], out: Path) -> None:
-    """Run what is missing; one table and one plot of all."""
+def compare(items: Sequence[str], overrides: Sequence[str], seeds: str, jobs: int, missing: bool, out: Path) -> None:
+    """Run what is missing; one table and one plot of all.
+
+    --set KEY=A,B runs each recipe with each value, --seeds with each seed.
+    """
     items = list(dict.fromkeys(items))
-    if len(items) < 2:
-        raise InputError(f"compare needs two or more different recipes or run folders, got {len(items)}")
-    folders = {item: Path(item) for item in items if (Path(item) / "config.toml").is_file()}
-    files = {item: recipes.find(item) for item in items if item not in folders}
-    if overrides and not files:
-        raise InputError("--set changes recipes, but only folders of runs were given; name recipes to run anew")
+    given = [item for item in items if (Path(item) / "config.toml").is_file()]
+    files = {item: recipes.find(item) for item in items if item not in given}
+    if (overrides or seeds) and not files:
+        raise InputError("--set and --seeds change recipes, but only folders of runs were given; name recipes")
     console = Console()
     # All recipes are checked before the first is run, so that a typo in the last one costs no time.
-    for item, config in _to_compare(console, files, overrides).items():
-        folders[item] = _run_if_missing(config, out, _progress(console))
-    found = [folders[item].resolve() for item in items]
-    if len(set(found)) < len(items):
+    made = _to_compare(console, files, overrides, _numbers(seeds), jobs) if files else {}
+    if len(given) + len(made) < 2:
+        raise InputError(f"compare needs two or more different recipes or run folders, got {len(given) + len(made)}")
+    finished = {label: _finished(config, out) for label, config in made.items()}
+    if missing:
+        for label, folder in finished.items():
+            _print(console, f"{'finished' if folder else 'missing'}: {made[label].name}")
+        return
+    todo = {label: made[label] for label, folder in finished.items() if folder is None}
+    done = {label: folder for label, folder in finished.items() if folder} | _run(console, todo, out, jobs)
+    folders = [Path(item) for item in given] + [done[label] for label in made]
+    found = [folder.resolve() for folder in folders]
+    if len(set(found)) < len(found):
         raise InputError(f"{', '.join(items)}: two of these are the same run; compare different ones")
-    name = "+".join(dict.fromkeys(path.name for path in found))
-    for record in _report(console, [folders[item] for item in items], out / "comparisons" / name[:120]):
+    name = "+".join(dict.fromkeys(re.sub(r"-s\d+$", "", path.name) for path in found))
+    for record in _report(console, folders, out / "comparisons" / name[:120]):
         _print(console, f"run folder: {record.folder}")
 
 
@@ -264,8 +282,17 @@ def write_partition(console: Console, config: RunConfig, out: Path | None) -> No
     _print(console, f"partition: {file}")
 
 
-def _to_compare(console: Console, files: dict[str, Path], overrides: Sequence[str]) -> dict[str, RunConfig]:
-    """Returns the config of each recipe, overrides applied."""
+def _numbers(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() for part in parts):
+        raise InputError(f"--seeds must be whole numbers by comma, got {text!r}; for example --seeds 0,1,2")
+    return list(dict.fromkeys(map(int, parts)))
+
+
+def _to_compare(
+    console: Console, files: dict[str, Path], overrides: Sequence[str], seeds: Sequence[int], jobs: int
+) -> dict[str, RunConfig]:
+    """Returns the config of each recipe with each choice of overrides and seeds, by what tells them apart."""
     from fedftg import config as configs
     from fedftg import loop
 
@@ -273,7 +300,16 @@ def _to_compare(console: Console, files: dict[str, Path], overrides: Sequence[st
     if bases == set(files) and any(re.match(r"\s*refiner(\.name)?\s*=", override) for override in overrides):
         bases = set()
     others = [override for override in overrides if not re.match(r"\s*refiner\s*[.=]", override)]
-    made = {item: configs.load(path, others if item in bases else overrides) for item, path in files.items()}
+    made: dict[str, RunConfig] = {}
+    for item, path in files.items():
+        for end, chosen in configs.sweep(others if item in bases else overrides, seeds):
+            config = configs.load(path, chosen)
+            changed: dict[str, object] = {"name": config.name + end}
+            if jobs > 1:
+                changed |= {"threads": 1, "executor": config.executor.model_copy(update={"name": "sequential"})}
+            if item + end in made or (jobs > 1 and any(one.name == changed["name"] for one in made.values())):
+                raise InputError(f"two runs would be named {changed['name']}; give recipes and values different names")
+            made[item + end] = config.model_copy(update=changed)
     if bases and bases != set(files) and len(others) < len(overrides):
         _print(console, f"--set refiner.* is not applied to {', '.join(sorted(bases))}, which has no refiner")
     for one, other in itertools.combinations(made, 2):
@@ -282,19 +318,47 @@ def _to_compare(console: Console, files: dict[str, Path], overrides: Sequence[st
     return made
 
 
-def _run_if_missing(config: RunConfig, out: Path, progress: Progress) -> Path:
-    """Returns the folder of a config's finished run: the newest one, resumed where unfinished, or a new one."""
+def _finished(config: RunConfig, out: Path) -> Path | None:
+    """Returns the folder of a config's finished run, the newest one."""
+    from fedftg import loop
+    from fedftg.report.load import load_run
+
+    folder = loop.newest(config, out)
+    return folder if folder and (load_run(folder).summary or {}).get("rounds") == config.rounds else None
+
+
+def _run(console: Console, configs: dict[str, RunConfig], out: Path, jobs: int) -> dict[str, Path]:
+    """Runs all, ``jobs`` at a time; returns their folders."""
+    if jobs == 1 or not configs:
+        return {label: run_or_resume(config, out, _progress(console)) for label, config in configs.items()}
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+
+    _print(console, f"{len(configs)} runs to do, {jobs} at a time")
+    folders = {}
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        started = {pool.submit(run_or_resume, config, out): label for label, config in configs.items()}
+        try:
+            for number, future in enumerate(as_completed(started), start=1):
+                label = started[future]
+                folders[label] = future.result()
+                _print(console, f"{number}/{len(configs)} {configs[label].name}")
+        except BaseException:
+            for child in multiprocessing.active_children():  # what they did up to their last checkpoint is kept
+                child.kill()
+            raise
+    return folders
+
+
+def run_or_resume(config: RunConfig, out: Path, progress: Progress | None = None) -> Path:
+    """Resumes a config's newest unfinished run, or runs it anew; returns its folder."""
     from fedftg import loop
     from fedftg.engine.machine import keep_freed_memory
-    from fedftg.report.load import load_run
 
     keep_freed_memory()
     folder = loop.newest(config, out)
-    if folder is None or (load_run(folder).summary or {}).get("rounds") != config.rounds:
-        resume = folder is not None
-        folder = folder or loop.unused(out, config.name)
-        loop.run(config, out=folder, resume=resume, progress=progress)
-    return folder
+    resume = folder is not None
+    return loop.run(config, out=folder or loop.unused(out, config.name), resume=resume, progress=progress).folder
 
 
 def _report(console: Console, folders: Sequence[Path], out: Path) -> list[RunRecord]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -10,7 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, ValidationInfo
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from fedftg.algorithms.base import AlgorithmConfig, RefinerConfig
 from fedftg.algorithms.registry import ALGORITHMS, REFINERS
@@ -83,6 +94,16 @@ class RunConfig(BaseModel):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     executor: ExecutorConfig = ExecutorConfig()
+
+    @model_validator(mode="after")
+    def _check_own_models(self) -> RunConfig:
+        got = self.rounds, self.algorithm.name, getattr(self.refiner, "start", None)
+        if self.model.clients and got != (1, "fedavg", "fresh"):
+            raise ValueError(
+                "model.clients cannot be averaged: they need rounds = 1, algorithm.name = fedavg and refiner.start = "
+                f"fresh, got {got[0]}, {got[1]}, {got[2]}"
+            )
+        return self
 
     def to_toml(self) -> str:
         """Returns every setting, also those left at their default, as TOML; what has no value is left out."""
@@ -192,6 +213,29 @@ def _split(override: str) -> tuple[str, Any]:
     except tomllib.TOMLDecodeError:
         value = text.strip()
     return key.strip(), value
+
+
+def sweep(overrides: Sequence[str], seeds: Sequence[int] = ()) -> list[tuple[str, list[str]]]:
+    """Returns the product of ``a.b=value,value`` and of seeds: for each the end of a run's name, and its overrides.
+
+    A value with a comma that is TOML (a quoted string, a list) or starts like a list is one value.
+    """
+    choices: list[list[tuple[str, str]]] = []
+    for override in overrides:
+        key, value = _split(override)
+        text = override.partition("=")[2].strip()
+        if isinstance(value, str) and "," in text and text[0] not in "\"'[{":
+            *_, leaf = key.split(".")
+            leaf = "" if leaf == "name" else leaf
+            choices.append([(f"-{leaf}{part.strip()}", f"{key}={part.strip()}") for part in value.split(",")])
+        else:
+            choices.append([("", override)])
+    choices.append([(f"-s{seed}", f"seed={seed}") for seed in seeds] or [("", "")])
+    found = itertools.product(*choices)
+    return [
+        (re.sub(r"[^\w.+=-]", "_", "".join(end for end, _ in one)), [override for _, override in one if override])
+        for one in found
+    ]
 
 
 RESUME_MAY_CHANGE = (

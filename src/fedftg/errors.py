@@ -21,6 +21,16 @@ class ClientError(RuntimeError):
     def __init__(self, round: int, client: int, stage: str, cause: BaseException) -> None:
         super().__init__(f"round {round}, client {client}, {stage}: {type(cause).__name__}: {cause}")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _client_error, self.args
+
+
+def _client_error(message: str) -> ClientError:
+    """Returns the error that another process raised."""
+    error = ClientError.__new__(ClientError)
+    error.args = (message,)
+    return error
+
 
 def first_line(error: BaseException) -> str:
     """Returns the class and the first line of an error's message: ``KeyError: 'head'``."""

@@ -22,7 +22,7 @@ from fedftg.algorithms.base import (
 from fedftg.config import RunConfig
 from fedftg.data.federated import FederatedData
 from fedftg.engine import sampling
-from fedftg.engine.evaluate import Measured, evaluate, evaluate_clients
+from fedftg.engine.evaluate import Measured, evaluate, evaluate_clients, evaluate_ensemble
 from fedftg.engine.executors import Executor, Rejected
 from fedftg.models.functional import FunctionalModel
 from fedftg.params import Params, first_non_finite, to_device
@@ -43,6 +43,8 @@ class Experiment:
     config: RunConfig
     data: FederatedData
     model: FunctionalModel
+    models: tuple[FunctionalModel, ...]
+    """Of the clients, where these have their own; then nothing is averaged."""
     algorithm: Algorithm
     refiner: Refiner
     executor: Executor
@@ -70,7 +72,7 @@ class Experiment:
         with clock.phase("aggregate"):
             clients = self.clients.updated(results)
         with clock.phase("evaluate"):
-            measured = self._evaluate(number, selected, refined, clients, progress) if due else Measured()
+            measured = self._evaluate(number, selected, refined, results, clients, progress) if due else Measured()
         self.state, self.clients = replace(refined, round=number), clients
         record: Record = {"round": number, "clients": cohort}
         if rejected:
@@ -94,11 +96,14 @@ class Experiment:
     def _tasks(self, number: int, cohort: list[int]) -> Iterator[LocalTask]:
         message = self.algorithm.server.message(self.state)
         for client in cohort:
+            params, buffers = self.state.params, self.state.buffers
+            if self.models:
+                params, buffers = self.models[client % len(self.models)].init()
             yield LocalTask(
                 round=number,
                 client=client,
-                params=self.state.params,
-                buffers=self.state.buffers,
+                params=params,
+                buffers=buffers,
                 memory=to_device(self.clients.memory(client), self.data.device),
                 message=message,
                 num_samples=self.data.num_samples(client),
@@ -127,7 +132,7 @@ class Experiment:
             few = f"only {len(results)} of at least {self.min_results} client updates were"
             got = few if results else "no client update was"
             return before, {}, f"{got} usable; the global model stays as it was"
-        state, metrics = self.algorithm.server.step(before, results)
+        state, metrics = (before, {}) if self.models else self.algorithm.server.step(before, results)
         bad = _non_finite(state)
         if bad is not None:
             return before, {}, f"the aggregate was not finite ({bad}); the global model stays as it was"
@@ -164,10 +169,16 @@ class Experiment:
         return to_device(self.clients.upload(client), self.data.device) if client in self.clients else {}
 
     def _evaluate(
-        self, number: int, selected: ServerState, refined: ServerState, clients: ClientStore, progress: Progress
+        self,
+        number: int,
+        selected: ServerState,
+        refined: ServerState,
+        results: list[ClientResult],
+        clients: ClientStore,
+        progress: Progress,
     ) -> Measured:
         models: Models = {"selected": selected.model}
-        if self.config.evaluation.track_all:
+        if self.config.evaluation.track_all and not self.models:
             average = to_device(clients.average(), self.data.device)
             params, buffers = ({name: average[name] for name in of} for of in (selected.params, selected.buffers))
             models["all"] = params, buffers
@@ -182,9 +193,12 @@ class Experiment:
             for done, (kind, values) in enumerate(models.items()):
                 progress.phase(number, "evaluate", done, len(models))
                 measured.accuracy[kind], measured.loss[kind] = evaluate(self.model, *values, self.data, size)
+            if self.config.evaluation.ensemble and results:
+                for kind, found in evaluate_ensemble(self.models or (self.model,), results, self.data, size).items():
+                    measured.accuracy[kind], measured.loss[kind] = found
         self._evaluate_clients(number, models, measured)
-        found: tuple[dict[str, Any], ...] = (measured.accuracy, measured.loss, measured.clients)
-        for by_kind in found:
+        by_kinds: tuple[dict[str, Any], ...] = (measured.accuracy, measured.loss, measured.clients)
+        for by_kind in by_kinds:
             if by_kind:
                 by_kind.setdefault("refined", by_kind["selected"])
         return measured

@@ -180,7 +180,7 @@ def execute(
 def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress) -> None:
     config = experiment.config
     progress.start(config, experiment.state.round, experiment.data.num_clients)
-    for note in experiment.data.dataset.notes:
+    for note in (*experiment.data.dataset.notes, *getattr(experiment.refiner, "notes", ())):
         progress.note(note)
     saved = experiment.state.round
     executor = experiment.executor.description

@@ -122,8 +122,8 @@ def test_images_become_those_of_their_labels(adversarial):
 def test_the_student_learns_digits_that_it_never_saw(digits):
     """From the run's initial weights, which know nothing: all it can learn from are the clients' models."""
     small = {"start": "fresh", "batch_size": 100, "image_augment": "none", "pool_augment": "none"}
-    ((before, _),) = digits.refined(AdiConfig(**small, iterations=1, image_steps=1, student_steps=0))
-    ((after, metrics),) = digits.refined(AdiConfig(**small, iterations=5, image_steps=50, pool_batches=60))
+    before, _ = digits.refined(AdiConfig(**small, iterations=1, image_steps=1, student_steps=0))
+    after, metrics = digits.refined(AdiConfig(**small, iterations=5, image_steps=50, pool_batches=60))
     assert digits.ensemble > 0.93
     assert before < 0.2
     assert after > 0.85

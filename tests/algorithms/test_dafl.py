@@ -98,8 +98,8 @@ def test_the_student_learns_digits_that_it_never_saw(digits):
     """From the run's initial weights, which know nothing: all it can learn from are the clients' models."""
     small = {"start": "fresh", "batch_size": 64, "generator_width": 8, "student_lr": 0.05, "pool_augment": "none"}
     config = DaflConfig(**small, iterations=100, pool_batches=8)
-    ((before, _),) = digits.refined(DaflConfig(**small, iterations=1, student_steps=0))
-    ((after, metrics),) = digits.refined(config)
+    before, _ = digits.refined(DaflConfig(**small, iterations=1, student_steps=0))
+    after, metrics = digits.refined(config)
     assert digits.ensemble > 0.93
     assert before < 0.2
     assert after > 0.75

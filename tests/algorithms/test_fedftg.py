@@ -17,7 +17,7 @@ from fedftg.models.functional import FunctionalModel, values
 from fedftg.params import clone
 
 SMALL: dict[str, Any] = {"iterations": 2, "generator_steps": 1, "student_steps": 2, "batch_size": 6, "noise_dim": 4}
-SENT: dict[str, Any] = {"average": "aggregate", "prior_tau": 0, "min_skew": 0}
+SENT: dict[str, Any] = {"average": "aggregate", "prior_tau": 0, "lacking": 0, "last_round": 0}
 """What clients receive is deployed, and every round is fine-tuned."""
 
 
@@ -156,8 +156,21 @@ def test_the_last_counts_of_every_client_are_kept(model):
 def test_what_goes_with_a_preset():
     for name in ("paper", "official"):
         config = FedFTGConfig(preset=name)
-        assert (config.absent_weight, config.min_skew, config.average, config.prior_tau) == (0, 0, "aggregate", 0)
+        assert (config.absent_weight, config.lacking, config.average, config.prior_tau) == (0, 0, "aggregate", 0)
     config = FedFTGConfig()
-    assert (config.absent_weight, config.min_skew, config.average, config.prior_of) == (1, 2, "all", "all")
+    assert (config.absent_weight, config.lacking, config.average, config.prior_of) == (1, 0.1, "all", "all")
     assert FedFTGConfig(absent_weight=0).absent_weight == 0
     assert FedFTGConfig(average="aggregate").prior_of == "cohort"
+
+
+def test_after_the_last_round_the_aggregate_stays(model):
+    refiner = make(model, last_round=1)
+    results = [upload(model, 0, [5, 1, 0]), upload(model, 1, [0, 0, 9])]
+    first = start(model, refiner)
+    tuned, metrics = refiner.refine(first, results, rng(1))
+    assert "student" in metrics
+    assert not same(tuned.params, first.params)
+    left, metrics = refiner.refine(replace(tuned, round=1, params=first.params), results, rng(2))
+    assert "student" not in metrics
+    assert same(left.params, first.params)
+    assert not tuned.refiner  # nothing will be fine-tuned from it

@@ -118,6 +118,19 @@ def test_held_back_samples_are_tested_on_and_never_trained_on():
     assert list(chain(*found)) == [8, 9, 14, 15, 16, 17, 18]
 
 
+def test_a_share_that_no_client_gets():
+    """A quarter of 60 rows, by the seed; what is left is partitioned by its own values of the column."""
+    dataset = replace(make_dataset(train=60), columns={"writer": np.arange(60) % 4})
+    config = PartitionConfig(law="natural", column="writer", unlabelled_share=0.25)
+    found = [federated.load(DataConfig(), config, seed, dataset=dataset) for seed in (0, 0, 1)]
+    free = [data.unlabelled_images[:, 0, 0, 0].tolist() for data in found]
+    assert free[0] == free[1] != free[2]
+    assert sorted([*free[0], *torch.cat(found[0].parts).tolist()]) == list(range(60))
+    assert [sum(row % 3 == label for row in free[0]) for label in range(3)] == [5, 5, 5]
+    for writer, part in enumerate(found[0].parts):
+        assert set((part % 4).tolist()) == {writer}
+
+
 def test_a_share_that_holds_nothing_back():
     config = PartitionConfig(law="iid", num_clients=20, test_share=0.2)
     with pytest.raises(InputError, match="holds no sample back; raise it, or lower"):

@@ -59,7 +59,14 @@ def test_run_writes_what_the_contract_says(fedftg: Any, tiny: list[str], tmp_pat
     assert set(rows[1]["accuracy"]) == set(rows[1]["loss"]) == {"selected", "all", "refined"}
     assert rows[0]["accuracy"] == {}
     assert set(rows[0]["seconds"]) == {"local", "aggregate", "refine", "evaluate", "checkpoint"}
-    assert set(rows[0]["refine"]) == {"discrepancy", "fidelity", "diversity", "student", "teacher_agreement"}
+    assert set(rows[0]["refine"]) == {
+        "least_share",
+        "discrepancy",
+        "fidelity",
+        "diversity",
+        "student",
+        "teacher_agreement",
+    }
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["rounds_to"] == {"0.01": 2, "0.999": None}
     assert summary["peak_memory_mb"] > 0
@@ -72,10 +79,15 @@ def test_run_writes_what_the_contract_says(fedftg: Any, tiny: list[str], tmp_pat
 
 
 def test_base_logs_the_aggregate_as_deployed(fedftg: Any, no_refiner: list[str], tmp_path: Path) -> None:
-    assert fedftg("run", *no_refiner, "--out", "base").returncode == 0
+    done = fedftg("run", *no_refiner, "--out", "base", "--set", "evaluation.ensemble=true")
+    assert done.returncode == 0
     rows = [json.loads(line) for line in (tmp_path / "base" / "rounds.jsonl").read_text().splitlines()]
     assert all(row["accuracy"]["refined"] == row["accuracy"]["selected"] for row in rows)
     assert all(row["refine"] == {} for row in rows)
+    kinds = {"selected", "all", "refined", "ensemble", "ensemble_prior"}
+    assert all(set(row["accuracy"]) == set(row["loss"]) == kinds for row in rows)
+    assert set(json.loads((tmp_path / "base" / "summary.json").read_text())["accuracy"]) == kinds
+    assert "ensemble: of the round's clients" in " ".join(done.stdout.split())
 
 
 def test_compare_runs_what_is_missing_only(fedftg: Any, tmp_path: Path) -> None:
@@ -93,6 +105,30 @@ def test_compare_runs_what_is_missing_only(fedftg: Any, tmp_path: Path) -> None:
     folders = fedftg("compare", "runs/default_base", "runs/default")
     assert folders.returncode == 0, folders.stderr
     assert list((tmp_path / "runs" / "comparisons").glob("*/accuracy.png"))
+
+
+def test_compare_runs_seeds_and_values_side_by_side(fedftg: Any, tmp_path: Path) -> None:
+    """Four runs in two processes are those that one process makes one after the other, and are one row a value."""
+    small = ["data.max_train=200", "data.max_test=60", "rounds=1", "partition.num_clients=4", "cohort.size=2"]
+    sweep = [part for item in [*small, "partition.alpha=0.1,1"] for part in ("--set", item)]
+    listed = fedftg("compare", "default_base", *sweep, "--seeds", "0,3", "--missing")
+    assert listed.stdout.splitlines() == [f"missing: default_base-alpha{a}-s{s}" for a in ("0.1", "1") for s in (0, 3)]
+    done = fedftg("compare", "default_base", *sweep, "--seeds", "0,3", "--jobs", "2")
+    assert done.returncode == 0, done.stderr
+    assert "4/4 default_base-alpha" in done.stdout
+    assert done.stdout.count("fedavg, 2 seeds") == 2
+    alone = [
+        part for item in [*small, "partition.alpha=1", "seed=3", "executor.name=sequential"] for part in ("--set", item)
+    ]
+    assert fedftg("run", "default_base", *alone, "--out", "alone").returncode == 0
+    rows = [
+        json.loads((tmp_path / run / "rounds.jsonl").read_text()) for run in ("runs/default_base-alpha1-s3", "alone")
+    ]
+    assert rows[0]["accuracy"] == rows[1]["accuracy"]
+    assert (
+        "finished: default_base-alpha1-s3"
+        in fedftg("compare", "default_base", *sweep, "--seeds", "3", "--jobs", "2", "--missing").stdout
+    )
 
 
 def test_compare_takes_two_folders_of_data_for_two_runs(fedftg: Any, no_refiner: list[str], tmp_path: Path) -> None:

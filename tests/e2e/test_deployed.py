@@ -41,8 +41,8 @@ def test_what_is_not_sent_cannot_harm_training(run: Run, monkeypatch: pytest.Mon
     monkeypatch.setattr(experiment.sampling, "cohort", lambda *given: [] if given[-1] == 3 else draw(*given))
     sizes = {"iterations": 2, "batch_size": 8, "generator_width": 4, "image_steps": 2, "pool_batches": 1}
     small = [f"refiner.{key}={size}" for key, size in sizes.items() if key in REFINERS[name].model_fields]
-    _, plain = run("plain", "refiner.name=none")
-    done, rows = run("run", f"refiner.name={name}", "refiner.broadcast=0", *small)
+    _, plain = run("plain", "refiner.name=none", "partition.unlabelled_share=0.2")
+    done, rows = run("run", f"refiner.name={name}", "refiner.broadcast=0", "partition.unlabelled_share=0.2", *small)
     for one, other in zip(plain, rows, strict=True):
         assert one["server"] == other["server"]
         for kind in ("selected", "all"):

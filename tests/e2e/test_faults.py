@@ -78,7 +78,7 @@ def test_round_without_usable_update_keeps_the_model(tmp_path: Path, monkeypatch
 
 def test_non_finite_fine_tuning_is_rolled_back(tmp_path: Path) -> None:
     """A student rate of 1e30 overflows; the aggregate and the generator of before are kept, in every round."""
-    settings = {**SETTINGS, "refiner": {**SETTINGS["refiner"], "student_lr": 1e30, "student_steps": 20}}
+    settings = {**SETTINGS, "refiner": {**SETTINGS["refiner"], "lacking": 0, "student_lr": 1e30, "student_steps": 20}}
     run = fedftg.run(settings, out=tmp_path / "run")
     rows = records.read(tmp_path / "run" / "rounds.jsonl")
     assert all("rolled back to the aggregate" in row["rolled_back"] for row in rows)

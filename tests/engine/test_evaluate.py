@@ -1,11 +1,14 @@
+from math import exp, log
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from fedftg.algorithms.base import ClientResult
 from fedftg.data.dataset import ImageDataset
 from fedftg.data.federated import FederatedData
-from fedftg.engine.evaluate import evaluate, evaluate_clients
+from fedftg.engine.evaluate import evaluate, evaluate_clients, evaluate_ensemble
 from fedftg.models.functional import FunctionalModel
 
 CLIENTS = 12
@@ -54,3 +57,37 @@ def test_clients_that_hold_nothing_back_do_not_count() -> None:
     data = make([4] + [0] * (CLIENTS - 1))
     only_first = FederatedData(data.dataset, [[9], [14]], held_back=[[0, 1, 2, 3], []])
     assert evaluate_clients(model, *model.init(), only_first, 2) == {"mean": 0.0, "worst_10": 0.0, "std": 0.0}
+
+
+class Says(nn.Module):
+    """Predicts the same logits for every image."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.logits, self.scale = nn.Parameter(torch.zeros(2)), scale
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.scale * self.logits.expand(len(images), 2)
+
+
+def client(number: int, logits: list[float], counts: list[int]) -> ClientResult:
+    params = {"logits": torch.tensor(logits)}
+    return ClientResult(number, sum(counts), torch.tensor(counts), params, {}, {}, {}, 0.0)
+
+
+def test_ensemble_by_hand() -> None:
+    """Three samples of class 0 with probabilities .8 .2, one of class 1 with .1 .9; the test labels are 0 0 0 1.
+
+    Mean probability of class 0: .75 * .8 + .25 * .1 = .625. Priors (3.5, .5) / 4 and (.5, 1.5) / 2: the logits without
+    them differ by ln 4 - ln 7 and -ln 9 + ln 3, in the mean by .75 ln(4/7) - .25 ln 3, so class 1 is predicted. The
+    second client has a model of its own, which doubles its logits.
+    """
+    images, labels = np.zeros((4, 1, 8, 8), np.uint8), np.array([0, 0, 0, 1])
+    data = FederatedData(ImageDataset.from_tensors(images, labels, images, labels, std=(1.0,)), [[0, 1, 2, 3]])
+    clients = [client(0, [log(4), 0], [3, 0]), client(1, [0, log(3)], [0, 1])]
+    models = [FunctionalModel(Says(1)), FunctionalModel(Says(2))]
+    first = 1 / (1 + exp(-0.75 * log(4 / 7) + 0.25 * log(3)))
+    for size in (3, 4):
+        found = evaluate_ensemble(models, clients, data, size)
+        assert found["ensemble"] == pytest.approx((0.75, -(3 * log(0.625) + log(0.375)) / 4), rel=1e-6)
+        assert found["ensemble_prior"] == pytest.approx((0.25, -(3 * log(first) + log(1 - first)) / 4), rel=1e-6)

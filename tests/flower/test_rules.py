@@ -41,7 +41,7 @@ NAMES = {"feddyn": FedDyn, "scaffold": Scaffold, "moon": Moon}
 
 
 def config(algorithm: str, refined: bool = False, refiner: dict[str, Any] | None = None) -> RunConfig:
-    fedftg = {"name": "fedftg", **small.CONFIG.model_dump(), "absent_weight": 1.0}
+    fedftg = {"name": "fedftg", "preset": "paper", **small.CONFIG.model_dump(), "absent_weight": 1.0}
     refiner = refiner or (fedftg if refined else {"name": "none"})
     given: dict[str, Any] = {"rounds": ROUNDS, "seed": 5, "threads": 1, "data": {"name": "digits"}, "refiner": refiner}
     given["partition"] = {"law": "dirichlet", "num_clients": CLIENTS, "alpha": 0.5}
@@ -149,8 +149,21 @@ def test_equals_the_simulator(algorithm: str, refined: bool, same_cohorts: Calla
         {"name": "all", "prior_tau": 0.5, "recency": 0.9},
         {"name": "ema"},
         {"name": "wima", "window": 2, "broadcast": 0.5, "when": "round"},
-        {"name": "fedftg", **small.CONFIG.model_dump(), "absent_weight": 1.0, "broadcast": 0.0, "average": "all"},
-        {"name": "fedftg", **small.CONFIG.model_dump(), "average": "all", "prior_tau": 0.5, "min_skew": 0.1},
+        {
+            "name": "fedftg",
+            "preset": "paper",
+            **small.CONFIG.model_dump(),
+            "absent_weight": 1.0,
+            "broadcast": 0.0,
+        },
+        {
+            "name": "fedftg",
+            "preset": "paper",
+            **small.CONFIG.model_dump(),
+            "average": "all",
+            "prior_tau": 0.5,
+            "lacking": 1e-9,
+        },
     ],
     ids=lambda settings: f"{settings['name']}-{settings.get('broadcast')}",
 )

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import small_federation as small
 
 from fedftg.algorithms.base import ClientResult, NoRefiner, RefinerConfig, RefinerContext, ServerState
+from fedftg.algorithms.feddf import FedDFConfig
 from fedftg.algorithms.registry import REFINERS, register_refiner
 from fedftg.distill.distiller import distil
 from fedftg.distill.generator import Generator
@@ -209,6 +210,15 @@ def test_a_registered_refiner_is_known_by_its_name(app: ClientApp, request: pyte
     assert result.train_metrics_clientapp[1]["fedftg-mean-size"] == 2.5
 
 
+def test_proxy_images_need_the_normalisation_of_the_clients(app: ClientApp) -> None:
+    """FedDF around a strategy, on images that the server has."""
+    settings = FedDFConfig(proxy={"name": "digits"}, iterations=2, batch_size=8)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="pass the strategy mean and std"):
+        refined(BASES["FedAvg"](), settings)
+    result = run(refined(BASES["FedAvg"](), settings, mean=(0.3,), std=(0.4,)), LocalGrid.of(app, CLIENTS), 1)
+    assert result.train_metrics_clientapp[1]["fedftg-student"] > 0
+
+
 class Seen(small.FaultyGrid):
     """Notes the first head bias in messages of each kind."""
 
@@ -273,7 +283,7 @@ def test_the_label_priors_are_taken_out_by_name(app: ClientApp) -> None:
     plain = small.state(run(refined(BASES["FedAvg"](), "none"), LocalGrid.of(app, CLIENTS), 1).arrays)
     logs = [len(of) * ((torch.bincount(of, minlength=10) + 0.5) / (len(of) + 5)).log() for of in labels]
     prior = torch.stack(logs).sum(dim=0) / sum(map(len, labels))
-    expected = plain["head.bias"] - 0.5 * (prior - prior.mean())
+    expected = plain["head.bias"] - 0.75 * (prior - prior.mean())
     assert torch.allclose(found["head.bias"], expected, atol=1e-6)
     assert all(torch.equal(found[name], plain[name]) for name in plain if name != "head.bias")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedftg.errors import InputError
-from fedftg.report.load import display_names, load_run
+from fedftg.report.load import RunRecord, grouped, load_run
 
 CONFIG = 'name = "a"\nrounds = 3\n[algorithm]\nname = "fedavg"\n[refiner]\nname = "fedftg"\npreset = "paper"\n'
 
@@ -63,7 +63,14 @@ def test_folder_is_no_run(tmp_path: Path) -> None:
             load_run(folder)
 
 
-def test_display_names_of_equal_folders(tmp_path: Path) -> None:
-    folders = [tmp_path / "x" / "a", tmp_path / "y" / "a", tmp_path / "y" / "b"]
-    runs = [load_run(write(folder)) for folder in folders]
-    assert display_names(runs) == [str(folders[0]), str(folders[1]), "b"]
+def test_groups_by_all_but_the_seed(tmp_path: Path) -> None:
+    """Two folders of one name and one seed stay apart; seeds 0 and 7 of a setting are together, whatever the order."""
+
+    def of(name: str, seed: int, alpha: float) -> RunRecord:
+        text = f'name = "{name}"\nseed = {seed}\nrounds = 2\n[partition]\nalpha = {alpha}\n'
+        return load_run(write(tmp_path / name, config=text))
+
+    runs = [of("x-s7", 7, 0.1), of("y", 0, 0.2), of("x-s0", 0, 0.1), of("deeper/y", 0, 0.2)]
+    groups = grouped(runs)
+    assert [group.name for group in groups] == ["x", str(runs[1].folder), str(runs[3].folder)]
+    assert groups[0].runs == (runs[2], runs[0])

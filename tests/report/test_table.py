@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedftg.report.load import RunRecord, load_run
-from fedftg.report.table import comparison_rows, markdown_table, partition_table, score, terminal_table
+from fedftg.report.table import comparison_rows, interval, markdown_table, partition_table, score, terminal_table
 
 
 def run_of(
@@ -77,10 +77,10 @@ def test_gain_over_the_base(tmp_path: Path) -> None:
     assert first.gain is None
     assert second.gain is not None
     assert second.gain.base == "base"
-    assert second.gain.final == pytest.approx(0.06)
-    assert second.gain.mean_last == pytest.approx(0.04)
+    assert second.gain.final == pytest.approx((0.06,))
+    assert second.gain.mean_last == pytest.approx((0.04,))
     assert (second.gain.until, second.gain.whole, second.gain.differs) == (2, True, ())
-    assert (second.run.refiner, second.run.seconds) == ("fedftg (paper)", 1.0)
+    assert (second.runs[0].refiner, second.runs[0].seconds) == ("fedftg (paper)", 1.0)
 
 
 def test_each_algorithm_has_its_own_base(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_each_algorithm_has_its_own_base(tmp_path: Path) -> None:
         run_of(tmp_path / "alone", [0.1], [0.7], algorithm="feddyn"),
     ]
     rows = comparison_rows(runs)
-    assert [row.gain and round(row.gain.final, 6) for row in rows] == [0.2, None, None, 0.2, None]
+    assert [row.gain and round(row.gain.final[0], 6) for row in rows] == [0.2, None, None, 0.2, None]
     assert [row.is_base for row in rows] == [False, True, True, False, False]
 
 
@@ -114,7 +114,7 @@ def test_unfinished_run_is_compared_where_both_were_evaluated(tmp_path: Path) ->
     ours = run_of(tmp_path / "ours", [0.1, 0.1], [0.2, 0.3], planned=4, finished=False)
     gain = comparison_rows([base, ours])[1].gain
     assert gain is not None
-    assert gain.mean_last == pytest.approx(0.1)
+    assert gain.mean_last == pytest.approx((0.1,))
     assert (gain.until, gain.whole) == (2, False)
     text = markdown_table([base, ours])
     assert "ours vs base: up to round 2, the last that both evaluated." in text
@@ -124,8 +124,8 @@ def test_unfinished_run_is_compared_where_both_were_evaluated(tmp_path: Path) ->
 
 def test_no_evaluation_at_all(tmp_path: Path) -> None:
     runs = [run_of(tmp_path / "a", []), run_of(tmp_path / "b", [], [])]
-    assert all(row.deployed is None for row in comparison_rows(runs))
-    assert "| a | fedavg | none | 0 | - | - | - | - | - | 0.0 |" in markdown_table(runs).replace("| base |", "| - |")
+    assert all(row.deployed == () for row in comparison_rows(runs))
+    assert "| a | fedavg | none | 0 | base | 0.0 |" in markdown_table(runs)
     assert rendered(terminal_table(runs))
 
 
@@ -145,13 +145,16 @@ def test_terminal_table_fits_80_columns_and_cuts_nothing(tmp_path: Path) -> None
     base = run_of(tmp_path / "cifar10_cnn_dir03_scaffold", [0.5] * 1000, algorithm="scaffold")
     name = "cifar10_cnn_dir03_scaffold_fedftg_official"
     ours = run_of(tmp_path / name, [0.61] * 900, [0.62] * 900, algorithm="scaffold", planned=1000, preset="official")
+    for row in ours.rounds:
+        row["accuracy"] |= {"ensemble": 0.7, "ensemble_prior": 0.75}
     lines = rendered(terminal_table([base, ours]))
     assert max(len(line.rstrip()) for line in lines) <= 80
     text = "\n".join(lines)
     assert "…" not in text
-    for part in ("rounds", "selected", "all", "refined", "vs base", "best", "seconds", "+12.00", "of 1000", "500"):
+    headers = ["rounds", "selected", "all", "refined", "ensemble", "best", "seconds"]
+    for part in (*headers, "vs base", "+12.00", "of 1000", "75.00", "500"):
         assert part in text, part
-    assert name in "".join(line[:20].strip() for line in lines)
+    assert name in "".join(line[:10].strip() for line in lines)
 
 
 def test_names_are_not_read_as_markup(tmp_path: Path) -> None:
@@ -185,3 +188,22 @@ def test_accuracy_over_clients_is_a_note(tmp_path: Path) -> None:
     run.rounds[0]["client_accuracy"] = {"refined": {"mean": 0.5, "worst_10": 0.25, "std": 0.1}}
     note = "a, per client (round 1): mean 50.00, worst 10 % 25.00, standard deviation 10.00."
     assert note in markdown_table([run])
+
+
+def test_seeds_are_one_row_and_gains_are_paired(tmp_path: Path) -> None:
+    """Bases .5 and .6, deployed .54 and .68: gains .04 and .08; t(.975, 1) = 12.706, so half the interval is .2541."""
+    runs = []
+    for seed, (base, ours) in enumerate([(0.5, 0.54), (0.6, 0.68)]):
+        folder = tmp_path / str(seed)
+        runs += [run_of(folder / f"base-s{seed}", [base]), run_of(folder / f"ours-s{seed}", [0.1], [ours])]
+        for run in runs[-2:]:
+            run.config["seed"] = seed
+    base_row, row = comparison_rows(runs)
+    assert (base_row.name, row.name, len(row.runs)) == ("base", "ours", 2)
+    assert row.gain is not None
+    assert row.gain.mean_last == pytest.approx((0.04, 0.08))
+    assert interval(row.gain.mean_last) == pytest.approx((-0.19412, 0.31412), abs=1e-5)
+    text = markdown_table(runs)
+    assert "| **61.00** (± 9.90) | +6.00 (± 2.83) |" in text
+    assert "ours vs base: 95 % interval -19.41 to +31.41 (t, 2 seeds)." in text
+    assert "fedavg + fedftg" in "\n".join(rendered(terminal_table(runs)))

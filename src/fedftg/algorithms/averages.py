@@ -45,7 +45,7 @@ _CLIENTS, _SHARES, _COUNTS = "seen.clients", "seen.shares", "seen.counts"
 
 
 class AverageConfig(RefinerConfig):
-    """Which average is taken, how its head is corrected: to be deployed, alone or beside a model that is sent."""
+    """Which average is deployed, and how its head is corrected."""
 
     average: Literal["aggregate", "ema", "wima", "all"] = Field(
         default="aggregate",
@@ -203,10 +203,11 @@ def head_bias(model: FunctionalModel, image_shape: Sequence[int]) -> str:
     images = torch.randn(4, *image_shape, generator=torch.Generator().manual_seed(0)).to(next(iter(params.values())))
     logits = model(params, buffers, images, train=False)
     step = torch.linspace(-1, 1, logits.shape[1]).to(logits)  # of mean 0, as log-probabilities show it
+    rounding = max(1e-3, 8 * torch.finfo(logits.dtype).eps)
     for name, value in params.items():
         if value.shape == step.shape:
             moved = model({**params, name: value + step}, buffers, images, train=False) - logits
-            if torch.allclose(moved - moved.mean(dim=1, keepdim=True), step.expand_as(logits), atol=1e-3):
+            if torch.allclose(moved - moved.mean(dim=1, keepdim=True), step.expand_as(logits), atol=rounding):
                 return name
     raise InputError(
         "the label-prior correction adds to the bias of the model's last layer, which must be trainable; this model "

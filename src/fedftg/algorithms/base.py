@@ -202,6 +202,14 @@ class RefinerContext:
     mean: tuple[float, ...] = ()
     """Per channel, as images were normalised for the clients; empty where it is not known (a strategy's server)."""
     std: tuple[float, ...] = ()
+    models: tuple[FunctionalModel, ...] = ()
+    """Where clients have models of their own: client k the k-th, over and over."""
+    unlabelled: Tensor = field(default_factory=lambda: torch.empty(0, 1, 1, 1, dtype=torch.uint8))
+    """Training images ``(N, D, H, W)``, as bytes, that no client holds."""
+
+    def model_of(self, client: int) -> FunctionalModel:
+        """Returns the model that a client's parameters belong to."""
+        return self.models[client % len(self.models)] if self.models else self.model
 
 
 When = Literal["round", "evaluation"]

@@ -27,7 +27,7 @@ from fedftg.distill.config import StudentConfig
 from fedftg.distill.distiller import distil
 from fedftg.distill.images import Images
 from fedftg.distill.pool import PooledImages
-from fedftg.distill.teachers import stack_or_list
+from fedftg.distill.teachers import ListedTeachers, Teachers, stack_or_list
 from fedftg.models.functional import values
 
 
@@ -76,8 +76,16 @@ class Distilled(NoRefiner):
         clients = sorted((result for result in results if result.num_samples > 0), key=lambda result: result.client)
         start = (state.params, state.buffers) if config.start == "aggregate" else model.init()
         student, counts = model.module(*start), torch.stack([client.class_counts for client in clients])
-        teachers = stack_or_list(partial(model, train=False), [c.params for c in clients], [c.buffers for c in clients])
-        images = PooledImages(config, source)
+        if self.context.models:
+            of = self.context.model_of
+            teachers: Teachers = ListedTeachers(
+                [partial(of(c.client), c.params, c.buffers, train=False) for c in clients]
+            )
+        else:
+            values_of = [c.params for c in clients], [c.buffers for c in clients]
+            teachers = stack_or_list(partial(model, train=False), *values_of)
+        images = source if isinstance(source, PooledImages) else PooledImages(config, source)
         metrics = distil(config, images, student, teachers, counts, rng=rng, lr_scale=config.lr_decay**state.round)
         params, buffers = values(student)
+        buffers = {name: buffers[name] for name in state.buffers}  # a tied buffer comes apart in the copy
         return replace(state, params=params, buffers=buffers), {name: float(m.mean()) for name, m in metrics.items()}

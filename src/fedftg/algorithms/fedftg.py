@@ -28,7 +28,7 @@ from fedftg.distill.config import DistillConfig, preset
 from fedftg.distill.distiller import distil
 from fedftg.distill.generator import Generator
 from fedftg.distill.images import GeneratorImages
-from fedftg.distill.labels import skew
+from fedftg.distill.labels import least_share
 from fedftg.distill.pool import PooledImages
 from fedftg.distill.teachers import stack_or_list
 from fedftg.errors import InputError
@@ -39,7 +39,7 @@ from fedftg.seeds import forked
 _MODEL, _CLIENTS, _COUNTS, _AVERAGE, _POOL = "past.model.", "past.clients", "past.counts", "average.", "pool."
 
 WITH_PRESET: dict[str, dict[str, Any]] = {
-    "fedftg": {"absent_weight": 1.0, "min_skew": 2.0, "average": "all", "prior_tau": 0.75},
+    "fedftg": {"absent_weight": 1.0, "lacking": 0.1, "last_round": 20, "average": "all", "prior_tau": 0.75},
 }
 """What goes with a preset in a federation. Chosen by pilots: benchmarks/results/deployed.md."""
 
@@ -51,9 +51,10 @@ class FedFTG(NoRefiner):
     config: DistillConfig
     context: RefinerContext
     absent_weight: float = 0.0
-    min_skew: float = 0.0
+    lacking: float = 0.0
+    last_round: int = 0
     average: Averaged | None = None
-    """What is deployed beside the fine-tuned model, which clients receive; None: that."""
+    """What is deployed in rounds that are not fine-tuned; None: the aggregate."""
 
     @property
     def reads_previous(self) -> bool:
@@ -74,41 +75,45 @@ class FedFTG(NoRefiner):
     def refine(
         self, state: ServerState, results: Sequence[ClientResult], rng: torch.Generator
     ) -> tuple[ServerState, Metrics]:
-        """Fine-tunes the aggregate; rates decay as ``lr_decay ** state.round``."""
-        images = self._images(seed=0)
-        images.load_memory(state.refiner)
-        pool = PooledImages(self.config, images, unprefixed(state.refiner, _POOL))
-        model = self.context.model
-        student = model.module(state.params, state.buffers)
+        """Fine-tunes the aggregate, rates decay as ``lr_decay ** state.round``; or deploys the average."""
+        model, memory = self.context.model, dict(state.refiner)
         ordered = sorted((r for r in results if r.num_samples > 0), key=lambda result: result.client)
-        known = known_counts(state.refiner) if self.absent_weight else {}
+        known = known_counts(memory)
         params, buffers = [r.params for r in ordered], [r.buffers for r in ordered]
         counts = [r.class_counts.to(torch.float64) for r in ordered]
         absent = absent_counts(known, ordered)
-        if absent is not None:
-            previous = unprefixed(state.refiner, _MODEL)
+        if absent is not None and self.absent_weight:
+            previous = unprefixed(memory, _MODEL)
             params.append({name: previous[name] for name in state.params})
             buffers.append({name: previous[name] for name in state.buffers})
             counts.append(self.absent_weight * absent)
-        teachers = stack_or_list(partial(model, train=False), params, buffers)
-        scale, table = self.config.lr_decay**state.round, torch.stack(counts)
-        means: Metrics = {"skew": skew(table)} if self.min_skew else {}
-        if not means or means["skew"] >= self.min_skew:
-            metrics = distil(self.config, pool, student, teachers, table, rng=rng, lr_scale=scale)
+        present = torch.stack([r.class_counts for r in ordered]).sum(dim=0).double()
+        everyone = present if absent is None else present + absent
+        means: Metrics = {"least_share": least_share(present, everyone)} if self.lacking else {}
+        due = means.get("least_share", -1.0) < self.lacking and (not self.last_round or state.round < self.last_round)
+        refined = state
+        if due:
+            images, student = self._images(seed=0), model.module(state.params, state.buffers)
+            images.load_memory(memory)
+            pool = PooledImages(self.config, images, unprefixed(memory, _POOL))
+            teachers = stack_or_list(partial(model, train=False), params, buffers)
+            scale = self.config.lr_decay**state.round
+            metrics = distil(self.config, pool, student, teachers, torch.stack(counts), rng=rng, lr_scale=scale)
             means |= {name: float(metric.mean()) for name, metric in metrics.items()}
-        refined, statistics = values(student)
-        memory = images.memory() | prefixed(pool.pool, _POOL)
-        memory |= {name: v for name, v in state.refiner.items() if name.startswith(_AVERAGE)}
-        if self.absent_weight:
+            tuned, statistics = values(student)  # unties buffers, so the state's names are kept
+            refined = replace(state, params=tuned, buffers={name: statistics[name] for name in state.buffers})
+            memory |= images.memory() | prefixed(pool.pool, _POOL)
+        elif self.average is not None:
+            deployed = self.average.refine(_of_average(state), results, rng)[0]
+            refined = replace(state, deployed={**deployed.params, **deployed.buffers})
+        if self.last_round and state.round + 1 >= self.last_round:  # nothing is fine-tuned any more
+            memory = {name: value for name, value in memory.items() if name.startswith(_AVERAGE)}
+        elif self.absent_weight or self.lacking:
             known |= {r.client: r.class_counts.cpu().to(torch.int64) for r in ordered}
             clients = sorted(known)
             memory |= {_CLIENTS: torch.tensor(clients), _COUNTS: torch.stack([known[client] for client in clients])}
-            memory |= prefixed({**refined, **statistics}, _MODEL)
-        tuned = replace(state, params=refined, buffers=statistics, refiner=memory)
-        if self.average is not None:
-            deployed = self.average.refine(_of_average(tuned), results, rng)[0]
-            tuned = replace(tuned, deployed={**deployed.params, **deployed.buffers})
-        return tuned, means
+            memory |= prefixed({**refined.params, **refined.buffers}, _MODEL) if self.absent_weight else {}
+        return replace(refined, refiner=memory), means
 
     def _images(self, seed: int) -> GeneratorImages:
         config, context = self.config, self.context
@@ -147,11 +152,12 @@ class FedFTGConfig(AverageConfig, DistillConfig):
         "when they last took part; 0 is off, 1 counts the absent like the present",
     )
 
-    min_skew: float = Field(
+    lacking: float = Field(
         default=0.0,
         ge=0,
-        description="rounds whose teachers' class shares differ less, in multiples of what chance gives, are not "
-        "fine-tuned; 0: all are. IID clients have 1",
+        le=1,
+        description="only rounds whose clients lack a class, with less than this times its share among all clients "
+        "known, are fine-tuned, the others deploy the average; 0: all are fine-tuned. IID clients lack none",
     )
 
     @classmethod
@@ -162,10 +168,17 @@ class FedFTGConfig(AverageConfig, DistillConfig):
         values = {**preset(name).model_dump(), **own, **super().defaults({**own, **given})}
         return {**values, "noise_dim": 256} if num_classes is not None and num_classes >= 100 else values
 
+    last_round: int = Field(
+        default=0,
+        ge=0,
+        description="rounds after this one are not fine-tuned and deploy the average; 0: all are fine-tuned",
+    )
+
     def build(self, context: RefinerContext) -> Refiner:
         """Returns the refiner for one experiment."""
         config = DistillConfig(**self.model_dump(include=set(DistillConfig.model_fields)))
         if self.lambda_bn and not context.model.has_batchnorm:
             raise InputError("refiner.lambda_bn needs a model with BatchNorm, and this one has none; set it to 0")
-        average = Averaged.build(self, context) if self.average != "aggregate" or self.prior_tau else None
-        return FedFTG(config, context, self.absent_weight, self.min_skew, average)
+        deploys = (self.lacking or self.last_round) and (self.average != "aggregate" or self.prior_tau)
+        average = Averaged.build(self, context) if deploys else None
+        return FedFTG(config, context, self.absent_weight, self.lacking, self.last_round, average)

@@ -27,9 +27,12 @@ REFINERS: Registry[type[RefinerConfig]] = Registry(
     {
         "none": "fedftg.algorithms.base:NoRefinerConfig",
         "fedftg": "fedftg.algorithms.fedftg:FedFTGConfig",
+        "feddf": "fedftg.algorithms.feddf:FedDFConfig",
         "dafl": "fedftg.algorithms.dafl:DaflConfig",
         "adi": "fedftg.algorithms.adi:AdiConfig",
         "dfrd": "fedftg.algorithms.dfrd:DfrdConfig",
+        "dense": "fedftg.algorithms.dense:DenseConfig",
+        "coboosting": "fedftg.algorithms.coboosting:CoBoostingConfig",
         "head_prior": "fedftg.algorithms.averages:HeadPriorConfig",
         "all": "fedftg.algorithms.averages:AllConfig",
         "ema": "fedftg.algorithms.averages:EmaConfig",

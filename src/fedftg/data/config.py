@@ -75,6 +75,9 @@ class PartitionConfig(BaseModel):
     test_share: float = Field(
         default=0.0, ge=0, lt=1, description="share of each client's samples held back, for accuracy per client"
     )
+    unlabelled_share: float = Field(
+        default=0.0, ge=0, lt=1, description="share of the training images that no client gets, for refiner.proxy"
+    )
 
     @model_validator(mode="after")
     def _settings_fit_the_law(self) -> PartitionConfig:
@@ -85,4 +88,6 @@ class PartitionConfig(BaseModel):
         needed = {"domain": "column", "natural": "column", "file": "file"}.get(self.law)
         if needed and getattr(self, needed) is None:
             raise ValueError(f"law {self.law} needs partition.{needed}")
+        if self.law == "file" and self.unlabelled_share:
+            raise ValueError("unlabelled_share does not go with law file; leave the rows out of the file instead")
         return self

@@ -104,6 +104,13 @@ class FederatedData:
         """Whether `held_back_batches` yields anything."""
         return any(len(part) for part in self._held_back)
 
+    @property
+    def unlabelled_images(self) -> Tensor:
+        """Returns the training images ``(N, D, H, W)`` that no client holds, as bytes on the CPU."""
+        free = torch.ones(len(self.dataset.train_images), dtype=torch.bool)
+        free[torch.cat([*self.parts, *self._held_back])] = False
+        return self.dataset.train_images[free]
+
     def relative_size(self, client: int) -> float:
         """Returns the client's number of samples over the mean of all clients; 1 where all hold the same."""
         return self.num_samples(client) / self._mean_size
@@ -210,7 +217,11 @@ def partition_dataset(
 ) -> tuple[list[Indices], list[Indices], list[Indices]]:
     """Returns ascending training rows per client: all, those to train on, and those held back for testing."""
     labels = dataset.train_labels.numpy()
-    whole = partition(labels, config, numpy_rng(seed, 0, SERVER, "partition"), dataset.columns)
+    share, draws = config.unlabelled_share, numpy_rng(seed, 0, SERVER, "unlabelled")
+    (rows,), _ = hold_back([np.arange(len(labels))], labels, share, draws)
+    columns = {name: values[rows] for name, values in dataset.columns.items()}
+    places = partition(labels[rows], config, numpy_rng(seed, 0, SERVER, "partition"), columns)
+    whole = [rows[place] for place in places]
     return whole, *hold_back(whole, labels, config.test_share, numpy_rng(seed, 0, SERVER, "hold_back"))
 
 

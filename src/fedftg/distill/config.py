@@ -139,6 +139,7 @@ _OFFICIAL: dict[str, Any] = {
 
 # Chosen by pilots on CIFAR-10, docs/results.md; in a federation, more goes with it: fedftg.algorithms.fedftg.
 _FEDFTG: dict[str, Any] = {
+    "generator_steps": 2,
     "generator_lr": 0.003,
     "generator_optimizer_state": "kept",
     "student_lr": 0.03,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from fedftg.distill import losses
@@ -53,11 +53,17 @@ class Images(Protocol[Draw]):
 class ProxyImages:
     """Real images without labels (FedDF), each shown once per pass, in random order.
 
-    They are on the student's device and normalised as the teachers' were; ``B`` may be larger than ``N``.
+    They are on the student's device; ``B`` may be larger than ``N``. ``prepare`` makes of a batch what the teachers
+    take, such as normalised images of bytes; None where ``images`` are that already.
     """
 
-    def __init__(self, images: Float[Tensor, "N D H W"], batch_size: int) -> None:
-        self._images, self._batch_size = images, batch_size
+    def __init__(
+        self,
+        images: Num[Tensor, "N d h w"],
+        batch_size: int,
+        prepare: Callable[[Tensor], Float[Tensor, "B D H W"]] | None = None,
+    ) -> None:
+        self._images, self._batch_size, self._prepare = images, batch_size, prepare
 
     def start(self, call: Call) -> Sequence[Tensor]:
         """Returns the rows ``(B,)`` of each batch."""
@@ -71,7 +77,8 @@ class ProxyImages:
 
     def make(self, draw: Int[Tensor, " B"]) -> tuple[Float[Tensor, "B D H W"], None]:
         """Returns the images of these rows."""
-        return self._images[draw], None
+        images = self._images[draw]
+        return images if self._prepare is None else self._prepare(images), None
 
 
 class GeneratorImages:

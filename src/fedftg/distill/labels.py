@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor
@@ -55,17 +53,13 @@ def label_log_prior(counts: Tensor) -> Tensor:
     return ((counts + 0.5) / (counts.sum(dim=-1, keepdim=True) + 0.5 * counts.shape[-1])).log()
 
 
-def skew(class_counts: Float[Tensor, "K C"]) -> float:
-    """Returns how much the teachers' class shares differ, in multiples of what chance gives: 1 where they are alike.
+def least_share(present: Float[Tensor, " C"], everyone: Float[Tensor, " C"]) -> float:
+    """Returns the smallest quotient, over classes, of the share of some clients' samples and of everyone's.
 
-    It is the mean total variation distance between a teacher's class shares and those of all teachers together, over
-    the mean distance of as many samples drawn from the latter.
+    1 where all classes have their usual share; 0 where one is missing, or was never held by anyone.
     """
-    sizes = class_counts.sum(dim=1)
-    counts, shares = class_counts[sizes > 0], class_probabilities(class_counts)
-    sizes = sizes[sizes > 0].unsqueeze(1)
-    chance = (2 * shares * (1 - shares) / (math.pi * sizes)).sqrt().sum(dim=1).mean()
-    return float((counts / sizes - shares).abs().sum(dim=1).mean() / chance)
+    usual = everyone / everyone.sum()
+    return float(torch.where(usual > 0, present / present.sum() / usual.clamp(min=1e-12), 0.0).min())
 
 
 def sample_labels(

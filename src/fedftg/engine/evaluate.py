@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -10,7 +11,9 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from fedftg.algorithms.base import ClientResult
 from fedftg.data.federated import FederatedData
+from fedftg.distill.labels import label_log_prior
 from fedftg.models.functional import FunctionalModel
 from fedftg.params import Params
 
@@ -24,6 +27,10 @@ class EvaluationConfig(BaseModel):
     batch_size: int = Field(default=500, ge=1, description="changes speed and memory, not results")
     track_all: bool = Field(
         default=True, description="keep every client's last upload for the 'all' accuracy (one model per client)"
+    )
+    ensemble: bool = Field(
+        default=False,
+        description="measure the ensemble of the round's clients too, a ceiling of distillation; takes a pass a client",
     )
     targets: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
         default=(), description="accuracies between 0 and 1; the summary says in which round each was first reached"
@@ -41,18 +48,47 @@ class Measured:
     """Clients that hold samples back and are not in ``clients``: ``{client, reason}``."""
 
 
-@torch.no_grad()
 def evaluate(
     model: FunctionalModel, params: Params, buffers: Params, data: FederatedData, batch_size: int
 ) -> tuple[float, float]:
     """Returns accuracy in [0, 1] and mean cross-entropy over the whole test set, in evaluation mode."""
+    return _evaluate(lambda images: [model(params, buffers, images, train=False)], data, batch_size)[0]
+
+
+def evaluate_ensemble(
+    models: Sequence[FunctionalModel], clients: Sequence[ClientResult], data: FederatedData, batch_size: int
+) -> dict[str, tuple[float, float]]:
+    """Returns what `evaluate` does for a round's clients together, each weighted by its samples.
+
+    ``ensemble`` predicts the mean of their probabilities; ``ensemble_prior`` the softmax of the mean of their logits,
+    each without the log of its client's label prior (`label_log_prior`). Client k has the k-th model, over and over.
+    """
+    pairs = [(models[one.client % len(models)], one) for one in clients]
+    counts = torch.stack([one.class_counts for one in clients]).to(data.device)
+    shares = (counts.sum(dim=1) / counts.sum())[:, None, None]
+    priors = label_log_prior(counts)[:, None].float()
+
+    def predict(images: Tensor) -> list[Tensor]:
+        logits = torch.stack([model(one.params, one.buffers, images, train=False) for model, one in pairs])
+        mixed = (logits.log_softmax(dim=-1) + shares.log()).logsumexp(dim=0)
+        return [mixed, (shares * (logits - priors)).sum(dim=0)]
+
+    return dict(zip(("ensemble", "ensemble_prior"), _evaluate(predict, data, batch_size), strict=True))
+
+
+@torch.no_grad()
+def _evaluate(
+    predict: Callable[[Tensor], Sequence[Tensor]], data: FederatedData, batch_size: int
+) -> list[tuple[float, float]]:
+    """Returns accuracy and mean cross-entropy of each of the logits ``(B, C)`` that a function returns."""
     correct, loss, total = [], [], 0
     for images, labels in data.test_batches(batch_size):
-        logits = model(params, buffers, images, train=False)
-        correct.append((logits.argmax(dim=1) == labels).sum())
-        loss.append(F.cross_entropy(logits, labels, reduction="sum").double())
+        predicted = predict(images)
+        correct.append([(logits.argmax(dim=1) == labels).sum() for logits in predicted])
+        loss.append([F.cross_entropy(logits, labels, reduction="sum").double() for logits in predicted])
         total += len(labels)
-    return float(torch.stack(correct).sum()) / total, float(torch.stack(loss).sum()) / total
+    sums = [[float(torch.stack(part).sum()) / total for part in zip(*of, strict=True)] for of in (correct, loss)]
+    return list(zip(*sums, strict=True))
 
 
 def evaluate_clients(

@@ -75,6 +75,8 @@ class SequentialExecutor:
     model: FunctionalModel
     data: FederatedData
     settings: LocalConfig
+    models: tuple[FunctionalModel, ...] = ()
+    """Where clients have models of their own: client k the k-th, over and over."""
     description: str = "sequential"
 
     def run(self, rule: LocalRule, tasks: Iterable[LocalTask]) -> Iterator[ClientResult]:
@@ -92,10 +94,11 @@ class SequentialExecutor:
 
     def run_one(self, rule: LocalRule, task: LocalTask) -> ClientResult:
         """Trains one client."""
-        batches = client_batches(self.model, self.data, self.settings, task)
+        model = self.models[task.client % len(self.models)] if self.models else self.model
+        batches = client_batches(model, self.data, self.settings, task)
         # Dropout draws from the global generator.
         with forked(seed_for(task.seed, task.round, task.client, "model"), self.data.device):
-            return train(self.model, rule, task, batches, self.data.class_counts[task.client], self.settings)
+            return train(model, rule, task, batches, self.data.class_counts[task.client], self.settings)
 
 
 @dataclass(frozen=True)

@@ -248,6 +248,8 @@ def _prepare(grid: Grid, config: RunConfig, settings: AppSettings, folder: RunFo
         normalisation = tuple(before["mean"]), tuple(before["std"])
     federation = NodeFederation(nodes.known, normalisation, test, resolve_device(config.device))
     record = before or federation.record(secrets.token_hex(8))
+    if config.model.clients:
+        raise InputError("model.clients is for the simulator; a Flower node trains model.name")
     parts = build.parts(config, federation, len(federation.candidates))
     clients = ClientStore(
         lambda: {LAST_COUNTED: torch.tensor(0)},

@@ -75,6 +75,8 @@ class Refined(Strategy):
         model: the classifier to which the arrays belong, from images ``(B, D, H, W)`` to logits ``(B, C)``; copied.
             Parameters with ``requires_grad=False`` keep their aggregated values.
         image_shape: ``(D, H, W)`` of its images; FedFTG's generator takes 1 or 3 channels, 8 to 224 pixels a side.
+        mean: per channel, by which clients normalise images scaled to 0..1; a refiner on proxy images needs it.
+        std: likewise.
         seed: of everything that is drawn on the server; the numbers are those of ``fedftg run`` with this seed.
         device: where the server refines; ``auto`` is a GPU if there is one.
         checkpoint: a folder for the state after each round; `start` resumes from it.
@@ -87,6 +89,8 @@ class Refined(Strategy):
         model: nn.Module,
         image_shape: Sequence[int],
         *,
+        mean: Sequence[float] = (),
+        std: Sequence[float] = (),
         seed: int = 0,
         device: str = "auto",
         checkpoint: str | Path | None = None,
@@ -106,8 +110,8 @@ class Refined(Strategy):
         trainable = FunctionalModel(copied(model).float().to(self._device))
         self._num_classes = _num_classes(trainable, image_shape, self._device)
         channels, height, width = image_shape
-        context = RefinerContext(trainable, self._num_classes, (channels, height, width), self._device)
-        self._refiner = refiner.build(context)
+        shape, normalisation = (channels, height, width), (tuple(mean), tuple(std))
+        self._refiner = refiner.build(RefinerContext(trainable, self._num_classes, shape, self._device, *normalisation))
         self._memory: Memory = self._refiner.init(trainable.init()[0], torch_rng(seed, 0, SERVER, "refiner"))
         self._layout: Layout | None = None
         self._sent = ArrayRecord()
@@ -339,7 +343,8 @@ class FedFTG(Refined):
 
     Args:
         strategy: the base; see `Refined` for it and the other arguments.
-        config: a preset (``fedftg``, ``paper``, ``official``), or a `DistillConfig`.
+        config: a preset (``fedftg``, ``paper``, ``official``), or a `DistillConfig`, the fine-tuning alone. ``fedftg``
+            deploys an average of last uploads after round 20, for which it keeps one model per client.
         absent_weight: >= 0: the weight of the previous round's model as a teacher for the classes of absent clients;
             0 is off. None: the preset's, 0 with a `DistillConfig`.
         options: those of `Refined`: ``seed``, ``device``, ``checkpoint``.
@@ -357,7 +362,7 @@ class FedFTG(Refined):
     ) -> None:
         settings: dict[str, Any] = {"preset": config}
         if isinstance(config, DistillConfig):
-            settings = {**config.model_dump(), "absent_weight": 0.0}
+            settings = {"preset": "paper", **config.model_dump()}
         if absent_weight is not None:
             settings["absent_weight"] = absent_weight
         super().__init__(strategy, parse(FedFTGConfig, settings), model, image_shape, **options)

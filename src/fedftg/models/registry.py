@@ -43,6 +43,11 @@ class ModelConfig(BaseModel):
         "num_classes and image_shape where it takes them",
     )
     args: dict[str, Any] = Field(default={}, description="further keyword arguments of the model")
+    clients: tuple[str, ...] = Field(
+        default=(),
+        description="models of the clients: client k has the k-th, over and over; () is the server's, model.name. "
+        "Others cannot be averaged: needs rounds = 1, fedavg, and a refiner with start = fresh",
+    )
 
 
 def build(config: ModelConfig, num_classes: int, image_shape: tuple[int, int, int], seed: int) -> nn.Module:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedftg.errors import InputError, first_line
+from fedftg.errors import InputError, first_line, flat
 from fedftg.rundir import records
 from fedftg.rundir.folder import RunFolder
 
 Series = tuple[list[int], list[float]]
 """Round numbers and values."""
+
+_NOT_IN_A_GROUP = ("name", "seed", "device", "threads", "executor", "checkpoint")
+"""Sections in which the runs of a group may differ."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,32 @@ def load_run(folder: Path | str) -> RunRecord:
         raise InputError(f"cannot read the records in {files.path}: {first_line(error)}") from None
 
 
-def display_names(runs: Sequence[RunRecord]) -> list[str]:
-    """Returns the runs' names; where several are the same, their folders."""
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but the seed, by seed."""
+
+    name: str
+    runs: tuple[RunRecord, ...]
+
+    @property
+    def first(self) -> RunRecord:
+        """Returns the run of the lowest seed, for what all have in common."""
+        return self.runs[0]
+
+
+def grouped(runs: Sequence[RunRecord]) -> list[Group]:
+    """Returns groups in the order of their first runs; a run whose seed is there already is a group of its own."""
     names = [run.name for run in runs]
-    return [name if names.count(name) == 1 else str(run.folder) for run, name in zip(runs, names, strict=True)]
+    found: dict[tuple[object, ...], dict[int, RunRecord]] = {}
+    for run in runs:
+        settings = flat({key: value for key, value in run.config.items() if key not in _NOT_IN_A_GROUP})
+        key: tuple[object, ...] = tuple(sorted((name, repr(value)) for name, value in settings.items()))
+        if int(run.config.get("seed", 0)) in found.get(key, {}):
+            key = (*key, run.folder)
+        found.setdefault(key, {})[int(run.config.get("seed", 0))] = run
+    groups = []
+    for by_seed in found.values():
+        ordered = tuple(by_seed[seed] for seed in sorted(by_seed))
+        name = ordered[0].name if names.count(ordered[0].name) == 1 else str(ordered[0].folder)
+        groups.append(Group(re.sub(r"-s\d+$", "", name) if len(ordered) > 1 else name, ordered))
+    return groups

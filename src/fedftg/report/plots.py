@@ -16,8 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from fedftg.errors import InputError
-from fedftg.report.load import RunRecord, Series, display_names
-from fedftg.report.table import LAST, score
+from fedftg.report.load import RunRecord, Series, grouped
+from fedftg.report.table import LAST, deviation, score
 
 DPI = 100
 WIDTH = 12.0
@@ -40,7 +40,8 @@ _KINDS: dict[str, tuple[str, Literal["-", "--", ":"], float]] = {
 def accuracy_plot(runs: Sequence[RunRecord], path: Path) -> Path:
     """Writes test accuracies over rounds as PNG; returns ``path``.
 
-    A colour per run: the deployed model solid, `selected` dashed, `all` dotted.
+    A colour per setting: the deployed model solid, `selected` dashed, `all` dotted. Of several seeds the mean,
+    with a band of one standard deviation around the deployed model.
 
     Raises:
         InputError: the file cannot be written.
@@ -48,16 +49,18 @@ def accuracy_plot(runs: Sequence[RunRecord], path: Path) -> Path:
     figure = Figure(figsize=(WIDTH, 5.6 + 0.22 * math.ceil(len(runs) / 2)), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     handles, shown = [], set()
-    for index, (run, name) in enumerate(zip(runs, display_names(runs), strict=True)):
-        colour = _COLOURS[index % len(_COLOURS)]
-        deployed = run.accuracy("refined")
+    for index, group in enumerate(grouped(runs)):
+        colour, name = _COLOURS[index % len(_COLOURS)], group.name
         marker = _MARKERS[index // len(_COLOURS) % len(_MARKERS)]
         for kind in _KINDS:
-            series = run.accuracy(kind)
-            if series[0] and not (kind == "selected" and run.refiner == "none"):  # that is the deployed model
-                _draw_line(axes, series, kind, colour, marker if kind == "refined" else "")
+            numbers, means, spreads = _mean_of([run.accuracy(kind) for run in group.runs])
+            if numbers and not (kind == "selected" and group.first.refiner == "none"):  # that is the deployed model
+                _draw_line(axes, (numbers, means), kind, colour, marker if kind == "refined" else "")
                 shown.add(kind)
-        result = score(deployed)
+                if kind == "refined" and len(group.runs) > 1:
+                    low, high = ([100 * (m + way * s) for m, s in zip(means, spreads, strict=True)] for way in (-1, 1))
+                    axes.fill_between(numbers, low, high, color=colour, alpha=0.15, linewidth=0)
+        result = score(_mean_of([run.accuracy("refined") for run in group.runs])[:2])
         # The value comes first: matplotlib leaves out labels that start with an underscore.
         label = f"{'no evaluation' if result is None else f'{100 * result.mean_last:.2f}'}   {_cut(name, 110)}"
         handles.append(Line2D([], [], color=colour, linewidth=2, marker=marker, markersize=4.5, label=label))
@@ -126,6 +129,15 @@ def partition_heatmap(
     axes.set_ylim(clients - 0.5, -0.5)
     figure.suptitle(_cut(title, 120), parse_math=False)
     return _save(figure, path)
+
+
+def _mean_of(series: Sequence[Series]) -> tuple[list[int], list[float], list[float]]:
+    """Returns rounds that all have, the mean over series, and the standard deviation."""
+    values = [dict(zip(*one, strict=True)) for one in series]
+    numbers = sorted(set.intersection(*(set(one) for one in values)))
+    columns = [[one[number] for one in values] for number in numbers]
+    means = [math.fsum(column) / len(column) for column in columns]
+    return numbers, means, [deviation(column) for column in columns]
 
 
 def _draw_line(axes: Axes, series: Series, kind: str, colour: str, marker: str) -> None:

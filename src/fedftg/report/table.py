@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedftg.errors import flat
-from fedftg.report.load import RunRecord, Series, display_names
+from fedftg.report.load import Group, RunRecord, Series, grouped
 
 LAST = 10
 """How many evaluations the reported mean covers."""
@@ -46,11 +46,12 @@ class Score:
 
 @dataclass(frozen=True)
 class Gain:
-    """Deployed accuracy minus the base's, over rounds (up to ``until``) in which both were evaluated."""
+    """Deployed accuracy minus the base's of the same seed, in rounds (up to ``until``) that both evaluated."""
 
     base: str
-    final: float
-    mean_last: float
+    final: tuple[float, ...]
+    """One number a seed that both have."""
+    mean_last: tuple[float, ...]
     until: int
     whole: bool
     """Neither was evaluated later than ``until``."""
@@ -60,19 +61,19 @@ class Gain:
 
 @dataclass(frozen=True)
 class Row:
-    """One run of a comparison."""
+    """One run of a comparison, or the runs of one setting with several seeds."""
 
     name: str
-    run: RunRecord
-    deployed: Score | None
-    """Of `refined`, or without refiner of the aggregate."""
+    runs: tuple[RunRecord, ...]
+    deployed: tuple[Score, ...]
+    """Of `refined`, or without refiner of the aggregate; one a seed, or empty where a run has none."""
     is_base: bool
     gain: Gain | None
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a comparison, right-aligned; the terminal leaves it out where no run has a value.
+    """One column of a comparison, right-aligned, left out where no run has a value.
 
     ``cell`` returns a value and a smaller one, either may be empty. ``beside`` and ``below`` format the smaller one,
     in Markdown beside the value and in the terminal below it.
@@ -85,23 +86,32 @@ class Column:
 
 
 def _rounds(row: Row) -> tuple[str, str]:
-    done, planned = len(row.run.rounds), row.run.config["rounds"]
+    done, planned = min(len(run.rounds) for run in row.runs), row.runs[0].config["rounds"]
     return str(done), "" if done == planned else str(planned)
 
 
 def _accuracy(row: Row, kind: str) -> tuple[str, str]:
-    value = None if kind == "refined" and row.run.refiner == "none" else score(row.run.accuracy(kind))
-    return (_percent(value.mean_last), _percent(value.final)) if value else ("", "")
+    hidden = kind == "refined" and row.runs[0].refiner == "none"
+    found = () if hidden else _scores(row.runs, kind)
+    return _pair([one.mean_last for one in found], [one.final for one in found])
 
 
 def _versus(row: Row) -> tuple[str, str]:
     if row.gain is None:
         return "base" if row.is_base else "", ""
-    return _percent(row.gain.mean_last, "+"), _percent(row.gain.final, "+")
+    return _pair(row.gain.mean_last, row.gain.final, "+")
 
 
 def _best(row: Row) -> tuple[str, str]:
-    return (_percent(row.deployed.best), str(row.deployed.best_round)) if row.deployed else ("", "")
+    if not row.deployed:
+        return "", ""
+    value, smaller = _pair([one.best for one in row.deployed], [])
+    return value, smaller or f"@{row.deployed[0].best_round}"
+
+
+def _seconds(row: Row) -> tuple[str, str]:
+    seconds = math.fsum(run.seconds for run in row.runs) / len(row.runs)
+    return f"{seconds:.{1 if seconds < 100 else 0}f}", ""
 
 
 COLUMNS = (
@@ -109,9 +119,10 @@ COLUMNS = (
     Column("selected", lambda row: _accuracy(row, "selected")),
     Column("all", lambda row: _accuracy(row, "all")),
     Column("refined", lambda row: _accuracy(row, "refined")),
+    Column("ensemble", lambda row: (_accuracy(row, "ensemble")[0], _accuracy(row, "ensemble_prior")[0])),
     Column("vs base", _versus),
-    Column("best", _best, beside=" @{}", below="@{}"),
-    Column("seconds", lambda row: (f"{row.run.seconds:.{1 if row.run.seconds < 100 else 0}f}", "")),
+    Column("best", _best, beside=" {}"),
+    Column("seconds", _seconds),
 )
 """What is shown of each run beside its name and method; a new column is an entry here."""
 
@@ -127,30 +138,44 @@ def score(series: Series) -> Score | None:
     return Score(values[-1], math.fsum(last) / len(last), best, best_round, len(values))
 
 
-def comparison_rows(runs: Sequence[RunRecord]) -> list[Row]:
-    """Returns one row per run, in the order given.
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Returns the 95 % confidence interval of the mean of two or more values (Student's t)."""
+    from scipy.stats import t
 
-    A run's base is the run of the same algorithm with refiner ``none``; where there are several, the one whose settings
+    half = float(t.ppf(0.975, len(values) - 1)) * deviation(values) / math.sqrt(len(values))
+    mean = math.fsum(values) / len(values)
+    return mean - half, mean + half
+
+
+def comparison_rows(runs: Sequence[RunRecord]) -> list[Row]:
+    """Returns one row per setting, its seeds together, in the order given.
+
+    A row's base is that of the same algorithm with refiner ``none``; where there are several, the one whose settings
     differ least, the first of equals.
     """
-    names = display_names(runs)
-    bases = [_base_of(run, runs) for run in runs]
+    groups = grouped(runs)
+    bases = [_base_of(group.first, [other.first for other in groups]) for group in groups]
     return [
         Row(
-            name=name,
-            run=run,
-            deployed=score(run.accuracy("refined")),
+            name=group.name,
+            runs=group.runs,
+            deployed=_scores(group.runs, "refined"),
             is_base=place in bases,
-            gain=None if base is None else _gain(run, runs[base], names[base]),
+            gain=None if base is None else _gain(group, groups[base]),
         )
-        for place, (run, name, base) in enumerate(zip(runs, names, bases, strict=True))
+        for place, (group, base) in enumerate(zip(groups, bases, strict=True))
     ]
+
+
+def _scores(runs: Sequence[RunRecord], kind: str) -> tuple[Score, ...]:
+    found = [score(run.accuracy(kind)) for run in runs]
+    return tuple(one for one in found if one is not None) if None not in found else ()
 
 
 def terminal_table(runs: Sequence[RunRecord]) -> Table:
     """Returns a table for 80 columns: two lines per run, the mean of the last evaluations above the final value."""
     rows = comparison_rows(runs)
-    columns = [column for column in COLUMNS if any(column.cell(row)[0] for row in rows)]
+    columns = _columns(rows)
     table = Table(
         box=box.SIMPLE_HEAD,
         show_edge=False,
@@ -160,11 +185,15 @@ def terminal_table(runs: Sequence[RunRecord]) -> Table:
         caption=Text("\n" + "\n".join(_notes(rows, below="below it the final"))),
         caption_justify="left",
     )
-    table.add_column("run\nmethod", overflow="fold", min_width=12)
+    table.add_column("run\nmethod", overflow="fold", min_width=10)
     for column in columns:
         table.add_column(column.header, justify="right", no_wrap=True)
     for row in rows:
-        cells = [Text.assemble(row.name, "\n", (row.run.method, "dim"))]
+        cells = [
+            Text.assemble(
+                row.name, "\n", (row.runs[0].method + (f", {len(row.runs)} seeds" if len(row.runs) > 1 else ""), "dim")
+            )
+        ]
         for column in columns:
             value, smaller = column.cell(row)
             below = ("\n" + column.below.format(smaller), "dim") if smaller else ""
@@ -176,11 +205,12 @@ def terminal_table(runs: Sequence[RunRecord]) -> Table:
 def markdown_table(runs: Sequence[RunRecord]) -> str:
     """Returns the same numbers as a Markdown table, ``mean of the last (final)``, with its notes below."""
     rows = comparison_rows(runs)
-    header = ["run", "algorithm", "refiner", *(column.header for column in COLUMNS)]
-    lines = ["| " + " | ".join(header) + " |", "|---|---|---|" + "---:|" * len(COLUMNS)]
+    columns = _columns(rows)
+    header = ["run", "algorithm", "refiner", *(column.header for column in columns)]
+    lines = ["| " + " | ".join(header) + " |", "|---|---|---|" + "---:|" * len(columns)]
     for row in rows:
-        cells = [row.name, row.run.algorithm, row.run.refiner]
-        for column in COLUMNS:
+        cells = [row.name, row.runs[0].algorithm, row.runs[0].refiner]
+        for column in columns:
             value, smaller = column.cell(row)
             bold = "**" if _is_best(row, column, rows) else ""
             cells.append(f"{bold}{value or '-'}{bold}" + (column.beside.format(smaller) if smaller else ""))
@@ -234,15 +264,28 @@ def _base_of(run: RunRecord, runs: Sequence[RunRecord]) -> int | None:
     return None if run.refiner == "none" else min(bases, key=lambda i: len(_differences(run, runs[i])), default=None)
 
 
-def _gain(run: RunRecord, base: RunRecord, base_name: str) -> Gain | None:
-    ours, theirs = (dict(zip(*each.accuracy("refined"), strict=True)) for each in (run, base))
-    common = sorted(ours.keys() & theirs.keys())
-    if not common:
+def _gain(group: Group, base: Group) -> Gain | None:
+    final, last, untils, whole = [], [], [], True
+    theirs_by_seed = {run.config.get("seed"): run for run in base.runs}
+    # A single run has a base of another seed rather than none.
+    pairs = [(run, theirs_by_seed.get(run.config.get("seed"))) for run in group.runs]
+    if len(group.runs) == len(base.runs) == 1:
+        pairs = [(group.first, base.first)]
+    for run, other in pairs:
+        if other is None:
+            continue
+        ours, theirs = (dict(zip(*each.accuracy("refined"), strict=True)) for each in (run, other))
+        common = sorted(ours.keys() & theirs.keys())
+        if common:
+            gains = [ours[number] - theirs[number] for number in common]
+            final.append(gains[-1])
+            last.append(math.fsum(gains[-LAST:]) / len(gains[-LAST:]))
+            untils.append(common[-1])
+            whole = whole and common[-1] == max(*ours, *theirs)
+    if not last:
         return None
-    gains = [ours[round] - theirs[round] for round in common]
-    last = gains[-LAST:]
-    whole = common[-1] == max(*ours, *theirs)
-    return Gain(base_name, gains[-1], math.fsum(last) / len(last), common[-1], whole, _differences(run, base))
+    differs = tuple(key for key in _differences(group.first, base.first) if key != "seed" or len(pairs) == 1)
+    return Gain(base.name, tuple(final), tuple(last), min(untils), whole, differs)
 
 
 def _differences(run: RunRecord, base: RunRecord) -> tuple[str, ...]:
@@ -251,22 +294,42 @@ def _differences(run: RunRecord, base: RunRecord) -> tuple[str, ...]:
     return tuple(key for key in keys if ours.get(key) != theirs.get(key))
 
 
+def _columns(rows: Sequence[Row]) -> list[Column]:
+    return [column for column in COLUMNS if any(column.cell(row)[0] for row in rows)]
+
+
 def _is_best(row: Row, column: Column, rows: Sequence[Row]) -> bool:
     """Returns whether the column has the row's deployed accuracy, and no run's is higher."""
-    kind = "selected" if row.run.refiner == "none" else "refined"
-    if len(rows) == 1 or row.deployed is None or column.header != kind:
+    kind = "selected" if row.runs[0].refiner == "none" else "refined"
+    if len(rows) == 1 or not row.deployed or column.header != kind:
         return False
-    means = [other.deployed.mean_last for other in rows if other.deployed]
-    return row.deployed.mean_last == max((mean for mean in means if not math.isnan(mean)), default=math.nan)
+    means = [_deployed_mean(other) for other in rows if other.deployed]
+    return _deployed_mean(row) == max((mean for mean in means if not math.isnan(mean)), default=math.nan)
+
+
+def _deployed_mean(row: Row) -> float:
+    return math.fsum(one.mean_last for one in row.deployed) / len(row.deployed)
 
 
 def _notes(rows: Sequence[Row], below: str) -> list[str]:
-    counts = [row.deployed.evaluations for row in rows if row.deployed]
+    counts = [one.evaluations for row in rows for one in row.deployed]
     fewer = f" (of all {min(counts)} where fewer)" if counts and min(counts) < LAST else ""
     notes = [f"Test accuracy in %: mean of the last {LAST} evaluations{fewer}, {below}."]
     if any(row.gain for row in rows):
         notes.append("vs base: deployed minus the same algorithm without refiner, in points.")
+    if any(len(row.runs) > 1 for row in rows):
+        notes.append("Of several seeds: the mean and its standard deviation over seeds; vs base is paired by seed.")
+    if any(row.runs[0].accuracy("ensemble")[0] for row in rows):
+        notes.append(
+            "ensemble: of the round's clients, not deployed: by the mean of their probabilities; second, by that of "
+            "their logits without label priors."
+        )
     for row in rows:
+        if row.gain and len(row.gain.mean_last) > 1:
+            low, high = (_percent(end, "+") for end in interval(row.gain.mean_last))
+            notes.append(
+                f"{row.name} vs {row.gain.base}: 95 % interval {low} to {high} (t, {len(row.gain.mean_last)} seeds)."
+            )
         if row.gain and not row.gain.whole:
             notes.append(f"{row.name} vs {row.gain.base}: up to round {row.gain.until}, the last that both evaluated.")
         if row.gain and row.gain.differs:
@@ -275,7 +338,7 @@ def _notes(rows: Sequence[Row], below: str) -> list[str]:
                 f"{row.name} and its base {row.gain.base} differ also in {', '.join(row.gain.differs[:4])}{more}."
             )
     for row in rows:
-        measured = [record for record in row.run.rounds if "client_accuracy" in record]
+        measured = [record for record in row.runs[0].rounds if "client_accuracy" in record]
         if measured:
             found = measured[-1]["client_accuracy"]["refined"]
             mean, worst, spread = (_percent(found[key]) for key in ("mean", "worst_10", "std"))
@@ -284,10 +347,25 @@ def _notes(rows: Sequence[Row], below: str) -> list[str]:
                 f"{row.name}, per client (round {number}): mean {mean}, worst 10 % {worst}, "
                 f"standard deviation {spread}."
             )
-    unfinished = [row.name for row in rows if row.run.summary is None]
+    unfinished = [run.name for row in rows for run in row.runs if run.summary is None]
     if unfinished:
         notes.append(f"Unfinished: {', '.join(unfinished)}.")
     return notes
+
+
+def _pair(values: Sequence[float], of_one: Sequence[float], sign: str = "") -> tuple[str, str]:
+    """Returns the mean over seeds and its standard deviation; of one seed its value, and that of ``of_one``."""
+    if not values:
+        return "", ""
+    if len(values) == 1:
+        return _percent(values[0], sign), _percent(of_one[0], sign) if of_one else ""
+    return _percent(math.fsum(values) / len(values), sign), f"± {_percent(deviation(values))}"
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Returns the standard deviation (n - 1), NaN where a value is."""
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1))
 
 
 def _percent(value: float, sign: str = "") -> str:

@@ -107,7 +107,7 @@ def summarise(header: Record, rows: Sequence[Record], targets: Sequence[float], 
     """
     evaluated = [row for row in rows if row.get("accuracy")]
     accuracy: Record = {}
-    for kind in ("selected", "all", "refined"):
+    for kind in ("selected", "all", "refined", "ensemble", "ensemble_prior"):
         if series := {row["round"]: value for row in evaluated if (value := row["accuracy"].get(kind)) is not None}:
             best_round = max(series, key=series.__getitem__)
             last = list(series.values())[-10:]

@@ -1,0 +1,132 @@
+"""DENSE as a refiner: a generator fills a pool of images, on which the student learns from the ensemble.
+
+Zhang, Chen, Li, Lyu, Wu, Ding, Shen, Wu, "DENSE: Data-Free One-Shot Federated Learning", NeurIPS 2022,
+https://arxiv.org/abs/2112.12371.
+
+    min_theta E [ CE(D(x), y) - lambda_adv m KL(D(x) || student(x)) ] + lambda_bn L_bn
+    x = G(z, y; theta),  m = 1 where D and the student predict different classes, else 0
+
+D is the ensemble: the softmax of the mean of the teachers' logits. What differs from paper and public code:
+docs/algorithms/dense.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor
+
+from fedftg.algorithms.base import RefinerContext
+from fedftg.algorithms.distilled import DistilledConfig
+from fedftg.distill import losses
+from fedftg.distill.descent import descend
+from fedftg.distill.generator import Generator
+from fedftg.distill.images import Call, NoiseAndLabels
+from fedftg.distill.labels import sample_labels
+from fedftg.distill.teachers import autocast
+from fedftg.seeds import forked
+
+Losses = Callable[[Float[Tensor, "B C"], Float[Tensor, "B C"], Int[Tensor, " B"]], dict[str, Float[Tensor, ""]]]
+"""``(log-probabilities of the ensemble, logits of the student, labels) -> fidelity and discrepancy``."""
+
+
+class DenseSettings(DistilledConfig):
+    """What DENSE and Co-Boosting have in common."""
+
+    paper: ClassVar[Mapping[str, Any]] = {
+        "iterations": 50,
+        "batch_size": 128,
+        "student_steps": 1,
+        "student_lr": 0.01,
+        "student_momentum": 0.9,
+        "student_weight_decay": 0.0,
+        "ensemble": "uniform",
+        "ensemble_mean": "logits",
+        "temperature": 4.0,
+        "pool_size": 6400,
+        "pool_batches": 40,
+    }
+    generator_steps: int = Field(default=30, ge=1, description="generator steps on each batch")
+    generator_lr: float = Field(default=0.001, ge=0, description="rate of the generator's Adam before decay")
+    generator_width: int = Field(default=64, ge=1, description="channels of the generator after its second upsampling")
+    noise_dim: int = Field(default=256, ge=1, description="length of the noise z")
+    lambda_adv: float = Field(
+        default=0.5, ge=0, description="weight of the discrepancy of ensemble and student, which the generator raises"
+    )
+    lambda_bn: float = Field(
+        default=1.0, ge=0, description="weight of L_bn (DeepInversion); left out where the model has no BatchNorm"
+    )
+
+
+class DenseConfig(DenseSettings):
+    """``refiner.name = "dense"``."""
+
+    name: Literal["dense"] = "dense"
+
+    def images(self, context: RefinerContext, rng: torch.Generator) -> DenseImages:  # noqa: ARG002
+        """Returns images of new generators."""
+        return DenseImages(self, context, boundary_losses)
+
+
+def boundary_losses(
+    ensemble: Float[Tensor, "B C"], student: Float[Tensor, "B C"], labels: Int[Tensor, " B"]
+) -> dict[str, Float[Tensor, ""]]:
+    """Returns ``fidelity``, the cross-entropy, and ``discrepancy``, the KL where the two disagree: means, in nats."""
+    disagree = ensemble.argmax(dim=-1) != student.argmax(dim=-1)
+    discrepancy = losses.kl_divergence(ensemble[None], student)[0]
+    return {"fidelity": F.nll_loss(ensemble, labels), "discrepancy": (disagree * discrepancy).mean()}
+
+
+class DenseImages:
+    """Images of a conditional generator, which starts anew for each batch and is trained on that batch alone."""
+
+    _generator: Generator
+
+    def __init__(self, config: DenseSettings, context: RefinerContext, losses: Losses) -> None:
+        self._config, self._context, self._losses = config, context, losses
+        self._weights = {"fidelity": 1.0, "discrepancy": -config.lambda_adv}
+        if config.lambda_bn and context.model.has_batchnorm:
+            self._weights["batchnorm"] = config.lambda_bn
+
+    def start(self, call: Call) -> Sequence[NoiseAndLabels]:
+        """Returns noise and labels of each iteration; every class that some teacher saw is drawn equally often."""
+        shape, device = (call.iterations, self._config.batch_size), self._context.device
+        labels = sample_labels(call.ensemble.class_counts, *shape, "uniform", rng=call.rng)
+        noise = torch.randn(*shape, self._config.noise_dim, generator=call.rng)
+        return list(zip(noise.to(device), labels.to(device), strict=True))
+
+    def improve(self, call: Call, draw: NoiseAndLabels) -> dict[str, Tensor]:
+        """Takes ``generator_steps`` of a new generator on one batch; returns the mean of each term of their loss."""
+        config, context = self._config, self._context
+        with forked(int(torch.randint(2**62, (), generator=call.rng)), torch.device("cpu")):
+            generator = Generator(config.noise_dim, context.num_classes, context.image_shape, config.generator_width)
+        self._generator = generator.to(context.device)
+        rate = config.generator_lr * call.lr_scale
+        optimizer = torch.optim.Adam(self._generator.parameters(), lr=rate, betas=(0.5, 0.999))
+        steps, weights = config.generator_steps, self._weights
+        return descend(optimizer, steps, weights, lambda: self._terms(call, self._images(*draw), draw[1]))
+
+    @torch.no_grad()
+    def make(self, draw: NoiseAndLabels) -> tuple[Float[Tensor, "B D H W"], Int[Tensor, " B"]]:
+        """Returns images with the batch statistics that the generator is trained with, and their labels."""
+        return self._images(*draw), draw[1]
+
+    def _images(self, noise: Float[Tensor, "B Z"], labels: Int[Tensor, " B"]) -> Float[Tensor, "B D H W"]:
+        with autocast(self._config, noise.device):
+            images: Tensor = self._generator(noise, labels)
+        return images.to(noise.dtype)
+
+    def _terms(self, call: Call, images: Float[Tensor, "B D H W"], labels: Int[Tensor, " B"]) -> dict[str, Tensor]:
+        ensemble, batchnorm = call.ensemble, {}
+        if "batchnorm" in self._weights:
+            weights = ensemble.weights(labels, 0, len(ensemble))
+            logits, batchnorm["batchnorm"] = ensemble.with_batchnorm(images, weights, 0, len(ensemble))
+        else:
+            logits = ensemble.logits(images, 0, len(ensemble))
+        predicted = ensemble.log_probabilities(logits, labels)
+        return {**self._losses(predicted, call.student(images), labels), **batchnorm}
