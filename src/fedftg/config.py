@@ -57,11 +57,12 @@ def _named(key: str, table: Mapping[str, type[Section]], default: str, given: An
 
 
 def _refiner(given: Any, info: ValidationInfo) -> Any:
-    data = info.data.get("data")  # validated before; missing where it is wrong
+    data, algorithm = info.data.get("data"), info.data.get("algorithm")  # validated before; missing where wrong
     name = given.get("name", "fedftg") if isinstance(given, Mapping) else None
-    if data is not None and isinstance(name, str) and name in REFINERS:
+    if data is not None and algorithm is not None and isinstance(name, str) and name in REFINERS:
         source = SOURCES.get(data.name)
-        given = {**REFINERS[name].defaults(given, source.num_classes if source else None), **given}
+        known = {"num_classes": source.num_classes if source else None, "algorithm": algorithm.name}
+        given = {**REFINERS[name].defaults(given, **known), **given}
     return _named("refiner", REFINERS, "fedftg", given)
 
 

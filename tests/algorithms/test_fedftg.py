@@ -10,6 +10,7 @@ from torch import nn
 
 from fedftg.algorithms.base import ClientResult, RefinerContext, ServerState
 from fedftg.algorithms.fedftg import FedFTG, FedFTGConfig, absent_counts, known_counts
+from fedftg.config import RunConfig
 from fedftg.distill.distiller import distil
 from fedftg.distill.teachers import stack_or_list
 from fedftg.errors import InputError
@@ -161,6 +162,15 @@ def test_what_goes_with_a_preset():
     assert (config.absent_weight, config.lacking, config.average, config.prior_of) == (1, 0.1, "all", "all")
     assert FedFTGConfig(absent_weight=0).absent_weight == 0
     assert FedFTGConfig(average="aggregate").prior_of == "cohort"
+
+
+def test_scaffold_deploys_another_average():
+    for preset, expected in ("fedftg", ("ema", 0.25, 20)), ("paper", ("aggregate", 0, 0)):
+        given = {"algorithm": {"name": "scaffold"}, "refiner": {"name": "fedftg", "preset": preset}}
+        refiner = RunConfig.model_validate(given).refiner
+        assert (refiner.average, refiner.prior_tau, refiner.last_round) == expected
+    given["refiner"] = {"name": "fedftg", "prior_tau": 0.5}
+    assert RunConfig.model_validate(given).refiner.prior_tau == 0.5
 
 
 def test_after_the_last_round_the_aggregate_stays(model):

@@ -74,7 +74,7 @@ class AverageConfig(RefinerConfig):
     )
 
     @classmethod
-    def defaults(cls, given: Mapping[str, Any], num_classes: int | None = None) -> dict[str, Any]:  # noqa: ARG003
+    def defaults(cls, given: Mapping[str, Any], **known: Any) -> dict[str, Any]:  # noqa: ARG003
         """Returns whose priors are taken out: those of the clients in the average."""
         average = given.get("average", cls.model_fields["average"].default)
         return {"prior_of": "cohort" if average == "aggregate" else "all"}

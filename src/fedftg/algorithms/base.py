@@ -236,8 +236,8 @@ class RefinerConfig(BaseModel):
         return self
 
     @classmethod
-    def defaults(cls, given: Mapping[str, Any], num_classes: int | None = None) -> dict[str, Any]:  # noqa: ARG003
-        """Returns the defaults that other settings or the number of classes (None: not known yet) decide.
+    def defaults(cls, given: Mapping[str, Any], **known: Any) -> dict[str, Any]:  # noqa: ARG003
+        """Returns the defaults that other settings decide, or, where they are known, ``num_classes`` and ``algorithm``.
 
         Where setting one key changes these defaults, settings equal to the old ones are dropped.
         """

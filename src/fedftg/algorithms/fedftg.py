@@ -42,6 +42,8 @@ WITH_PRESET: dict[str, dict[str, Any]] = {
     "fedftg": {"absent_weight": 1.0, "lacking": 0.1, "last_round": 20, "average": "all", "prior_tau": 0.75},
 }
 """What goes with a preset in a federation. Chosen by pilots: benchmarks/results/deployed.md."""
+WITH_SCAFFOLD: dict[str, Any] = {"average": "ema", "prior_tau": 0.25}
+"""Instead, with SCAFFOLD: its control variates take most of the clients' label priors out of what they upload."""
 
 
 @dataclass(frozen=True)
@@ -161,12 +163,14 @@ class FedFTGConfig(AverageConfig, DistillConfig):
     )
 
     @classmethod
-    def defaults(cls, given: Mapping[str, Any], num_classes: int | None = None) -> dict[str, Any]:
+    def defaults(cls, given: Mapping[str, Any], **known: Any) -> dict[str, Any]:
         """Returns the preset; from 100 classes on with the public code's noise of 256 for CIFAR-100."""
         name = str(given.get("preset", "fedftg"))
         own = WITH_PRESET.get(name, {})
+        if own and known.get("algorithm") == "scaffold":
+            own = own | WITH_SCAFFOLD
         values = {**preset(name).model_dump(), **own, **super().defaults({**own, **given})}
-        return {**values, "noise_dim": 256} if num_classes is not None and num_classes >= 100 else values
+        return {**values, "noise_dim": 256} if (known.get("num_classes") or 0) >= 100 else values
 
     last_round: int = Field(
         default=0,
