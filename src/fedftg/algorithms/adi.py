@@ -28,6 +28,7 @@ from fedftg.distill.config import LabelSampling
 from fedftg.distill.descent import descend
 from fedftg.distill.images import Call
 from fedftg.distill.labels import sample_labels
+from fedftg.distill.leaves import dead_leaves
 
 
 class AdiConfig(DistilledConfig):
@@ -46,6 +47,9 @@ class AdiConfig(DistilledConfig):
         "pool_batches": 50,
     }
     name: Literal["adi"] = "adi"
+    image_start: Literal["noise", "leaves"] = Field(
+        default="noise", description="what the images start from: noise, or dead leaves (random overlapping shapes)"
+    )
     image_steps: int = Field(default=200, ge=1, description="Adam steps on the pixels of each batch")
     image_lr: float = Field(default=0.05, ge=0, description="rate of these steps, before decay")
     image_augment: Augmentation = Field(
@@ -87,8 +91,10 @@ class AdiImages:
 
     def improve(self, call: Call, draw: Int[Tensor, " B"]) -> dict[str, Tensor]:
         """Takes ``image_steps`` on new images; returns the mean of each term of their loss."""
-        noise = torch.randn(len(draw), *self._context.image_shape, generator=call.rng)
-        self._images = moved(noise, draw.device).requires_grad_()
+        number, shape = len(draw), self._context.image_shape
+        leaves = self._config.image_start == "leaves"
+        start = dead_leaves(number, shape, call.rng) if leaves else torch.randn(number, *shape, generator=call.rng)
+        self._images = moved(start, draw.device).requires_grad_()
         optimizer = torch.optim.Adam([self._images], lr=self._config.image_lr * call.lr_scale)
         return descend(optimizer, self._config.image_steps, self._weights, lambda: self.terms(call, self._images, draw))
 

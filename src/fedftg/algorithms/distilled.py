@@ -36,6 +36,8 @@ class DistilledConfig(RefinerConfig, StudentConfig):
 
     paper: ClassVar[Mapping[str, Any]] = {}
     """Defaults of inherited settings; a field declared anew would lose its bounds and description."""
+    fresh: ClassVar[Mapping[str, Any]] = {}
+    """Those that differ where the student starts from initial weights."""
 
     start: Literal["aggregate", "fresh"] = Field(
         default="aggregate", description="what the student starts from: the aggregate, or the run's initial weights"
@@ -44,7 +46,9 @@ class DistilledConfig(RefinerConfig, StudentConfig):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, given: Any) -> Any:
-        return {**cls.paper, **given} if isinstance(given, dict) else given
+        if not isinstance(given, dict):
+            return given
+        return {**cls.paper, **(cls.fresh if given.get("start") == "fresh" else {}), **given}
 
     def images(self, context: RefinerContext, rng: torch.Generator) -> Images[Any]:  # noqa: ARG002
         """Returns the source of images for one round; networks of its own start from ``rng``."""

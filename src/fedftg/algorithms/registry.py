@@ -28,6 +28,7 @@ REFINERS: Registry[type[RefinerConfig]] = Registry(
         "none": "fedftg.algorithms.base:NoRefinerConfig",
         "fedftg": "fedftg.algorithms.fedftg:FedFTGConfig",
         "feddf": "fedftg.algorithms.feddf:FedDFConfig",
+        "leaves": "fedftg.algorithms.leaves:LeavesConfig",
         "dafl": "fedftg.algorithms.dafl:DaflConfig",
         "adi": "fedftg.algorithms.adi:AdiConfig",
         "dfrd": "fedftg.algorithms.dfrd:DfrdConfig",
