@@ -13,7 +13,6 @@ from fedftg.distill import losses
 from fedftg.distill.api import refine
 from fedftg.distill.config import DistillConfig
 from fedftg.distill.teachers import Ensemble, ListedTeachers, StackedTeachers, _batchnorm, stack_or_list
-from fedftg.errors import InputError
 from fedftg.params import stack
 
 IMAGES = torch.tensor([[1.0, 3.0], [5.0, 7.0]]).reshape(2, 1, 1, 2)
@@ -117,7 +116,12 @@ def test_bfloat16_measures_in_full_precision(classifier, counts, config, monkeyp
     assert found[1] != found[0]
 
 
-def test_a_teacher_without_batchnorm_is_refused(classifier, counts, config):
-    teachers = [classifier(1), classifier(2, norm=False), classifier(3)]
-    with pytest.raises(InputError, match="lambda_bn needs teachers with BatchNorm, and one has none"):
-        refine(classifier(4), teachers, counts, config=config(lambda_bn=1.0), image_shape=(1, 8, 8))
+def test_a_teacher_without_batchnorm_counts_nothing(classifier, counts, config):
+    def batchnorm(norms):
+        teachers = [classifier(seed, norm=norm) for seed, norm in enumerate(norms)]
+        settings = config(lambda_bn=1.0, iterations=1, ensemble="uniform")
+        result = refine(classifier(4), teachers, counts, config=settings, image_shape=(1, 8, 8))
+        return float(result.metrics.batchnorm[0])
+
+    assert batchnorm([False, False, False]) == 0
+    assert 0 < batchnorm([True, False, False]) < batchnorm([True, True, True])

@@ -61,7 +61,7 @@ class AdiConfig(DistilledConfig):
     )
     lambda_variation: float = Field(default=2.5e-5, ge=0, description="weight of the images' total variation")
     lambda_norm: float = Field(default=3e-8, ge=0, description="weight of the images' norm")
-    lambda_bn: float = Field(default=10.0, ge=0, description="weight of L_bn; no term for models without BatchNorm")
+    lambda_bn: float = Field(default=10.0, ge=0, description="weight of L_bn; teachers without BatchNorm count 0")
     lambda_adversarial: float = Field(
         default=10.0, ge=0, description="weight of 1 - JS(ensemble, student); 0 is DeepInversion, which is not adaptive"
     )
@@ -108,7 +108,7 @@ class AdiImages:
         """Returns the terms of the loss, means over the batch."""
         ensemble, found = call.ensemble, {}
         shown = augment(images, self._config.image_augment, call.rng)
-        if self._context.model.has_batchnorm and self._config.lambda_bn:
+        if self._config.lambda_bn:
             weights = ensemble.weights(labels, 0, len(ensemble))
             logits, found["batchnorm"] = ensemble.with_batchnorm(shown, weights, 0, len(ensemble))
         else:

@@ -59,7 +59,7 @@ class DenseSettings(DistilledConfig):
         default=0.5, ge=0, description="weight of the discrepancy of ensemble and student, which the generator raises"
     )
     lambda_bn: float = Field(
-        default=1.0, ge=0, description="weight of L_bn (DeepInversion); left out where the model has no BatchNorm"
+        default=1.0, ge=0, description="weight of L_bn (DeepInversion); teachers without BatchNorm count 0"
     )
 
 
@@ -90,7 +90,7 @@ class DenseImages:
     def __init__(self, config: DenseSettings, context: RefinerContext, losses: Losses) -> None:
         self._config, self._context, self._losses = config, context, losses
         self._weights = {"fidelity": 1.0, "discrepancy": -config.lambda_adv}
-        if config.lambda_bn and context.model.has_batchnorm:
+        if config.lambda_bn:
             self._weights["batchnorm"] = config.lambda_bn
 
     def start(self, call: Call) -> Sequence[NoiseAndLabels]:

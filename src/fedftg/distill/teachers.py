@@ -15,7 +15,6 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from fedftg.distill import losses
 from fedftg.distill.config import StudentConfig
 from fedftg.distill.labels import class_probabilities, ensemble_weights, label_log_prior
-from fedftg.errors import InputError
 from fedftg.params import Params, copied, stack
 
 Classifier = Callable[[Tensor], Tensor]
@@ -178,7 +177,8 @@ class Ensemble:
         """Returns the logits, and ``L_bn`` of these teachers: each one's distance times its mean ``a_k(y)``.
 
         A teacher's moments weight each sample by ``a_k(y)`` too: labels drawn from ``p_t(y)`` are then mixed as in its
-        own data, on which its running statistics are. With uniform weights all is a plain mean over teachers.
+        own data, on which its running statistics are. With uniform weights all is a plain mean over teachers; one
+        without BatchNorm counts 0.
         """
         logits, distances = self.measured(_batchnorm, images, weights, start, stop)
         return logits, (weights.mean(dim=1) * distances).sum()
@@ -239,9 +239,7 @@ def _measured(measure: Measure, function: Callable[..., Tensor]) -> Callable[...
         # On all modules, so that it does not matter in what kind of function a teacher is wrapped.
         with register_module_forward_pre_hook(lambda layer, inputs: measure(terms, layer, inputs, weights)):
             logits = function(*arguments)
-        if not terms:
-            raise InputError("lambda_bn needs teachers with BatchNorm, and one has none; set lambda_bn = 0")
-        return logits, torch.stack(terms).sum()
+        return logits, torch.stack([logits.new_zeros(()), *terms]).sum()
 
     return call
 
