@@ -19,7 +19,7 @@ test: $(VENV)/dev.stamp
 # With what takes minutes or needs Ray (processes that are killed, Flower's own simulation), and the kept results' tables.
 test-all: $(VENV)/all.stamp
 	OMP_NUM_THREADS=1 FEDFTG_TEST_ALL=1 $(BIN)/python -m pytest -n $(TEST_WORKERS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks/accuracy benchmarks/deployed -p no:xdist
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks/accuracy benchmarks/deployed benchmarks/oneshot -p no:xdist
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

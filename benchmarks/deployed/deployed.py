@@ -219,7 +219,7 @@ def run(
         "settings": settings[: len(cell.settings)],
         "variants": VARIANTS,
         "machine": {name: session.get(name) for name in ("device", "processor", "cores", "threads", "packages")},
-        "commit": _commit(),
+        "commit": commit(),
         "rounds": [row["round"] for row in measured],
         "accuracy": {
             name: [row["refine"].get(name) for row in measured]
@@ -233,13 +233,14 @@ def run(
         records.append(RESULTS, result)
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Returns the short hash of what is checked out, and whether src/ differs from it."""
     git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     changed = subprocess.run(
         [*git, "status", "--porcelain", "--", "../../src"], capture_output=True, text=True, check=False
     )
-    return commit.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
+    return found.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
 
 
 if __name__ == "__main__":

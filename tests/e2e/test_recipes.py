@@ -30,15 +30,15 @@ ALGORITHMS = {
 
 
 def test_every_recipe_says_what_it_shows_and_has_a_base() -> None:
-    assert recipes.names() == sorted(
-        f"{name}{end}" for name in ("cifar10_cnn", "default", "paper", "ten_clients") for end in ("", "_base")
-    )
+    with_base = [f"{name}{end}" for name in ("cifar10_cnn", "default", "paper", "ten_clients") for end in ("", "_base")]
+    one_shot = ["one_shot", "one_shot_paper"]  # their base is --set refiner.name=none
+    assert recipes.names() == sorted([*with_base, *one_shot])
     for name in recipes.names():
         path = recipes.find(name)
         header = [line for line in path.read_text().splitlines() if line.startswith("# ")]
         assert "commit" in "".join(header) or "Not measured" in "".join(header), name
         config = configs.load(path)
-        assert config.refiner.name == ("none" if name.endswith("_base") else "fedftg")
+        assert config.refiner.name == ("none" if name.endswith("_base") else "leaves" if name in one_shot else "fedftg")
         if name.endswith("_base"):
             refined = configs.load(recipes.find(name.removesuffix("_base")))
             assert config.model_copy(update={"refiner": refined.refiner, "name": refined.name}) == refined
