@@ -1,6 +1,6 @@
 """Measures one-shot federated learning: every method refines the same trained clients of one round.
 
-    python benchmarks/oneshot/oneshot.py --data-root FOLDER [--data cifar10] [--alphas 0.1,0.3] [--seeds 0,1] [--jobs 2]
+    python benchmarks/oneshot/oneshot.py --data-root FOLDER [--data cifar10] [--alphas 0.1,0.3] [--seeds 10,11] [--jobs 2]
 
 A method on a federation is a line of ``benchmarks/results/oneshot.jsonl``, of which the tables in ``oneshot.md`` and
 the figure are made; ``--minutes 0`` only makes these. An interrupted run is resumed method by method by the same call,
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, help="holds cifar10 and cifar100-part; without it the hub is asked")
     parser.add_argument("--data", default=",".join(OF_DATA))
     parser.add_argument("--alphas", default="0.1,0.3,0.5")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--seeds", default="10,11,12")
     parser.add_argument("--methods", default=",".join(METHODS), help="rows, by comma")
     parser.add_argument("--jobs", type=int, default=2, help="federations at a time, one thread each")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start none after this many minutes")
