@@ -62,7 +62,7 @@ class_counts = [torch.bincount(labels[rows], minlength=10) for rows in clients]
 config = fedftg.preset(
     "fedftg", discrepancy_mask="transferable", generator_steps=1, batch_size=200, student_lr=0.01, label_sampling="iid"
 )
-refined = fedftg.refine(global_model, uploads, class_counts, config=config, image_shape=(1, 8, 8), seed=seed).model
+refined = fedftg.refine(global_model, uploads, class_counts, method=config, image_shape=(1, 8, 8), seed=seed).model
 
 for k, upload in enumerate(uploads):
     print(f"client {k} (digits {k} and {k + 5})  {accuracy(upload):.3f}")

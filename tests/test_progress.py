@@ -59,3 +59,19 @@ def test_bar_on_a_terminal() -> None:
     assert "resumed after round 1" in text
     assert "client 4 rejected" in text
     assert "round 2/10" in text
+
+
+@pytest.mark.parametrize(
+    ("wanted", "watched", "shown"), [(None, True, True), (None, False, False), (False, True, False)]
+)
+def test_a_bar_where_it_is_watched(wanted: bool | None, watched: bool, shown: bool) -> None:
+    class Stream(io.StringIO):
+        def isatty(self) -> bool:
+            return watched
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stderr", stream := Stream())
+        patch.setenv("TERM", "xterm")
+        with progress.iterations(wanted) as report:
+            report(1, 2)
+    assert bool(stream.getvalue()) == shown

@@ -37,10 +37,10 @@ def test_version_is_that_of_the_package() -> None:
 def test_refine_signature() -> None:
     parameters = inspect.signature(fedftg.refine).parameters
     assert list(parameters) == [
-        "student", "teachers", "class_counts", "config", "generator", "image_shape", "seed", "progress",
+        "student", "teachers", "class_counts", "method", "generator", "image_shape", "seed", "progress",
     ]  # fmt: skip
-    assert [parameters[name].default for name in ("config", "generator", "image_shape", "seed", "progress")] == [
-        "fedftg", None, (3, 32, 32), 0, None,
+    assert [parameters[name].default for name in ("method", "generator", "image_shape", "seed", "progress")] == [
+        "leaves", None, (3, 32, 32), 0, None,
     ]  # fmt: skip
     assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in list(parameters)[3:])
 

@@ -1,6 +1,6 @@
 """Measures one-shot federated learning: every method refines the same trained clients of one round.
 
-    python benchmarks/oneshot/oneshot.py --data-root FOLDER [--data cifar10] [--alphas 0.1,0.3] [--seeds 10,11] [--jobs 2]
+    python benchmarks/oneshot/oneshot.py --data-root FOLDER [--data cifar10] [--alphas 0.1,0.3] [--seeds 10] [--jobs 2]
 
 A method on a federation is a line of ``benchmarks/results/oneshot.jsonl``, of which the tables in ``oneshot.md`` and
 the figure are made; ``--minutes 0`` only makes these. An interrupted run is resumed method by method by the same call,

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from fedftg.algorithms.registry import register_refiner as register_refiner
     from fedftg.config import RunConfig as RunConfig
     from fedftg.data.dataset import ImageDataset as ImageDataset
-    from fedftg.distill.api import RefineResult as RefineResult
-    from fedftg.distill.api import refine as refine
     from fedftg.distill.config import DistillConfig as DistillConfig
     from fedftg.distill.config import preset as preset
     from fedftg.errors import ClientError as ClientError
     from fedftg.errors import InputError as InputError
     from fedftg.loop import Run as Run
     from fedftg.loop import run as run
+    from fedftg.oneshot import RefineResult as RefineResult
+    from fedftg.oneshot import refine as refine
 
 __version__ = "0.1.0"
 
@@ -29,11 +29,11 @@ _MODULES = {
     "DistillConfig": "distill.config",
     "ImageDataset": "data.dataset",
     "InputError": "errors",
-    "RefineResult": "distill.api",
+    "RefineResult": "oneshot",
     "Run": "loop",
     "RunConfig": "config",
     "preset": "distill.config",
-    "refine": "distill.api",
+    "refine": "oneshot",
     "register_algorithm": "algorithms.registry",
     "register_refiner": "algorithms.registry",
     "run": "loop",

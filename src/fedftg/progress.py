@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +129,22 @@ class Live(PlainLines):
 def for_console(console: Console) -> Progress:
     """Returns a bar for a terminal, plain lines for anything else."""
     return Live(console) if console.is_terminal else PlainLines(console)
+
+
+@contextmanager
+def iterations(wanted: Callable[[int, int], None] | bool | None) -> Iterator[Callable[[int, int], None]]:
+    """Yields what is called as ``(done, total)``: the given function, or a bar on standard error.
+
+    The bar is shown if ``wanted``; None shows it on a terminal and in a notebook.
+    """
+    if callable(wanted):
+        yield wanted
+        return
+    console = Console(stderr=True)
+    shown = (sys.stderr.isatty() or console.is_jupyter) if wanted is None else wanted
+    with bars.Progress(console=console, transient=True, disable=not shown) as bar:
+        task = bar.add_task("refine", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _accuracies(record: dict[str, Any]) -> str:

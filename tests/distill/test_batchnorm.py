@@ -10,9 +10,9 @@ from torch.func import functional_call
 
 from fedftg.distill import images as sources
 from fedftg.distill import losses
-from fedftg.distill.api import refine
 from fedftg.distill.config import DistillConfig
 from fedftg.distill.teachers import Ensemble, ListedTeachers, StackedTeachers, _batchnorm, stack_or_list
+from fedftg.oneshot import refine
 from fedftg.params import stack
 
 IMAGES = torch.tensor([[1.0, 3.0], [5.0, 7.0]]).reshape(2, 1, 1, 2)
@@ -97,9 +97,8 @@ def test_the_generator_lowers_it(classifier, generator, counts, config, override
     ends = []
     for weight in (1.0, 1e-12):
         settings = config("paper", lambda_bn=weight, **off, **overrides)
-        found = refine(
-            classifier(4), teachers, counts, config=settings, generator=generator(), image_shape=(1, 8, 8)
-        ).metrics.batchnorm
+        given = {"method": settings, "generator": generator(), "image_shape": (1, 8, 8)}
+        found = refine(classifier(4), teachers, counts, **given).metrics["batchnorm"]
         assert found.shape == (40,)
         ends.append(float(found[-10:].mean()))
     assert ends[0] < 0.9 * ends[1]
@@ -110,8 +109,8 @@ def test_bfloat16_measures_in_full_precision(classifier, counts, config, monkeyp
     teachers, found = [classifier(seed) for seed in (1, 2, 3)], []
     for precision in ("float32", "bfloat16"):
         settings = config(lambda_bn=1.0, precision=precision, iterations=1)
-        result = refine(classifier(4), teachers, counts, config=settings, image_shape=(1, 8, 8))
-        found.append(float(result.metrics.batchnorm[0]))
+        result = refine(classifier(4), teachers, counts, method=settings, image_shape=(1, 8, 8))
+        found.append(float(result.metrics["batchnorm"][0]))
     assert found[1] == pytest.approx(found[0], rel=0.02)
     assert found[1] != found[0]
 
@@ -120,8 +119,8 @@ def test_a_teacher_without_batchnorm_counts_nothing(classifier, counts, config):
     def batchnorm(norms):
         teachers = [classifier(seed, norm=norm) for seed, norm in enumerate(norms)]
         settings = config(lambda_bn=1.0, iterations=1, ensemble="uniform")
-        result = refine(classifier(4), teachers, counts, config=settings, image_shape=(1, 8, 8))
-        return float(result.metrics.batchnorm[0])
+        result = refine(classifier(4), teachers, counts, method=settings, image_shape=(1, 8, 8))
+        return float(result.metrics["batchnorm"][0])
 
     assert batchnorm([False, False, False]) == 0
     assert 0 < batchnorm([True, False, False]) < batchnorm([True, True, True])

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fedftg.distill.api import RefineResult
 from fedftg.distill.config import PRESETS, DistillConfig
+from fedftg.oneshot import RefineResult
 
 PAGE = Path(__file__).parents[2] / "docs" / "refine.md"
 FIELDS = re.compile(r"(<!-- fields: .*? -->\n)(.*)(<!-- end of fields -->)", re.DOTALL)

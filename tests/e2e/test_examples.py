@@ -27,11 +27,11 @@ def accuracies(name: str, seed: int) -> dict[str, float]:
 
 
 def test_refine_only_beats_the_average() -> None:
-    """Seed 1; the gain was at least 0.078 in 15 seeds."""
+    """Seed 1; the gain was 0.226, and at least 0.131 in 19 seeds."""
     rows = accuracies("refine_only.py", 1)
     assert len(rows) == 6
     teachers = [value for label, value in rows.items() if label.startswith("teacher")]
-    assert rows["refined, with no data"] > rows["average of the weights"] + 0.03
+    assert rows["refined, with no data"] > rows["average of the weights"] + 0.1
     assert rows["refined, with no data"] > max(teachers) + 0.1
 
 

@@ -26,7 +26,7 @@ from fedftg.algorithms.base import (
 from fedftg.distill.config import StudentConfig
 from fedftg.distill.distiller import distil
 from fedftg.distill.images import Images
-from fedftg.distill.pool import PooledImages
+from fedftg.distill.pool import pooled
 from fedftg.distill.teachers import ListedTeachers, Teachers, stack_or_list
 from fedftg.models.functional import values
 
@@ -88,8 +88,8 @@ class Distilled(NoRefiner):
         else:
             values_of = [c.params for c in clients], [c.buffers for c in clients]
             teachers = stack_or_list(partial(model, train=False), *values_of)
-        images = source if isinstance(source, PooledImages) else PooledImages(config, source)
-        metrics = distil(config, images, student, teachers, counts, rng=rng, lr_scale=config.lr_decay**state.round)
+        images, scale = pooled(config, source), config.lr_decay**state.round
+        metrics = distil(config, images, student, teachers, counts, rng=rng, lr_scale=scale)
         params, buffers = values(student)
         buffers = {name: buffers[name] for name in state.buffers}  # a tied buffer comes apart in the copy
         return replace(state, params=params, buffers=buffers), {name: float(m.mean()) for name, m in metrics.items()}

@@ -59,3 +59,8 @@ class PooledImages:
         new = {"images": images.half()} | ({} if labels is None else {"labels": labels})
         parts = {name: [self.pool.get(name, values[:0]), values[:number]] for name, values in new.items()}
         self.pool = {name: torch.cat(part)[-size:] for name, part in parts.items()}
+
+
+def pooled(config: StudentConfig, source: Images[Any]) -> PooledImages:
+    """Returns the source with the config's pool, or as it is where it is one."""
+    return source if isinstance(source, PooledImages) else PooledImages(config, source)

@@ -6,8 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from fedftg.distill.api import refine
+from fedftg.algorithms.coboosting import CoBoostingConfig
+from fedftg.algorithms.dafl import DaflConfig
+from fedftg.algorithms.dense import DenseConfig
+from fedftg.algorithms.feddf import FedDFConfig
+from fedftg.algorithms.leaves import LeavesConfig
 from fedftg.errors import InputError
+from fedftg.oneshot import refine
 
 SHAPE = (1, 8, 8)
 
@@ -39,21 +44,21 @@ def test_nothing_that_is_given_changes(models, counts, config, generator):
     models[1].requires_grad_(False)
     given = generator()
     before, global_state = [snapshot(model) for model in [*models, given]], torch.get_rng_state()
-    result = refine(models[0], models[1:], counts, config=config("paper"), image_shape=SHAPE, generator=given)
+    result = refine(models[0], models[1:], counts, method=config("paper"), image_shape=SHAPE, generator=given)
     assert all(unchanged(model, state) for model, state in zip([*models, given], before, strict=True))
     assert torch.equal(global_state, torch.get_rng_state())
     assert result.rolled_back is None
     assert not unchanged(result.model, before[0])
     assert result.model.training
     assert [p.requires_grad for p in result.model.parameters()] == [True] * 6
-    assert len(result.metrics.student) == 2
+    assert len(result.metrics["student"]) == 2
 
 
 def test_deterministic(models, counts, config):
     states, images = [], []
     for seed in (3, 3, 4):
         torch.manual_seed(len(states))
-        result = refine(models[0], models[1:], counts, config=config(), image_shape=SHAPE, seed=seed)
+        result = refine(models[0], models[1:], counts, method=config(), image_shape=SHAPE, seed=seed)
         states.append(torch.cat([t.flatten() for t in result.model.state_dict().values()]))
         images.append(result.sample(4))
     assert torch.equal(states[0], states[1])
@@ -64,14 +69,15 @@ def test_deterministic(models, counts, config):
 def test_presets_by_name(models, counts):
     """At the presets' own sizes."""
     done: list[tuple[int, int]] = []
-    result = refine(models[0], models[1:], counts.tolist(), image_shape=SHAPE, progress=lambda *pair: done.append(pair))
-    assert done[-1][0] == done[-1][1] == len(done) == len(result.metrics.student)
+    given = {"method": "fedftg", "image_shape": SHAPE, "progress": lambda *pair: done.append(pair)}
+    result = refine(models[0], models[1:], counts.tolist(), **given)
+    assert done[-1][0] == done[-1][1] == len(done) == len(result.metrics["student"])
     assert result.generator.noise_dim == 100
 
 
 def test_sample(models, config):
     counts = torch.tensor([[1, 0, 3]] * 3)
-    result = refine(models[0], models[1:], counts, config=config(), image_shape=SHAPE)
+    result = refine(models[0], models[1:], counts, method=config(), image_shape=SHAPE)
     images, labels = result.sample(200)
     assert images.shape == (200, *SHAPE)
     assert not images.requires_grad
@@ -86,17 +92,17 @@ def test_sample(models, config):
 
 def test_a_generator_is_continued(models, counts, config, generator):
     given = generator(noise_dim=9)
-    result = refine(models[0], models[1:], counts, config=config(), image_shape=(3, 32, 32), generator=given)
+    result = refine(models[0], models[1:], counts, method=config(), image_shape=(3, 32, 32), generator=given)
     assert result.generator is not given
     assert result.generator.noise_dim == 9
     with pytest.raises(InputError, match="generator's 4 classes, got 3"):
-        refine(models[0], models[1:], counts, config=config(), generator=generator(classes=4))
+        refine(models[0], models[1:], counts, method=config(), generator=generator(classes=4))
 
 
 def test_non_finite_result_is_rolled_back(models, counts, config, generator):
     given, before = generator(), snapshot(models[0])
     settings = config("paper", student_lr=1e30, iterations=4)
-    result = refine(models[0], models[1:], counts, config=settings, generator=given)
+    result = refine(models[0], models[1:], counts, method=settings, generator=given)
     assert result.rolled_back is not None
     assert "not finite; lower student_lr" in result.rolled_back
     assert unchanged(result.model, before)
@@ -122,7 +128,7 @@ def test_what_callers_really_pass(counts, config):
         model(torch.ones(2, *SHAPE)).sum().backward()
     before = [snapshot(model) for model in models]
     with torch.no_grad():
-        result = refine(models[0], (model for model in models[1:]), list(counts), config=config(), image_shape=SHAPE)
+        result = refine(models[0], (model for model in models[1:]), list(counts), method=config(), image_shape=SHAPE)
         assert not torch.is_grad_enabled()
     assert all(unchanged(model, state) for model, state in zip(models, before, strict=True))
     assert not unchanged(result.model, before[0])
@@ -135,9 +141,9 @@ def test_in_inference_mode(classifier, counts, config, made_in):
     with made_in():
         models = [classifier(seed) for seed in range(4)]
     plain = [classifier(seed) for seed in range(4)]
-    expected = refine(plain[0], plain[1:], counts, config=config(), image_shape=SHAPE)
+    expected = refine(plain[0], plain[1:], counts, method=config(), image_shape=SHAPE)
     with torch.inference_mode():
-        found = refine(models[0], models[1:], counts, config=config(), image_shape=SHAPE)
+        found = refine(models[0], models[1:], counts, method=config(), image_shape=SHAPE)
     for value, other in zip(found.model.parameters(), expected.model.parameters(), strict=True):
         assert torch.equal(value, other)
 
@@ -160,7 +166,7 @@ def test_features_that_are_kept_anywhere(counts, config):
     models = [KeepsMore() for _ in range(4)]
     for model in models:
         model(torch.ones(2, *SHAPE))
-    result = refine(models[0], models[1:], counts, config=config(), image_shape=SHAPE)
+    result = refine(models[0], models[1:], counts, method=config(), image_shape=SHAPE)
     assert not torch.equal(result.model.head.weight, models[0].head.weight)
     assert models[0].features.grad_fn is not None
 
@@ -171,16 +177,16 @@ def test_features_that_are_kept_anywhere(counts, config):
      lambda rows: [torch.tensor(row, dtype=torch.int32) for row in rows], lambda rows: (row for row in rows)],
 )  # fmt: skip
 def test_every_form_of_class_counts_and_teachers(models, counts, config, form):
-    expected = refine(models[0], models[1:], counts, config=config(), image_shape=SHAPE).model
+    expected = refine(models[0], models[1:], counts, method=config(), image_shape=SHAPE).model
     frozen = [copy.deepcopy(model).requires_grad_(False) for model in models[1:]]
     for teachers in (nn.ModuleList(frozen), tuple(frozen), dict(enumerate(frozen)).values(), map(copy.copy, frozen)):
-        found = refine(models[0], teachers, form(counts.tolist()), config=config(), image_shape=SHAPE).model
+        found = refine(models[0], teachers, form(counts.tolist()), method=config(), image_shape=SHAPE).model
         assert all(torch.equal(a, b) for a, b in zip(found.parameters(), expected.parameters(), strict=True))
 
 
 def test_frozen_parts_of_the_student_stay(models, counts, config):
     models[0][0].requires_grad_(False)
-    result = refine(models[0], models[1:], counts, config=config(), image_shape=SHAPE)
+    result = refine(models[0], models[1:], counts, method=config(), image_shape=SHAPE)
     assert torch.equal(result.model[0].weight, models[0][0].weight)
     assert not torch.equal(result.model[-1].weight, models[0][-1].weight)
     assert not result.model[0].weight.requires_grad
@@ -188,10 +194,108 @@ def test_frozen_parts_of_the_student_stay(models, counts, config):
 
 def test_the_students_type_is_kept(classifier, counts, config):
     teachers = [classifier(seed).double() for seed in (1, 2, 3)]
-    result = refine(classifier(4).double(), teachers, counts, config=config(), image_shape=SHAPE)
+    result = refine(classifier(4).double(), teachers, counts, method=config(), image_shape=SHAPE)
     assert result.rolled_back is None
     assert {tensor.dtype for tensor in result.model.parameters()} == {torch.float64}
     assert result.sample(3)[0].dtype == torch.float64
+
+
+SMALL = {"iterations": 2, "batch_size": 6, "pool_batches": 2}
+GENERATOR = {**SMALL, "generator_width": 4, "generator_steps": 2, "noise_dim": 6}
+
+
+@pytest.mark.parametrize(
+    ("settings", "terms"),
+    [
+        (LeavesConfig(**SMALL, image_steps=2), {"fidelity", "variation", "norm", "adversarial"}),
+        (DaflConfig(**GENERATOR), {"one_hot", "activation", "entropy"}),
+        (DenseConfig(**GENERATOR), {"fidelity", "discrepancy"}),
+        (CoBoostingConfig(**GENERATOR), {"fidelity", "discrepancy"}),
+    ],
+)
+def test_methods_without_fedftgs_generator(models, counts, settings, terms):
+    """One teacher of three has no BatchNorm, so the term on it is left out."""
+    before = [snapshot(model) for model in models]
+    results = [refine(models[0], models[1:], counts, method=settings, image_shape=SHAPE) for _ in range(2)]
+    assert all(unchanged(model, state) for model, state in zip(models, before, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(*(r.model.parameters() for r in results), strict=True))
+    result = results[0]
+    assert not unchanged(result.model, before[0])
+    assert (result.start, result.generator, result.rolled_back) == ("given", None, None)
+    agreement = set() if isinstance(settings, DaflConfig) else {"teacher_agreement"}
+    assert set(result.metrics) == {*terms, "student", *agreement}
+    assert {metric.shape for metric in result.metrics.values()} == {(6,)}
+
+
+def test_batchnorm_counts_where_all_teachers_have_it(classifier, counts):
+    settings, teachers = LeavesConfig(**SMALL, image_steps=2), [classifier(seed) for seed in (1, 2, 3)]
+    result = refine(classifier(4, norm=False), teachers, counts, method=settings, image_shape=SHAPE)
+    assert result.metrics["batchnorm"].min() > 0
+
+
+def test_images_that_were_kept(models, counts):
+    def result(settings):
+        return refine(models[0], models[1:], counts, method=settings, image_shape=SHAPE)
+
+    found = result(LeavesConfig(**SMALL, image_steps=1))
+    images, labels = found.sample(12)
+    assert images.shape == (12, *SHAPE)
+    assert len(images.unique(dim=0)) == 12, "all are shown before one is shown again"
+    kept = {tuple(image.flatten().tolist()): int(label) for image, label in zip(images, labels, strict=True)}
+    images, labels = found.sample(40, int(labels[0]))
+    assert set(labels.tolist()) == {int(labels[0])}
+    assert all(kept[tuple(image.flatten().tolist())] == int(labels[0]) for image in images)
+    assert result(DaflConfig(**GENERATOR)).sample(2)[1] is None
+    with pytest.raises(InputError, match="labels must be None, as this method's images have none"):
+        result(DaflConfig(**GENERATOR)).sample(2, 0)
+    with pytest.raises(InputError, match="kept no images, as its pool_size was 0"):
+        result(LeavesConfig(**SMALL, image_steps=1, pool_size=0)).sample(2)
+    counts[:, [0, 2]] = 0
+    found = result(LeavesConfig(**SMALL, image_steps=1))
+    with pytest.raises(InputError, match=r"labels must be classes of images that the call kept, \[1\]"):
+        found.sample(2, [1, 2])
+
+
+def head(weight, bias):
+    """Logits ``weight * (the image's first pixel) + bias``."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    with torch.no_grad():
+        model[1].weight.zero_()[:, 0] = torch.tensor(weight)
+        model[1].bias.copy_(torch.tensor(bias))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("biases", "tau", "expected"),
+    [
+        # 300 and 100 samples: the ensemble of logits is the weighted average.
+        (([1.0, 0.0, 0.0], [0.0, 0.0, 2.0]), 0.0, "average"),
+        (([1.0, 0.0, 0.0], [0.0, 0.0, 2.0]), 0.75, "average without priors"),
+    ],
+)
+def test_the_start_is_the_closest_to_the_ensemble(biases, tau, expected):
+    teachers = [head([1.0, 2.0, 3.0], bias).requires_grad_(False) for bias in biases]
+    counts = [[200, 50, 50], [10, 10, 80]]
+    settings = LeavesConfig(**SMALL, student_lr=0.0, image_steps=1, teacher_prior_tau=tau)
+    result = refine(None, teachers, counts, method=settings, image_shape=SHAPE)
+    assert result.start == expected
+    bias = torch.tensor([0.75, 0.0, 0.5])
+    if tau:
+        prior = [((torch.tensor(row) + 0.5) / (sum(row) + 1.5)).log() for row in counts]
+        shift = 0.75 * (0.75 * prior[0] + 0.25 * prior[1])
+        bias = bias - shift + shift.mean()
+    assert torch.allclose(result.model[1].bias, bias)
+    assert all(parameter.requires_grad for parameter in result.model.parameters())
+    assert not result.model.training
+
+
+def test_a_teacher_is_the_start_where_nothing_can_be_averaged(models, counts):
+    counts = torch.tensor([[1, 0, 0], [0, 0, 1], [50, 50, 50]])
+    teachers = [models[1], lambda images: images.flatten(1)[:, :3], models[3]]
+    result = refine(None, teachers, counts, method="fedftg", image_shape=SHAPE)
+    assert result.start == "teacher 2"
+    assert isinstance(result.model, nn.Sequential)
+    assert len(result.model) == 2
 
 
 class Pair(KeepsFeatures):
@@ -206,12 +310,12 @@ class Locked(KeepsFeatures):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_wrong_inputs(models, counts, classifier):
+def test_wrong_inputs(models, counts, classifier, generator):
     student, teachers = models[0], models[1:]
     broken = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     nn.init.constant_(broken[1].bias, float("nan"))
     for arguments, changed, message in (
-        ((student, teachers, counts), {"config": "papper"}, "unknown preset 'papper'; did you mean 'paper'"),
+        ((student, teachers, counts), {"method": "papper"}, "unknown method 'papper'; did you mean 'paper'"),
         ((student, [], counts), {}, "at least 1"),
         ((student, teachers[0], counts), {}, "must be a list, got Sequential"),
         ((student, teachers, counts[:2]), {}, r"teachers = 3, .* got \(2, 3\)"),
@@ -219,7 +323,7 @@ def test_wrong_inputs(models, counts, classifier):
         ((student, teachers, counts[:, :2]), {}, r"student must return logits \(2, 2\), .* got \(2, 3\)"),
         ((nn.Flatten(), teachers, counts), {}, "requires_grad_"),
         ((student, teachers, counts), {"image_shape": (3, 32, 32)}, "student does not take images"),
-        ((student, teachers, counts), {"image_shape": (1, 4, 4)}, r"8 to 224, got \(1, 4, 4\)"),
+        ((student, teachers, counts), {"method": "fedftg", "image_shape": (1, 4, 4)}, r"8 to 224, got \(1, 4, 4\)"),
         ((student, [*teachers[:2], broken], counts), {}, r"teacher 2 has values in 1\.bias that are not finite"),
         ((broken, teachers, counts), {}, r"student has values in 1\.bias that are not finite"),
         ((student, [{}, *teachers[:2]], counts), {}, "teacher 0 must be a classifier, got dict"),
@@ -234,8 +338,22 @@ def test_wrong_inputs(models, counts, classifier):
         ((nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), teachers, counts), {}, "ScriptModule or has lazy"),
         ((student, [*teachers[:2], nn.LazyLinear(3)], counts), {}, "teacher 2 does not take images .* uninitialized"),
         ((student, [*teachers[:2], Locked()], counts), {}, "teacher 2 does not take images .* cannot pickle"),
-        ((copy.deepcopy(student).double(), teachers, counts), {}, "teacher 0 does not .* one device and one type"),
-        ((student, teachers, counts), {"config": {"iterations": 2}}, r"or fedftg.preset\(...\), got dict"),
+        (
+            (copy.deepcopy(student).double(), teachers, counts),
+            {},
+            "student does not take .* which is float32 but for FedFTG",
+        ),
+        ((copy.deepcopy(student).double(), teachers, counts), {"method": "paper"}, "teacher 0 does not .* one type"),
+        ((student, teachers, counts), {"method": {"iterations": 2}}, r"one of leaves, .* LeavesConfig, .*, got dict"),
+        (
+            (student, teachers, counts),
+            {"method": "feddf"},
+            "unknown method 'feddf'; .*allowed: adi, coboosting, .* paper",
+        ),
+        ((student, teachers, counts), {"method": FedDFConfig()}, "method must be one of leaves, .*, got FedDFConfig"),
+        ((student, teachers, counts), {"generator": generator()}, "goes with FedFTG's presets .* got LeavesConfig"),
+        ((student, teachers, counts), {"image_shape": (64,)}, r"must be \(D, H, W\), got \(64,\)"),
+        ((None, [lambda images: images.flatten(1)[:, :3]] * 3, counts), {}, "no teacher is a module .* pass a student"),
         ((Pair(), teachers, counts), {}, r"student must return logits .* got tuple"),
         (
             (student, [*teachers[:2], classifier(2, classes=4)], counts),
