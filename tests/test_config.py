@@ -45,6 +45,18 @@ def test_another_preset_replaces_the_fields_of_the_old_one(tmp_path: Path) -> No
     assert changed.refiner == configs.load(None, ["refiner.preset=paper", "refiner.iterations=3"]).refiner
 
 
+@pytest.mark.parametrize(
+    ("before", "change"),
+    [("algorithm.name=fedavg", "algorithm.name=scaffold"), ("refiner.name=leaves", "refiner.start=fresh")],
+)
+def test_defaults_follow_what_decides_them(tmp_path: Path, before: str, change: str) -> None:
+    """The average that FedFTG deploys, by the algorithm; the student's mode, by its start."""
+    path = write(tmp_path, "run.toml", configs.load(None, [before]).to_toml())
+    expected = configs.load(None, [before, change])
+    assert configs.load(path, [change]).refiner == expected.refiner
+    assert set(expected.refiner) - set(configs.load(None, [before]).refiner)
+
+
 def test_cohort_keys_replace_each_other(tmp_path: Path) -> None:
     path = write(tmp_path, "r.toml", "[cohort]\nprobability = 0.5\n")
     assert configs.load(path, ["cohort.size=3"]).cohort.model_dump() == {"size": 3, "probability": None}

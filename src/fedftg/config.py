@@ -179,6 +179,8 @@ def apply(given: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
 
 def _lay_over(given: Mapping[str, Any], pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     result = copy.deepcopy(dict(given))
+    named = result.get("algorithm")
+    algorithm = named.get("name") if isinstance(named, dict) else None
     for key, value in pairs:
         section = key.removesuffix(".name")
         if section in ("algorithm", "refiner") and section != key:
@@ -186,10 +188,12 @@ def _lay_over(given: Mapping[str, Any], pairs: Sequence[tuple[str, Any]]) -> dic
             if isinstance(current, dict) and current.get("name", value) != value:
                 result[section] = {}
         refiner = result.get("refiner")
-        if key.startswith("refiner.") and isinstance(refiner, dict):
+        if isinstance(refiner, dict) and (key.startswith("refiner.") or key == "algorithm.name"):
             chosen = REFINERS.get(str(refiner.get("name", "fedftg")), RefinerConfig)
-            old = chosen.defaults(refiner)
-            if chosen.defaults({**refiner, key.removeprefix("refiner."): value}) != old:
+            old = chosen.defaults(refiner, algorithm=algorithm)
+            algorithm = value if key == "algorithm.name" else algorithm
+            changed = {**refiner, key.removeprefix("refiner."): value} if key != "algorithm.name" else refiner
+            if chosen.defaults(changed, algorithm=algorithm) != old:
                 result["refiner"] = {k: v for k, v in refiner.items() if k not in old or old[k] != v}
         other = {"cohort.size": "probability", "cohort.probability": "size"}.get(key)
         if other and isinstance(result.get("cohort"), dict):

@@ -2,15 +2,12 @@
 
 import torch
 
-from fedftg.algorithms.adi import AdiConfig
 from fedftg.algorithms.leaves import LeavesConfig
 from fedftg.distill.leaves import dead_leaves
 
 
-def test_it_is_adi_with_other_defaults():
-    """ADI with the same settings would do the same."""
-    given = LeavesConfig().model_dump(exclude={"name"})
-    assert AdiConfig(**given).model_dump(exclude={"name"}) == given
+def test_a_fresh_student_has_no_statistics_to_keep():
+    assert LeavesConfig().student_mode == "eval"
     assert LeavesConfig(start="fresh").student_mode == "train"
     assert LeavesConfig(start="fresh", student_mode="eval").student_mode == "eval"
 

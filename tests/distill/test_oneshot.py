@@ -207,7 +207,7 @@ GENERATOR = {**SMALL, "generator_width": 4, "generator_steps": 2, "noise_dim": 6
 @pytest.mark.parametrize(
     ("settings", "terms"),
     [
-        (LeavesConfig(**SMALL, image_steps=2), {"fidelity", "variation", "norm", "adversarial", "batchnorm"}),
+        (LeavesConfig(**SMALL, image_steps=2), {"fidelity", "batchnorm"}),
         (DaflConfig(**GENERATOR), {"one_hot", "activation", "entropy"}),
         (DenseConfig(**GENERATOR), {"fidelity", "discrepancy", "batchnorm"}),
         (CoBoostingConfig(**GENERATOR), {"fidelity", "discrepancy"}),

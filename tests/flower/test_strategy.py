@@ -31,7 +31,7 @@ from fedftg.distill.generator import Generator
 from fedftg.distill.images import GeneratorImages
 from fedftg.distill.teachers import ListedTeachers
 from fedftg.errors import InputError
-from fedftg.flower import FedFTG, Refined
+from fedftg.flower import FedFTG, Refined, RuleStrategy
 from fedftg.flower.testing import LocalGrid
 from fedftg.models.functional import FunctionalModel, values
 from fedftg.seeds import SERVER, forked, torch_rng
@@ -462,6 +462,12 @@ def test_absent_clients_are_taught_for_as_in_the_preset() -> None:
     assert not equal(one, two)
     weights = [wrapped(flower.FedAvg(), config=preset)._config.absent_weight for preset in ("fedftg", "paper")]
     assert weights == [1.0, 0.0]
+
+
+def test_scaffold_deploys_another_average() -> None:
+    base = RuleStrategy(model=small.net(), num_clients=3, algorithm="scaffold")
+    of = [wrapped(strategy, config="fedftg")._config for strategy in (base, flower.FedAvg())]
+    assert [(config.average, config.prior_tau) for config in of] == [("ema", 0.25), ("all", 0.75)]
 
 
 def test_what_cannot_be_refined_is_refused_in_one_line(app: ClientApp) -> None:

@@ -105,7 +105,7 @@ class AdiImages:
     def terms(
         self, call: Call, images: Float[Tensor, "B D H W"], labels: Int[Tensor, " B"]
     ) -> dict[str, Float[Tensor, ""]]:
-        """Returns the terms of the loss, means over the batch."""
+        """Returns the terms of the loss whose weight is not 0, means over the batch."""
         ensemble, found = call.ensemble, {}
         shown = augment(images, self._config.image_augment, call.rng)
         if self._config.lambda_bn:
@@ -114,13 +114,14 @@ class AdiImages:
         else:
             logits = ensemble.logits(shown, 0, len(ensemble))
         predicted = ensemble.log_probabilities(logits, labels)
-        return {
-            "fidelity": F.nll_loss(predicted, labels),
-            "variation": total_variation(images),
-            "norm": images.flatten(1).norm(dim=1).mean(),
-            "adversarial": 1 - jensen_shannon(predicted, call.student(shown).log_softmax(dim=1)),
-            **found,
-        }
+        found["fidelity"] = F.nll_loss(predicted, labels)
+        if self._config.lambda_variation:
+            found["variation"] = total_variation(images)
+        if self._config.lambda_norm:
+            found["norm"] = images.flatten(1).norm(dim=1).mean()
+        if self._config.lambda_adversarial:
+            found["adversarial"] = 1 - jensen_shannon(predicted, call.student(shown).log_softmax(dim=1))
+        return found
 
 
 def total_variation(images: Float[Tensor, "B D H W"]) -> Float[Tensor, ""]:

@@ -43,12 +43,15 @@ class DistilledConfig(RefinerConfig, StudentConfig):
         default="aggregate", description="what the student starts from: the aggregate, or the run's initial weights"
     )
 
+    @classmethod
+    def defaults(cls, given: Mapping[str, Any], **known: Any) -> dict[str, Any]:  # noqa: ARG003
+        """Returns the paper's settings, and those of a fresh student where the student is one."""
+        return {**cls.paper, **(cls.fresh if given.get("start") == "fresh" else {})}
+
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        return {**cls.paper, **(cls.fresh if given.get("start") == "fresh" else {}), **given}
+        return {**cls.defaults(given), **given} if isinstance(given, dict) else given
 
     def images(self, context: RefinerContext, rng: torch.Generator) -> Images[Any]:  # noqa: ARG002
         """Returns the source of images for one round; networks of its own start from ``rng``."""

@@ -31,7 +31,10 @@ class PooledImages:
 
     def start(self, call: Call) -> Sequence[Any]:
         """Returns each draw of the source, followed by a None for each batch of the pool."""
-        self._call, repeats = call, self._config.pool_batches if self._config.pool_size else 0
+        size, self._call = self._config.pool_size, call
+        repeats = self._config.pool_batches if size else 0
+        full = len(self.pool.get("images", ())) == size
+        self._admitted = math.ceil(self._config.pool_refresh * size / call.iterations) if full else size
         return [shown for draw in self._source.start(call) for shown in (draw, *[None] * repeats)]
 
     def improve(self, call: Call, draw: Any) -> dict[str, Tensor]:
@@ -53,9 +56,7 @@ class PooledImages:
         return batch, self.pool["labels"][chosen] if "labels" in self.pool else None
 
     def _take(self, images: Float[Tensor, "B D H W"], labels: Int[Tensor, " B"] | None) -> None:
-        size = self._config.pool_size
-        replaced = math.ceil(self._config.pool_refresh * size / self._call.iterations)
-        number = max(size - len(self.pool.get("images", ())), replaced)
+        size, number = self._config.pool_size, self._admitted
         new = {"images": images.half()} | ({} if labels is None else {"labels": labels})
         parts = {name: [self.pool.get(name, values[:0]), values[:number]] for name, values in new.items()}
         self.pool = {name: torch.cat(part)[-size:] for name, part in parts.items()}

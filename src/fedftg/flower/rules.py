@@ -71,7 +71,7 @@ class RuleStrategy(FedAvg):
         given = {key: options.pop(key) for key in kind.model_fields if key in options}
         settings = parse(kind, {"name": name, **given})
         super().__init__(**{"train_metrics_aggr_fn": mean_metrics, **options})
-        self._module = model
+        self.algorithm, self._module = name, model
         self._rules = settings.build(num_clients)
         self._order = Order(
             run=secrets.token_hex(8),

@@ -365,6 +365,7 @@ class FedFTG(Refined):
             settings = {"preset": "paper", **config.model_dump()}
         if absent_weight is not None:
             settings["absent_weight"] = absent_weight
+        settings = {**FedFTGConfig.defaults(settings, algorithm=getattr(strategy, "algorithm", "")), **settings}
         super().__init__(strategy, parse(FedFTGConfig, settings), model, image_shape, **options)
 
 
