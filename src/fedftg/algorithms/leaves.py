@@ -18,6 +18,7 @@ class LeavesConfig(AdiConfig):
     """``refiner.name = "leaves"``: settings of `AdiConfig`, with other defaults."""
 
     paper: ClassVar[Mapping[str, Any]] = {
+        "broadcast": 0.0,  # clients put their priors back: sent in every round, it comes undone
         "iterations": 200,
         "batch_size": 128,
         "student_steps": 1,
