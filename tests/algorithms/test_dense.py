@@ -1,4 +1,4 @@
-"""DENSE: the terms by hand, the generator's gradient against the objective written out, and a round on digits."""
+"""DENSE: the terms by hand, and the generator's gradient against the objective written out."""
 
 import math
 from typing import Any
@@ -95,13 +95,3 @@ def test_images_are_made_as_the_loss_saw_them():
     assert not made.requires_grad
     torch.testing.assert_close(made.mean(dim=(0, 2, 3)), torch.zeros(1), atol=1e-5, rtol=0)
     torch.testing.assert_close(made, images._generator.train()(noise, labels).detach())
-
-
-def test_a_fresh_student_learns_digits_that_it_never_saw(digits):
-    """From the run's initial weights, which know nothing: all it can learn from are the clients' models."""
-    small = {"start": "fresh", "batch_size": 64, "generator_width": 8, "noise_dim": 16, "pool_augment": "none"}
-    more = {"iterations": 30, "generator_steps": 10, "generator_lr": 0.005, "pool_batches": 10}
-    accuracy, metrics = digits.refined(DenseConfig(**small, **more))
-    assert digits.ensemble > 0.93
-    assert accuracy > 0.8
-    assert metrics["teacher_agreement"] > 0.9
