@@ -56,26 +56,6 @@ def test_losses_by_hand():
     torch.testing.assert_close(gradient, torch.tensor([[-0.1, 0.0], [0.0, -0.4]]))
 
 
-def test_the_generators_gradient_is_that_of_the_objective():
-    """Written out with torch alone, for teachers of equal weight."""
-    teachers = [linear(0), linear(1)]
-    images, call, draws = source(teachers, generator_lr=0, lambda_adv=0.6)
-    images.improve(call, draws[0])
-    generator = images._source._generator
-    found = [parameter.grad.clone() for parameter in generator.parameters()]
-    generator.zero_grad()
-    noise, labels = draws[0]
-    made = generator(noise, labels)
-    logits, own = (teachers[0](made) + teachers[1](made)) / 2, call.student(made)
-    predicted = logits.softmax(dim=1)
-    right = predicted[range(6), labels]
-    hard = -((1 - right.detach()) * right.log()).mean()
-    kl = (predicted * (predicted.log() - own.log_softmax(dim=1))).sum(dim=1)
-    (hard - 0.6 * kl.mean()).backward()
-    for parameter, gradient in zip(generator.parameters(), found, strict=True):
-        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
-
-
 def test_teachers_that_are_right_gain_weight_by_hand():
     """Class 1 alone is drawn, and the first teacher predicts it. The steps are 0.4 / 2, times 0.5 per iteration:
 
