@@ -24,7 +24,7 @@ from fedftg.algorithms.leaves import LeavesConfig
 from fedftg.distill import losses
 from fedftg.distill.config import PRESETS, DistillConfig, StudentConfig
 from fedftg.distill.distiller import Progress, distil, trainable
-from fedftg.distill.generator import Generator
+from fedftg.distill.generator import Generator, new_generator
 from fedftg.distill.images import GeneratorImages
 from fedftg.distill.labels import check_class_counts, class_probabilities, label_log_prior, sample_labels
 from fedftg.distill.leaves import dead_leaves
@@ -34,7 +34,7 @@ from fedftg.errors import InputError, first_line, unknown
 from fedftg.models.functional import FunctionalModel
 from fedftg.params import Params, copied, first_non_finite, weighted_mean
 from fedftg.progress import iterations
-from fedftg.seeds import SERVER, forked, seed_for, torch_rng
+from fedftg.seeds import SERVER, seed_for, torch_rng
 
 METHODS: dict[str, type[DistilledConfig]] = {
     "leaves": LeavesConfig,
@@ -57,7 +57,7 @@ class RefineResult:
     """What it started from: ``given``, ``average``, ``average without priors`` or ``teacher 2``."""
     generator: Generator | None
     """FedFTG's; None with another method."""
-    metrics: dict[str, Float[Tensor, " I"]]
+    metrics: dict[str, Float[Tensor, " batches"]]
     """What happened on each batch, float32 on the CPU; the names are those of ``refine`` in ``rounds.jsonl``."""
     rolled_back: str | None
     """Why ``model`` and ``generator`` are as they were at the start, or None where all went well."""
@@ -169,9 +169,8 @@ def refine(
     place = next(modules[0].parameters()) if student is None else trainable(student)[0]
     new: Generator | None = None
     if isinstance(settings, DistillConfig):
-        with forked(seed_for(seed, 0, SERVER, "generator"), torch.device("cpu")):
-            new = generator or Generator(settings.noise_dim, counts.shape[1], shape, settings.generator_width)
-        new = copy.deepcopy(new).to(place)
+        first = seed_for(seed, 0, SERVER, "generator")
+        new = copy.deepcopy(generator or new_generator(settings, counts.shape[1], shape, first)).to(place)
     _check(models, torch.zeros(2, *shape).to(place if new else place.device), counts.shape[1])
     ensemble, start = ListedTeachers(of_teachers), "given"
     if student is None:

@@ -35,6 +35,11 @@ def numpy_rng(run_seed: int, round: int, client: int, purpose: str) -> np.random
     return np.random.default_rng(seed_for(run_seed, round, client, purpose))
 
 
+def drawn_seed(rng: torch.Generator) -> int:
+    """Returns a seed in ``[0, 2**62)`` drawn from a CPU generator."""
+    return int(torch.randint(2**62, (), generator=rng))
+
+
 @contextmanager
 def forked(seed: int, device: torch.device) -> Iterator[None]:
     """Seeds torch's global generators (CPU, and ``device`` if a GPU), and puts them back afterwards."""

@@ -6,8 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
+from torch import nn
 
 from fedftg.algorithms.base import ClientResult, RefinerContext, ServerState
+from fedftg.distill.images import Call
+from fedftg.distill.teachers import Ensemble, ListedTeachers
 from fedftg.models.functional import FunctionalModel, values
 from fedftg.models.small import CNN
 
@@ -60,3 +63,16 @@ def digits():
     mean = torch.stack([model(one.params, one.buffers, images, train=False) for one in results]).mean(dim=0)
     context = RefinerContext(model, 10, (1, 8, 8), torch.device("cpu"))
     return Digits(context, results, images, labels, float((mean.argmax(dim=1) == labels).float().mean()))
+
+
+@pytest.fixture
+def call():
+    """Makes a call from functions: the student, and teachers that saw the same unless counts are given."""
+
+    def make(config, student, *teachers, counts=None, iterations=1, seed=0):
+        counts, module = torch.tensor(counts or [[1, 1]] * len(teachers)), nn.Module()
+        module.forward = student
+        ensemble = Ensemble(ListedTeachers(teachers), counts.double(), config, torch.zeros(()))
+        return Call(module, ensemble, iterations, torch.Generator().manual_seed(seed), 1.0)
+
+    return make

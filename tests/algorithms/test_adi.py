@@ -1,4 +1,4 @@
-"""ADI: the terms of the images' loss by hand, their directions, and digits."""
+"""ADI: the terms of the images' loss by hand, and their directions."""
 
 import math
 
@@ -8,8 +8,6 @@ from torch import nn
 
 from fedftg.algorithms.adi import AdiConfig, AdiImages, jensen_shannon, total_variation
 from fedftg.algorithms.base import RefinerContext
-from fedftg.distill.images import Call
-from fedftg.distill.teachers import Ensemble, ListedTeachers
 from fedftg.models.functional import FunctionalModel
 
 SLOPE = torch.tensor([[1.0, -1.0]])
@@ -31,20 +29,6 @@ def source(norm=False, **settings):
     return AdiImages(config, RefinerContext(FunctionalModel(layers), 2, (1, 1, 2), torch.device("cpu")))
 
 
-class Student(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.forward = function
-
-
-def call(student, *teachers, seed=0, iterations=2):
-    counts = torch.ones(len(teachers), 2, dtype=torch.float64)
-    ensemble = Ensemble(ListedTeachers(teachers), counts, AdiConfig(), torch.zeros(()))
-    return Call(Student(student), ensemble, iterations, torch.Generator().manual_seed(seed), 1.0)
-
-
 def test_total_variation_by_hand():
     """Right: 1, 4; down: 3, 6; the diagonals: 7 and 2. The second image is flat."""
     image = torch.tensor([[[[1.0, 2.0], [4.0, 8.0]]], [[[5.0, 5.0], [5.0, 5.0]]]])
@@ -63,10 +47,10 @@ def test_jensen_shannon_by_hand():
     assert float(jensen_shannon(torch.cat([left, left]), torch.cat([left, right]))) == pytest.approx(expected / 2)
 
 
-def test_terms_by_hand():
+def test_terms_by_hand(call):
     """Images (ln 9, 0) and (0, ln 9): the teachers' odds are 9 and 1, of which the mean of the logits makes 3."""
     images = math.log(9) * torch.tensor([[1.0, 0.0], [0.0, 1.0]]).reshape(2, 1, 1, 2)
-    found = source().terms(call(undecided, reads, undecided), images, torch.tensor([0, 0]))
+    found = source().terms(call(AdiConfig(), undecided, reads, undecided), images, torch.tensor([0, 0]))
     assert set(found) == {"fidelity", "variation", "norm", "adversarial", "batchnorm"}
     assert float(found["fidelity"]) == pytest.approx(-(math.log(0.75) + math.log(0.25)) / 2)
     assert float(found["variation"]) == pytest.approx(math.log(9))
@@ -75,20 +59,20 @@ def test_terms_by_hand():
     assert float(found["adversarial"]) == pytest.approx(1 - float(near))
 
 
-def test_batchnorm_where_there_is_any():
+def test_batchnorm_where_there_is_any(call):
     """Pixels 1 and 3 have mean 2 and variance 1; the layer remembers 0 and 1. Without BatchNorm it is 0."""
     layers = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten()).eval()
     images = torch.tensor([[1.0, 3.0]]).reshape(1, 1, 1, 2)
-    found = source(norm=True).terms(call(undecided, layers), images, torch.tensor([1]))
-    assert float(found["batchnorm"]) == pytest.approx(2.0)
-    assert "batchnorm" not in source(norm=True, lambda_bn=0).terms(call(undecided, layers), images, torch.tensor([1]))
+    of, labels = call(AdiConfig(), undecided, layers), torch.tensor([1])
+    assert float(source(norm=True).terms(of, images, labels)["batchnorm"]) == pytest.approx(2.0)
+    assert "batchnorm" not in source(norm=True, lambda_bn=0).terms(of, images, labels)
 
 
 @pytest.mark.parametrize(("teacher", "student"), [(reads, undecided), (undecided, reads)])
-def test_images_move_to_where_teacher_and_student_differ(teacher, student):
+def test_images_move_to_where_teacher_and_student_differ(call, teacher, student):
     """One of both is constant, so the gradient passes the other; it moves the image (1, 0) to larger odds."""
     images = torch.tensor([[1.0, 0.0]]).reshape(1, 1, 1, 2).requires_grad_()
-    source().terms(call(student, teacher), images, torch.tensor([0]))["adversarial"].backward()
+    source().terms(call(AdiConfig(), student, teacher), images, torch.tensor([0]))["adversarial"].backward()
     assert images.grad is not None
     descent = -images.grad.flatten()
     assert descent[0] > 0.01
@@ -96,12 +80,12 @@ def test_images_move_to_where_teacher_and_student_differ(teacher, student):
 
 
 @pytest.mark.parametrize("adversarial", [0.0, 10.0])
-def test_images_become_those_of_their_labels(adversarial):
+def test_images_become_those_of_their_labels(call, adversarial):
     """From noise, anew for each batch; the steps on the pixels are the same for the same seed."""
     config = {"image_steps": 60, "lambda_adversarial": adversarial, "batch_size": 16}
     ends = []
     for seed in (0, 0, 1):
-        images, of = source(**config), call(undecided, reads, seed=seed)
+        images, of = source(**config), call(AdiConfig(), undecided, reads, iterations=2, seed=seed)
         draws = images.start(of)
         assert [draw.shape for draw in draws] == [(16,)] * 2
         batches = []
@@ -117,14 +101,3 @@ def test_images_become_those_of_their_labels(adversarial):
         ends.append(batches[1])
     assert torch.equal(ends[0], ends[1])
     assert not torch.equal(ends[0], ends[2])
-
-
-def test_the_student_learns_digits_that_it_never_saw(digits):
-    """From the run's initial weights, which know nothing: all it can learn from are the clients' models."""
-    small = {"start": "fresh", "batch_size": 100, "image_augment": "none", "pool_augment": "none"}
-    before, _ = digits.refined(AdiConfig(**small, iterations=1, image_steps=1, student_steps=0))
-    after, metrics = digits.refined(AdiConfig(**small, iterations=5, image_steps=50, pool_batches=60))
-    assert digits.ensemble > 0.93
-    assert before < 0.2
-    assert after > 0.85
-    assert metrics["teacher_agreement"] > 0.8

@@ -1,4 +1,4 @@
-"""Co-Boosting: terms, weights and moved images by hand, the generator's gradient, and a round on digits."""
+"""Co-Boosting: terms, weights and moved images by hand."""
 
 import math
 from typing import Any
@@ -54,26 +54,6 @@ def test_losses_by_hand():
     assert found["discrepancy"].item() == pytest.approx((disagreeing + agreeing) / 2)
     (gradient,) = torch.autograd.grad(found["fidelity"], ensemble)
     torch.testing.assert_close(gradient, torch.tensor([[-0.1, 0.0], [0.0, -0.4]]))
-
-
-def test_the_generators_gradient_is_that_of_the_objective():
-    """Written out with torch alone, for teachers of equal weight."""
-    teachers = [linear(0), linear(1)]
-    images, call, draws = source(teachers, generator_lr=0, lambda_adv=0.6)
-    images.improve(call, draws[0])
-    generator = images._source._generator
-    found = [parameter.grad.clone() for parameter in generator.parameters()]
-    generator.zero_grad()
-    noise, labels = draws[0]
-    made = generator(noise, labels)
-    logits, own = (teachers[0](made) + teachers[1](made)) / 2, call.student(made)
-    predicted = logits.softmax(dim=1)
-    right = predicted[range(6), labels]
-    hard = -((1 - right.detach()) * right.log()).mean()
-    kl = (predicted * (predicted.log() - own.log_softmax(dim=1))).sum(dim=1)
-    (hard - 0.6 * kl.mean()).backward()
-    for parameter, gradient in zip(generator.parameters(), found, strict=True):
-        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_teachers_that_are_right_gain_weight_by_hand():
@@ -139,13 +119,3 @@ def test_images_take_one_step_in_a_random_direction_of_the_output(shown):
     (slope,) = torch.autograd.grad(((2 * torch.rand(6, 3, generator=replay) - 1) * softened).sum(), at)
     torch.testing.assert_close(found, before + 0.25 * slope.sign())
     assert torch.equal(images.pool["images"], images._newest[0].half())
-
-
-def test_a_fresh_student_learns_digits_that_it_never_saw(digits):
-    """From the run's initial weights, which know nothing: all it can learn from are the clients' models."""
-    small = {"start": "fresh", "batch_size": 64, "generator_width": 8, "noise_dim": 16, "pool_augment": "none"}
-    more = {"iterations": 30, "generator_steps": 10, "generator_lr": 0.005, "pool_batches": 10, "lambda_adv": 0.3}
-    accuracy, metrics = digits.refined(CoBoostingConfig(**small, **more))
-    assert digits.ensemble > 0.93
-    assert accuracy > 0.7
-    assert metrics["teacher_agreement"] > 0.9

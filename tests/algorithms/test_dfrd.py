@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
 from fedftg.algorithms import dfrd
 from fedftg.algorithms.base import ServerState
@@ -26,24 +25,11 @@ def fixed(*odds):
     return lambda images: torch.tensor([[math.log(one), 0.0] for one in odds])
 
 
-class Student(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.forward = function
-
-
-def call(student, *teachers, counts=((1, 1), (1, 1))):
-    ensemble = Ensemble(ListedTeachers(teachers), torch.tensor(counts).double(), DfrdConfig(), torch.zeros(()))
-    return Call(Student(student), ensemble, 1, rng(0), 1.0)
-
-
-def test_terms_by_hand():
+def test_terms_by_hand(call):
     """Odds of 8 and 2 make 4 in the mean of the logits, so class 0 with 0.8. The student says class 1 with 0.8 for the
     first image and class 0 for the second. The discrepancy counts where the label is 0 and the student is wrong, the
     first, and is KL((0.8, 0.2), (0.2, 0.8)) = 0.6 ln 4; the temperature, 10, is the student's alone."""
-    of = call(fixed(0.25, 4.0), fixed(8.0, 8.0), fixed(2.0, 2.0))
+    of = call(DfrdConfig(), fixed(0.25, 4.0), fixed(8.0, 8.0), fixed(2.0, 2.0))
     merged, images = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([0.0, 3.0]).reshape(2, 1, 1, 1)
     for labels, discrepancy in (((0, 0), 0.6 * math.log(4) / 2), ((1, 0), 0.0)):
         found = dfrd.terms(of, torch.tensor(labels), merged, images)
@@ -54,15 +40,15 @@ def test_terms_by_hand():
         assert float(found["diversity"]) == pytest.approx(math.exp(-2 * 0.5 * 3 / 4))
 
 
-def test_teachers_are_weighted_by_the_class_that_was_drawn():
+def test_teachers_are_weighted_by_the_class_that_was_drawn(call):
     """Of class 0 the first teacher holds all: odds of 8. Of class 1 both hold the same: odds of 4."""
-    of = call(fixed(1.0, 1.0), fixed(8.0, 8.0), fixed(2.0, 2.0), counts=((5, 3), (0, 3)))
+    of = call(DfrdConfig(), fixed(1.0, 1.0), fixed(8.0, 8.0), fixed(2.0, 2.0), counts=((5, 3), (0, 3)))
     found = dfrd.terms(of, torch.tensor([0, 1]), torch.zeros(2, 2), torch.zeros(2, 1, 1, 1))
     assert float(found["fidelity"]) == pytest.approx(-(math.log(8 / 9) + math.log(1 / 5)) / 2)
 
 
 @pytest.mark.parametrize("reader", ["teacher", "student"])
-def test_the_gradient_of_the_discrepancy_passes_teacher_and_student(reader):
+def test_the_gradient_of_the_discrepancy_passes_teacher_and_student(call, reader):
     """Logits ln 4 and 0 for the teacher, 0 and ln 4 for the student; a brighter pixel moves one of them apart."""
 
     def side(name, logit, slope):
@@ -73,7 +59,7 @@ def test_the_gradient_of_the_discrepancy_passes_teacher_and_student(reader):
         return classify
 
     images = torch.zeros(1, 1, 1, 1, requires_grad=True)
-    of = call(side("student", -math.log(4), -1), side("teacher", math.log(4), 1), counts=((1, 1),))
+    of = call(DfrdConfig(), side("student", -math.log(4), -1), side("teacher", math.log(4), 1))
     dfrd.terms(of, torch.tensor([0]), torch.zeros(1, 2), images)["discrepancy"].backward()
     assert images.grad is not None
     assert float(images.grad) > 0.1
@@ -126,10 +112,10 @@ def test_the_generator_persists_and_is_averaged_over_rounds(digits):
     assert any(not torch.equal(value, other.params[key]) for key, value in second.params.items())
 
 
-def test_the_student_sees_images_of_both_generators(digits):
+def test_the_student_sees_images_of_both_generators(call, digits):
     """From round 2 on half as many of the average, from the same noise and labels."""
     config = DfrdConfig(**SMALL)
-    of = call(fixed(1.0), fixed(1.0), counts=((1,) * 10,))
+    of = call(DfrdConfig(), fixed(1.0), fixed(1.0), counts=((1,) * 10,))
     source = images(config, digits)
     (draw,) = source.start(of)
     network = LabelledNoise(config, digits.context)
@@ -148,15 +134,6 @@ def test_the_student_sees_images_of_both_generators(digits):
     assert (
         len(DfrdImages(config.model_copy(update={"average_share": 0.0}), later._generator, values).make(draw)[0]) == 8
     )
-
-
-def test_the_student_learns_the_mean_of_logits_at_temperature_10(digits):
-    """Two teachers with weights 1/2: logits 4 and 0 are 2, over the temperature 0.2."""
-    config = DfrdConfig()
-    teachers = ListedTeachers([lambda images, logit=logit: torch.tensor([[logit, 0.0]]) for logit in (4.0, 0.0)])
-    ensemble = Ensemble(teachers, torch.ones(2, 2).double(), config, torch.zeros(()))
-    found = ensemble.probabilities(torch.zeros(1, 1, 1, 1), torch.tensor([1]))
-    torch.testing.assert_close(found, torch.tensor([[0.2, 0.0]]).softmax(dim=1))
 
 
 def test_the_student_learns_digits_that_it_never_saw(digits):

@@ -72,8 +72,8 @@ def test_teachers_by_hand(ensemble, chunk):
     config = DistillConfig(ensemble=ensemble, teacher_chunk=chunk)
     for teachers in forms(modules):
         of = Ensemble(teachers, COUNTS, config, IMAGES)
-        parts = [of.with_batchnorm(IMAGES, of.weights(LABELS, *part), *part) for part in of.ranges(0, 2)]
-        assert sum(float(distance) for _, distance in parts) == pytest.approx(expected, rel=1e-5)
+        parts = [of.with_batchnorm(IMAGES, LABELS, *part) for part in of.ranges(0, 2)]
+        assert sum(float(terms["batchnorm"]) for _, terms in parts) == pytest.approx(expected, rel=1e-5)
         torch.testing.assert_close(torch.cat([logits for logits, _ in parts]), of.logits(IMAGES, 0, 2))
 
 

@@ -55,10 +55,7 @@ class AdiConfig(DistilledConfig):
     image_augment: Augmentation = Field(
         default="flip_crop", description="random changes of the images in each of these steps, those of data.augment"
     )
-    label_sampling: LabelSampling = Field(
-        default="uniform",
-        description="iid: from p_t(y); proportional: laid out by proportion, shuffled; uniform: over held classes",
-    )
+    label_sampling: LabelSampling = "uniform"
     lambda_variation: float = Field(default=2.5e-5, ge=0, description="weight of the images' total variation")
     lambda_norm: float = Field(default=3e-8, ge=0, description="weight of the images' norm")
     lambda_bn: float = Field(default=10.0, ge=0, description="weight of L_bn; teachers without BatchNorm count 0")
@@ -106,13 +103,8 @@ class AdiImages:
         self, call: Call, images: Float[Tensor, "B D H W"], labels: Int[Tensor, " B"]
     ) -> dict[str, Float[Tensor, ""]]:
         """Returns the terms of the loss whose weight is not 0, means over the batch."""
-        ensemble, found = call.ensemble, {}
-        shown = augment(images, self._config.image_augment, call.rng)
-        if self._config.lambda_bn:
-            weights = ensemble.weights(labels, 0, len(ensemble))
-            logits, found["batchnorm"] = ensemble.with_batchnorm(shown, weights, 0, len(ensemble))
-        else:
-            logits = ensemble.logits(shown, 0, len(ensemble))
+        ensemble, shown = call.ensemble, augment(images, self._config.image_augment, call.rng)
+        logits, found = ensemble.with_batchnorm(shown, labels, 0, len(ensemble), self._config.lambda_bn)
         predicted = ensemble.log_probabilities(logits, labels)
         found["fidelity"] = F.nll_loss(predicted, labels)
         if self._config.lambda_variation:

@@ -20,14 +20,15 @@ from torch import Tensor, nn
 
 from fedftg.algorithms.base import RefinerContext
 from fedftg.algorithms.distilled import DistilledConfig
+from fedftg.distill.config import GeneratorConfig
 from fedftg.distill.descent import descend
-from fedftg.distill.generator import Generator
-from fedftg.distill.images import Call
-from fedftg.distill.teachers import Ensemble, autocast
-from fedftg.seeds import forked
+from fedftg.distill.generator import Generator, new_generator
+from fedftg.distill.images import Call, generated
+from fedftg.distill.teachers import Ensemble
+from fedftg.seeds import drawn_seed
 
 
-class DaflConfig(DistilledConfig):
+class DaflConfig(GeneratorConfig, DistilledConfig):
     """``refiner.name = "dafl"``."""
 
     paper: ClassVar[Mapping[str, Any]] = {
@@ -41,12 +42,9 @@ class DaflConfig(DistilledConfig):
         "ensemble_mean": "logits",
         "pool_size": 6400,
         "pool_batches": 5,
+        "generator_lr": 0.001,
     }
     name: Literal["dafl"] = "dafl"
-    generator_steps: int = Field(default=1, ge=1, description="generator steps on each batch")
-    generator_lr: float = Field(default=0.001, ge=0, description="rate of the generator's Adam before decay")
-    generator_width: int = Field(default=64, ge=1, description="channels of the generator after its second upsampling")
-    noise_dim: int = Field(default=100, ge=1, description="length of the noise z")
     lambda_activation: float = Field(
         default=0.1, ge=0, description="weight of the teachers' mean absolute features, which the generator raises"
     )
@@ -56,9 +54,7 @@ class DaflConfig(DistilledConfig):
 
     def images(self, context: RefinerContext, rng: torch.Generator) -> DaflImages:
         """Returns images of a new generator."""
-        with forked(int(torch.randint(2**62, (), generator=rng)), torch.device("cpu")):
-            generator = Generator(self.noise_dim, 1, context.image_shape, self.generator_width)
-        return DaflImages(self, generator.to(context.device))
+        return DaflImages(self, new_generator(self, 1, context.image_shape, drawn_seed(rng)).to(context.device))
 
 
 def terms(ensemble: Ensemble, images: Float[Tensor, "B D H W"]) -> dict[str, Float[Tensor, ""]]:
@@ -96,12 +92,8 @@ class DaflImages:
 
     def improve(self, call: Call, draw: Float[Tensor, "B Z"]) -> dict[str, Tensor]:
         """Takes ``generator_steps`` on one batch; returns the mean of each term of their loss."""
-        return descend(
-            self._optimizer,
-            self._config.generator_steps,
-            self._weights,
-            lambda: terms(call.ensemble, self._images(draw)),
-        )
+        steps = self._config.generator_steps
+        return descend(self._optimizer, steps, self._weights, lambda: terms(call.ensemble, self._images(draw)))
 
     @torch.no_grad()
     def make(self, draw: Float[Tensor, "B Z"]) -> tuple[Float[Tensor, "B D H W"], None]:
@@ -110,6 +102,4 @@ class DaflImages:
 
     def _images(self, noise: Float[Tensor, "B Z"]) -> Float[Tensor, "B D H W"]:
         labels = torch.zeros(len(noise), dtype=torch.int64, device=noise.device)
-        with autocast(self._config, noise.device):
-            images: Tensor = self._generator(noise, labels)
-        return images.to(noise.dtype)
+        return generated(self._config, self._generator, noise, labels)

@@ -24,18 +24,17 @@ from torch import Tensor
 from fedftg.algorithms.base import RefinerContext
 from fedftg.algorithms.distilled import DistilledConfig
 from fedftg.distill import losses
+from fedftg.distill.config import GeneratorConfig
 from fedftg.distill.descent import descend
-from fedftg.distill.generator import Generator
-from fedftg.distill.images import Call, NoiseAndLabels
-from fedftg.distill.labels import sample_labels
-from fedftg.distill.teachers import autocast
-from fedftg.seeds import forked
+from fedftg.distill.generator import Generator, new_generator
+from fedftg.distill.images import Call, NoiseAndLabels, generated, noise_and_labels
+from fedftg.seeds import drawn_seed
 
 Losses = Callable[[Float[Tensor, "B C"], Float[Tensor, "B C"], Int[Tensor, " B"]], dict[str, Float[Tensor, ""]]]
 """``(log-probabilities of the ensemble, logits of the student, labels) -> fidelity and discrepancy``."""
 
 
-class DenseSettings(DistilledConfig):
+class DenseSettings(GeneratorConfig, DistilledConfig):
     """What DENSE and Co-Boosting have in common."""
 
     paper: ClassVar[Mapping[str, Any]] = {
@@ -50,11 +49,10 @@ class DenseSettings(DistilledConfig):
         "temperature": 4.0,
         "pool_size": 6400,
         "pool_batches": 40,
+        "generator_steps": 30,
+        "generator_lr": 0.001,
+        "noise_dim": 256,
     }
-    generator_steps: int = Field(default=30, ge=1, description="generator steps on each batch")
-    generator_lr: float = Field(default=0.001, ge=0, description="rate of the generator's Adam before decay")
-    generator_width: int = Field(default=64, ge=1, description="channels of the generator after its second upsampling")
-    noise_dim: int = Field(default=256, ge=1, description="length of the noise z")
     lambda_adv: float = Field(
         default=0.5, ge=0, description="weight of the discrepancy of ensemble and student, which the generator raises"
     )
@@ -89,44 +87,33 @@ class DenseImages:
 
     def __init__(self, config: DenseSettings, context: RefinerContext, losses: Losses) -> None:
         self._config, self._context, self._losses = config, context, losses
-        self._weights = {"fidelity": 1.0, "discrepancy": -config.lambda_adv}
-        if config.lambda_bn:
-            self._weights["batchnorm"] = config.lambda_bn
+        self._weights = {"fidelity": 1.0, "discrepancy": -config.lambda_adv, "batchnorm": config.lambda_bn}
 
     def start(self, call: Call) -> Sequence[NoiseAndLabels]:
         """Returns noise and labels of each iteration; every class that some teacher saw is drawn equally often."""
-        shape, device = (call.iterations, self._config.batch_size), self._context.device
-        labels = sample_labels(call.ensemble.class_counts, *shape, "uniform", rng=call.rng)
-        noise = torch.randn(*shape, self._config.noise_dim, generator=call.rng)
-        return list(zip(noise.to(device), labels.to(device), strict=True))
+        config = self._config
+        return noise_and_labels(call, config.batch_size, config.noise_dim, "uniform", self._context.device)
 
     def improve(self, call: Call, draw: NoiseAndLabels) -> dict[str, Tensor]:
         """Takes ``generator_steps`` of a new generator on one batch; returns the mean of each term of their loss."""
         config, context = self._config, self._context
-        with forked(int(torch.randint(2**62, (), generator=call.rng)), torch.device("cpu")):
-            generator = Generator(config.noise_dim, context.num_classes, context.image_shape, config.generator_width)
-        self._generator = generator.to(context.device)
+        seed = drawn_seed(call.rng)
+        self._generator = new_generator(config, context.num_classes, context.image_shape, seed).to(context.device)
         rate = config.generator_lr * call.lr_scale
         optimizer = torch.optim.Adam(self._generator.parameters(), lr=rate, betas=(0.5, 0.999))
         steps, weights = config.generator_steps, self._weights
-        return descend(optimizer, steps, weights, lambda: self._terms(call, self._images(*draw), draw[1]))
+        return descend(optimizer, steps, weights, lambda: self._terms(call, self._images(draw), draw[1]))
 
     @torch.no_grad()
     def make(self, draw: NoiseAndLabels) -> tuple[Float[Tensor, "B D H W"], Int[Tensor, " B"]]:
         """Returns images with the batch statistics that the generator is trained with, and their labels."""
-        return self._images(*draw), draw[1]
+        return self._images(draw), draw[1]
 
-    def _images(self, noise: Float[Tensor, "B Z"], labels: Int[Tensor, " B"]) -> Float[Tensor, "B D H W"]:
-        with autocast(self._config, noise.device):
-            images: Tensor = self._generator(noise, labels)
-        return images.to(noise.dtype)
+    def _images(self, draw: NoiseAndLabels) -> Float[Tensor, "B D H W"]:
+        return generated(self._config, self._generator, *draw)
 
     def _terms(self, call: Call, images: Float[Tensor, "B D H W"], labels: Int[Tensor, " B"]) -> dict[str, Tensor]:
-        ensemble, batchnorm = call.ensemble, {}
-        if "batchnorm" in self._weights:
-            weights = ensemble.weights(labels, 0, len(ensemble))
-            logits, batchnorm["batchnorm"] = ensemble.with_batchnorm(images, weights, 0, len(ensemble))
-        else:
-            logits = ensemble.logits(images, 0, len(ensemble))
+        ensemble = call.ensemble
+        logits, batchnorm = ensemble.with_batchnorm(images, labels, 0, len(ensemble), self._config.lambda_bn)
         predicted = ensemble.log_probabilities(logits, labels)
         return {**self._losses(predicted, call.student(images), labels), **batchnorm}

@@ -26,19 +26,18 @@ from torch.func import functional_call
 from fedftg.algorithms.base import ClientResult, Memory, Metrics, Refiner, RefinerContext, ServerState
 from fedftg.algorithms.distilled import Distilled, DistilledConfig
 from fedftg.distill import losses
-from fedftg.distill.config import LabelSampling
+from fedftg.distill.config import GeneratorConfig, LabelSampling
 from fedftg.distill.descent import descend
 from fedftg.distill.generator import Generator
-from fedftg.distill.images import Call, NoiseAndLabels
-from fedftg.distill.labels import sample_labels
+from fedftg.distill.images import Call, NoiseAndLabels, noise_and_labels
 from fedftg.distill.teachers import autocast
 from fedftg.params import Params, clone, prefixed, unprefixed, weighted_mean
-from fedftg.seeds import forked
+from fedftg.seeds import drawn_seed, forked
 
 _GENERATOR, _AVERAGE = "generator.", "average."
 
 
-class DfrdConfig(DistilledConfig):
+class DfrdConfig(GeneratorConfig, DistilledConfig):
     """``refiner.name = "dfrd"``."""
 
     paper: ClassVar[Mapping[str, Any]] = {
@@ -49,16 +48,11 @@ class DfrdConfig(DistilledConfig):
         "student_weight_decay": 0.0,
         "ensemble_mean": "logits",
         "temperature": 10.0,
+        "generator_steps": 2,
+        "generator_lr": 0.005,
     }
     name: Literal["dfrd"] = "dfrd"
-    generator_steps: int = Field(default=2, ge=1, description="generator steps on each batch")
-    generator_lr: float = Field(default=0.005, ge=0, description="rate of the generator's Adam before decay")
-    generator_width: int = Field(default=64, ge=1, description="channels of the generator after its second upsampling")
-    noise_dim: int = Field(default=100, ge=1, description="length of the noise z")
-    label_sampling: LabelSampling = Field(
-        default="iid",
-        description="iid: from p_t(y); proportional: laid out by proportion, shuffled; uniform: over held classes",
-    )
+    label_sampling: LabelSampling = "iid"
     lambda_transfer: float = Field(default=1.0, ge=0, description="weight of the masked discrepancy")
     lambda_diversity: float = Field(default=1.0, ge=0, description="weight of L_div")
     average_decay: float = Field(
@@ -81,7 +75,7 @@ class Dfrd(Distilled):
 
     def init(self, params: Params, rng: torch.Generator) -> Memory:  # noqa: ARG002
         """Returns the generator's initial weights, drawn from ``rng``."""
-        return prefixed(clone(self._generator(int(torch.randint(2**62, (), generator=rng))).state_dict()), _GENERATOR)
+        return prefixed(clone(self._generator(drawn_seed(rng)).state_dict()), _GENERATOR)
 
     def refine(
         self, state: ServerState, results: Sequence[ClientResult], rng: torch.Generator
@@ -128,12 +122,9 @@ class DfrdImages:
 
     def start(self, call: Call) -> Sequence[NoiseAndLabels]:
         """Returns noise and labels of each iteration."""
-        config, like = self._config, self._generator.embedding.weight
+        config, device = self._config, self._generator.embedding.weight.device
         self._optimizer.param_groups[0]["lr"] = config.generator_lr * call.lr_scale
-        shape = (call.iterations, config.batch_size)
-        labels = sample_labels(call.ensemble.class_counts, *shape, config.label_sampling, rng=call.rng)
-        noise = torch.randn(*shape, config.noise_dim, generator=call.rng)
-        return list(zip(noise.to(like), labels.to(like.device), strict=True))
+        return noise_and_labels(call, config.batch_size, config.noise_dim, config.label_sampling, device)
 
     def improve(self, call: Call, draw: NoiseAndLabels) -> dict[str, Tensor]:
         """Takes ``generator_steps`` on one batch; returns the mean of each term of their loss."""

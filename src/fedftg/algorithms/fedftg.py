@@ -26,7 +26,7 @@ from fedftg.algorithms.averages import AverageConfig, Averaged
 from fedftg.algorithms.base import ClientResult, Memory, Metrics, NoRefiner, Refiner, RefinerContext, ServerState
 from fedftg.distill.config import DistillConfig, preset
 from fedftg.distill.distiller import distil
-from fedftg.distill.generator import Generator
+from fedftg.distill.generator import new_generator
 from fedftg.distill.images import GeneratorImages
 from fedftg.distill.labels import least_share
 from fedftg.distill.pool import PooledImages
@@ -34,7 +34,7 @@ from fedftg.distill.teachers import stack_or_list
 from fedftg.errors import InputError
 from fedftg.models.functional import values
 from fedftg.params import Params, prefixed, unprefixed
-from fedftg.seeds import forked
+from fedftg.seeds import drawn_seed
 
 _MODEL, _CLIENTS, _COUNTS, _AVERAGE, _POOL = "past.model.", "past.clients", "past.counts", "average.", "pool."
 
@@ -65,7 +65,7 @@ class FedFTG(NoRefiner):
 
     def init(self, params: Params, rng: torch.Generator) -> Memory:  # noqa: ARG002
         """Returns the generator's initial weights, drawn from ``rng``."""
-        return self._images(int(torch.randint(2**62, (), generator=rng))).memory()
+        return self._images(drawn_seed(rng)).memory()
 
     def observe(self, state: ServerState, results: Sequence[ClientResult]) -> Memory:
         """Takes the round into the average."""
@@ -118,10 +118,9 @@ class FedFTG(NoRefiner):
         return replace(refined, refiner=memory), means
 
     def _images(self, seed: int) -> GeneratorImages:
-        config, context = self.config, self.context
-        with forked(seed, torch.device("cpu")):
-            generator = Generator(config.noise_dim, context.num_classes, context.image_shape, config.generator_width)
-        return GeneratorImages(config, generator.to(context.device))
+        context = self.context
+        generator = new_generator(self.config, context.num_classes, context.image_shape, seed)
+        return GeneratorImages(self.config, generator.to(context.device))
 
 
 def _of_average(state: ServerState) -> ServerState:

@@ -1,9 +1,8 @@
-"""Leaves, our refiner for one round: ADI's images, started from dead leaves and moved a few steps only.
+"""Leaves, our refiner for one round: ADI's images, optimised from dead leaves towards drawn labels in ten steps.
 
-Images of random overlapping shapes have edges and correlations as photographs have, so that few steps make of them
-what the clients' models take for their classes, and thousands are made in the time of ADI's first batches. The student
-starts from the aggregate and learns from the mean of the clients' logits without their label priors. Hypothesis,
-ablations and limits: docs/algorithms/leaves.md.
+Images of random overlapping shapes have edges and correlations as photographs have, so that ten steps suffice, and
+thousands of images are made in the time of ADI's first batches. The student starts from the aggregate and learns from
+the mean of the clients' logits without their label priors. Hypothesis, ablations and limits: docs/algorithms/leaves.md.
 """
 
 from __future__ import annotations

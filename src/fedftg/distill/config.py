@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -11,7 +11,10 @@ from fedftg.errors import explain, unknown
 Discrepancy = Literal["kl", "l1_logits"]
 FidelityWeighting = Literal["sample", "batch_mean"]
 StudentLoss = Literal["kl", "soft_cross_entropy"]
-LabelSampling = Literal["iid", "proportional", "uniform"]
+LabelSampling = Annotated[
+    Literal["iid", "proportional", "uniform"],
+    Field(description="iid: from p_t(y); proportional: laid out by proportion, shuffled; uniform: over held classes"),
+]
 EnsembleWeighting = Literal["class", "samples", "uniform"]
 
 
@@ -67,7 +70,7 @@ class StudentConfig(BaseModel):
     )
 
     pool_size: int = Field(
-        default=0, ge=0, description="images kept, over rounds too, and shown again after each new batch; 0 is off"
+        default=0, ge=0, description="images kept (fedftg: over rounds) and shown again after each new batch; 0 is off"
     )
     pool_refresh: float = Field(
         default=0.1, ge=0, le=1, description="share of a full pool, the oldest, that the images of a call replace"
@@ -80,12 +83,17 @@ class StudentConfig(BaseModel):
     )
 
 
-class DistillConfig(StudentConfig):
-    """Every choice of the fine-tuning. Defaults: the paper; where it is silent (rates, widths) its public code."""
+class GeneratorConfig(StudentConfig):
+    """How a generator is built and trained, whose images the student sees."""
 
     generator_steps: int = Field(default=1, ge=1, description="I_g: generator steps on each batch")
-    noise_dim: int = Field(default=100, ge=1, description="length of the noise z; public code: 256 for 100 classes")
+    generator_lr: float = Field(default=0.01, ge=0, description="rate of the generator's Adam before decay")
     generator_width: int = Field(default=64, ge=1, description="channels of the generator after its second upsampling")
+    noise_dim: int = Field(default=100, ge=1, description="length of the noise z; FedFTG's code: 256 for 100 classes")
+
+
+class DistillConfig(GeneratorConfig):
+    """Every choice of the fine-tuning. Defaults: the paper; where it is silent (rates, widths) its public code."""
 
     discrepancy: Discrepancy = Field(
         default="kl",
@@ -107,10 +115,7 @@ class DistillConfig(StudentConfig):
         default="joint",
         description="joint: one step on the sum over teachers; per_client: one Adam step per teacher in turn",
     )
-    label_sampling: LabelSampling = Field(
-        default="iid",
-        description="iid: from p_t(y); proportional: laid out by proportion, shuffled; uniform: over held classes",
-    )
+    label_sampling: LabelSampling = "iid"
 
     lambda_md: float = Field(default=1.0, ge=0, description="weight of L_md; 0 switches hard sample mining off")
     lambda_cls: float = Field(default=1.0, ge=0, description="weight of L_cls; 0 lets images look like no class")
@@ -121,7 +126,6 @@ class DistillConfig(StudentConfig):
         default=0.0, ge=0, description="weight of L_bn: images with the teachers' BatchNorm statistics (DeepInversion)"
     )
 
-    generator_lr: float = Field(default=0.01, ge=0, description="rate of the generator's Adam before decay")
     generator_optimizer_state: Literal["reset", "kept"] = Field(
         default="reset", description="kept: Adam's moments survive from call to call"
     )

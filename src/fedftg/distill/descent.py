@@ -1,4 +1,4 @@
-"""Steps down a weighted sum of losses: what sources of images that are trained have in common."""
+"""Gradient descent on a weighted sum of losses."""
 
 from __future__ import annotations
 

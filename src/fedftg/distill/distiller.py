@@ -16,10 +16,10 @@ from fedftg.distill.images import Call, Draw, Images
 from fedftg.distill.labels import check_class_counts
 from fedftg.distill.teachers import Ensemble, Teachers
 from fedftg.errors import InputError
-from fedftg.seeds import forked
+from fedftg.seeds import drawn_seed, forked
 
 Progress = Callable[[int, int], None]
-"""Called as ``progress(iterations done, iterations in all)``."""
+"""Called as ``progress(batches done, batches in all)``, batches of the pool included."""
 
 
 @torch.enable_grad()
@@ -33,10 +33,10 @@ def distil(
     rng: torch.Generator,
     lr_scale: float = 1.0,
     progress: Progress | None = None,
-) -> dict[str, Float[Tensor, " I"]]:
+) -> dict[str, Float[Tensor, " batches"]]:
     """Trains the student, and improves the images, in place for ``config.iterations`` iterations.
 
-    Returns the metrics, ``(I,)`` float32 on the CPU (with a pool a row per batch): those of `Images.improve`,
+    Returns the metrics, ``(batches,)`` float32 on the CPU (``I`` without a pool): those of `Images.improve`,
     ``student`` (its loss, mean over its steps; 0 where it takes none) and, where the images have labels,
     ``teacher_agreement`` (the share of images for which the ensemble predicts the label).
 
@@ -52,14 +52,14 @@ def distil(
     counts = check_class_counts(class_counts, num_teachers=len(teachers))
     call = Call(student, Ensemble(teachers, counts, config, parameters[0]), config.iterations, rng, lr_scale)
     rate, optimizer = config.student_lr * lr_scale, _optimizer(config, parameters)
-    dropout_seed = int(torch.randint(2**62, (), generator=rng))
+    dropout_seed = drawn_seed(rng)
     rows: list[dict[str, Tensor]] = []
     with _frozen(student), forked(dropout_seed, parameters[0].device):
         draws = images.start(call)
         for done, draw in enumerate(draws, start=1):
             improved = images.improve(call, draw)
-            fallen = (1 + math.cos(math.pi * len(rows) / len(draws))) / 2 if config.student_schedule == "cosine" else 1
-            optimizer.param_groups[0]["lr"] = rate * fallen
+            decay = (1 + math.cos(math.pi * len(rows) / len(draws))) / 2 if config.student_schedule == "cosine" else 1
+            optimizer.param_groups[0]["lr"] = rate * decay
             rows.append({**improved, **student_steps(config, call, optimizer, *images.make(draw))})
             if progress is not None:
                 progress(done, len(draws))

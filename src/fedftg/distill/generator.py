@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from fedftg.distill.config import GeneratorConfig
 from fedftg.errors import InputError
+from fedftg.seeds import forked
 
 _MIN_SIZE, _MAX_SIZE, _BASE, _LEAST_CHANNELS = 8, 224, 8, 8
 
@@ -66,6 +68,12 @@ class Generator(nn.Module):
         top, left = (images.shape[2] - height) // 2, (images.shape[3] - width) // 2
         cropped: Tensor = self.image_norm(images[:, :, top : top + height, left : left + width])
         return cropped
+
+
+def new_generator(config: GeneratorConfig, num_classes: int, image_shape: Sequence[int], seed: int) -> Generator:
+    """Returns a generator on the CPU, initialised from the seed."""
+    with forked(seed, torch.device("cpu")):
+        return Generator(config.noise_dim, num_classes, image_shape, config.generator_width)
 
 
 def _block(channels_in: int, channels_out: int) -> nn.Sequential:

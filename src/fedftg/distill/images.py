@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from fedftg.distill import losses
-from fedftg.distill.config import DistillConfig
+from fedftg.distill.config import DistillConfig, LabelSampling, StudentConfig
 from fedftg.distill.generator import Generator
 from fedftg.distill.labels import sample_labels
 from fedftg.distill.teachers import Ensemble, autocast
@@ -107,7 +107,8 @@ class GeneratorImages:
         for group in self._optimizer.param_groups:
             group["lr"] = config.generator_lr * call.lr_scale
         self._optimizer.zero_grad()
-        return self._draw(call, call.iterations)
+        kind, noise_dim = config.label_sampling, self._generator.noise_dim
+        return noise_and_labels(call, config.batch_size, noise_dim, kind, self._device, self._dtype)
 
     def improve(self, call: Call, draw: NoiseAndLabels) -> dict[str, Float[Tensor, ""]]:
         """Takes ``generator_steps`` on one batch; returns the mean of each term of their loss."""
@@ -125,7 +126,7 @@ class GeneratorImages:
     def make(self, draw: NoiseAndLabels) -> tuple[Float[Tensor, "B D H W"], Int[Tensor, " B"]]:
         """Returns images of the generator in evaluation mode, and the labels that they were drawn for."""
         self._generator.eval()
-        return self._generate(draw), draw[1]
+        return generated(self._config, self._generator, *draw), draw[1]
 
     def memory(self) -> Params:
         """Returns copies of all that the next call needs: the generator, and Adam's moments where they are kept."""
@@ -151,21 +152,9 @@ class GeneratorImages:
     def _new_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self._generator.parameters(), lr=self._config.generator_lr)
 
-    def _draw(self, call: Call, number: int) -> list[NoiseAndLabels]:
-        shape = (number, self._config.batch_size)
-        # Labels first: another order would change every run.
-        labels = sample_labels(call.ensemble.class_counts, *shape, self._config.label_sampling, rng=call.rng)
-        noise = torch.randn(*shape, self._generator.noise_dim, generator=call.rng)
-        return list(zip(noise.to(self._device, self._dtype), labels.to(self._device), strict=True))
-
-    def _generate(self, draw: NoiseAndLabels) -> Float[Tensor, "B D H W"]:
-        with autocast(self._config, self._device):
-            images: Tensor = self._generator(*draw)
-        return images.to(self._dtype)
-
     def _step(self, call: Call, draw: NoiseAndLabels, start: int, stop: int) -> Tensor:
         # The gradient is collected at the images, with the graphs of one chunk of teachers in memory at a time.
-        images = self._generate(draw)
+        images = generated(self._config, self._generator, *draw)
         leaf = images.detach().requires_grad_()
         mask = self._mask(call, leaf.detach(), draw[1])
         total: Tensor = torch.zeros((), device=self._device)
@@ -193,10 +182,7 @@ class GeneratorImages:
         # errors, which Adam scales up to whole steps, so another order ends in visibly different weights.
         config, (noise, labels) = self._config, draw
         weights = call.ensemble.weights(labels, start, stop)
-        if config.lambda_bn:
-            teacher_logits, batchnorm = call.ensemble.with_batchnorm(images, weights, start, stop)
-        else:
-            teacher_logits, batchnorm = call.ensemble.logits(images, start, stop), None
+        teacher_logits, batchnorm = call.ensemble.with_batchnorm(images, labels, start, stop, config.lambda_bn)
         discrepancy = losses.model_discrepancy(
             teacher_logits.detach() if config.teacher_gradient == "detached" else teacher_logits,
             call.student(images),
@@ -212,9 +198,28 @@ class GeneratorImages:
         # Some of K teachers carry their share of the diversity, so that all of them have the sum of the joint step.
         number, size, diversity = len(call.ensemble), stop - start, losses.diversity(noise, images)
         loss = loss + config.lambda_dis * diversity / (number / size) if config.lambda_dis else loss
-        loss = loss + config.lambda_bn * batchnorm if batchnorm is not None else loss
-        terms = (discrepancy, fidelity, size / number * diversity, batchnorm)
-        return loss, torch.stack([term for term in terms if term is not None]).detach()
+        loss = loss + config.lambda_bn * batchnorm["batchnorm"] if batchnorm else loss
+        return loss, torch.stack([discrepancy, fidelity, size / number * diversity, *batchnorm.values()]).detach()
+
+
+def noise_and_labels(
+    call: Call, size: int, noise_dim: int, kind: LabelSampling, device: torch.device, dtype: torch.dtype | None = None
+) -> list[NoiseAndLabels]:
+    """Returns noise and labels of a batch of this size for each iteration."""
+    shape = (call.iterations, size)
+    # Labels first: another order would change every run.
+    labels = sample_labels(call.ensemble.class_counts, *shape, kind, rng=call.rng)
+    noise = torch.randn(*shape, noise_dim, generator=call.rng)
+    return list(zip(noise.to(device, dtype), labels.to(device), strict=True))
+
+
+def generated(
+    config: StudentConfig, generator: nn.Module, noise: Float[Tensor, "B Z"], labels: Int[Tensor, " B"]
+) -> Float[Tensor, "B D H W"]:
+    """Returns images by the config's precision, in the type of the noise."""
+    with autocast(config, noise.device):
+        images: Tensor = generator(noise, labels)
+    return images.to(noise.dtype)
 
 
 def _has_bfloat16(device: torch.device) -> bool:

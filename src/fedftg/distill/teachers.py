@@ -172,16 +172,21 @@ class Ensemble:
         return self._corrected(logits.to(images.dtype), start, stop), sums
 
     def with_batchnorm(
-        self, images: Float[Tensor, "B D H W"], weights: Float[Tensor, "K B"], start: int, stop: int
-    ) -> tuple[Float[Tensor, "K B C"], Float[Tensor, ""]]:
-        """Returns the logits, and ``L_bn`` of these teachers: each one's distance times its mean ``a_k(y)``.
+        self, images: Float[Tensor, "B D H W"], labels: Int[Tensor, " B"], start: int, stop: int, weight: float = 1.0
+    ) -> tuple[Float[Tensor, "K B C"], dict[str, Tensor]]:
+        """Returns the logits, and ``{"batchnorm": L_bn}``, each teacher's distance times its mean ``a_k(y)``.
+
+        ``L_bn`` is left out where its weight in the loss is 0.
 
         A teacher's moments weight each sample by ``a_k(y)`` too: labels drawn from ``p_t(y)`` are then mixed as in its
         own data, on which its running statistics are. With uniform weights all is a plain mean over teachers; one
         without BatchNorm counts 0.
         """
+        if not weight:
+            return self.logits(images, start, stop), {}
+        weights = self.weights(labels, start, stop)
         logits, distances = self.measured(_batchnorm, images, weights, start, stop)
-        return logits, (weights.mean(dim=1) * distances).sum()
+        return logits, {"batchnorm": (weights.mean(dim=1) * distances).sum()}
 
     def _corrected(self, logits: Float[Tensor, "K B C"], start: int, stop: int) -> Float[Tensor, "K B C"]:
         return logits - self._priors[start:stop] if self._config.teacher_prior_tau else logits
