@@ -106,7 +106,7 @@ def test_what_is_no_recipe_is_one_line(tmp_path: Path) -> None:
     for given, message in (
         (str(tmp_path), "is a folder, not a recipe"),
         ("mine/none.toml", "does not exist; give a path"),
-        ("none.toml", "unknown recipe or file 'none'; allowed"),
+        ("nosuchthing.toml", "unknown recipe or file 'nosuchthing'; allowed"),
         ("papr.toml", "did you mean 'paper'"),
     ):
         with pytest.raises(InputError, match=message):
