@@ -367,11 +367,12 @@ def _report(console: Console, folders: Sequence[Path], out: Path) -> list[RunRec
     from fedftg.report.load import load_run
 
     runs = [load_run(folder) for folder in folders]
-    file = out / "table.md"
-    _write(file, table.markdown_table(runs))
+    for form, made in (("md", table.markdown_table), ("tex", table.latex_table), ("csv", table.csv_table)):
+        _write(out / f"table.{form}", made(runs))
     console.print(table.terminal_table(runs))
-    _print(console, f"table: {file}")
-    _print(console, f"plot: {plots.accuracy_plot(runs, out / 'accuracy.png')}")
+    _print(console, f"table: {out / 'table.md'} (also .tex and .csv)")
+    plots.accuracy_plot(runs, out / "accuracy.pdf")
+    _print(console, f"plot: {plots.accuracy_plot(runs, out / 'accuracy.png')} (also .pdf)")
     return runs
 
 

@@ -1,5 +1,6 @@
 """Numbers of comparison tables by hand, bases, notes, and width."""
 
+import csv
 import json
 import math
 from collections.abc import Sequence
@@ -10,7 +11,16 @@ from rich.console import Console
 from rich.table import Table
 
 from fedftg.report.load import RunRecord, load_run
-from fedftg.report.table import comparison_rows, interval, markdown_table, partition_table, score, terminal_table
+from fedftg.report.table import (
+    comparison_rows,
+    csv_table,
+    interval,
+    latex_table,
+    markdown_table,
+    partition_table,
+    score,
+    terminal_table,
+)
 
 
 def run_of(
@@ -139,6 +149,26 @@ def test_markdown_by_hand(tmp_path: Path) -> None:
         "| +4.00 (+6.00) | 66.00 @2 | 1.0 |"
     )
     assert lines[5].startswith("Test accuracy in %: mean of the last 10 evaluations (of all 2 where fewer)")
+
+
+def test_latex_and_csv_by_hand(tmp_path: Path) -> None:
+    base = run_of(tmp_path / "a_base", [0.5, 0.6], settings="[partition]\nalpha = 0.3\n")
+    ours = run_of(tmp_path / "ours", [0.51, 0.61], [0.52, 0.66], settings="[partition]\nalpha = 0.6\n")
+    lines = latex_table([base, ours]).splitlines()
+    assert lines[-8:-6] == [r"\begin{tabular}{lllrrrrrrr}", r"\toprule"]
+    assert lines[-2] == r"\bottomrule"
+    assert lines[-3] == (
+        r"ours & fedavg & fedftg (paper) & 2 & 56.00 (61.00) & 10.00 (10.00) & \textbf{59.00} (66.00) "
+        r"& +4.00 (+6.00) & 66.00 @2 & 1.0 \\"
+    )
+    assert lines[-4].startswith(r"a\_base & fedavg & none & 2 & ")
+    first, second = csv.DictReader(csv_table([base, ours]).splitlines())
+    assert (first["run"], second["refiner"], second["partition.alpha"]) == ("a_base", "fedftg (paper)", "0.6")
+    assert [float(second[f"refined_{part}"]) for part in ("mean_last", "final", "best")] == pytest.approx(
+        [0.59, 0.66, 0.66]
+    )
+    assert set(second) - set(first) == set()
+    assert "refiner.preset" not in second
 
 
 def test_terminal_table_fits_80_columns_and_cuts_nothing(tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def _label_classes(axes: Axes, names: Sequence[str]) -> None:
 def _save(figure: Figure, path: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png", dpi=DPI, metadata={"Software": "fedftg"})
+        figure.savefig(path, dpi=DPI, metadata={"Software" if path.suffix == ".png" else "Creator": "fedftg"})
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}; choose another place") from None
     return path

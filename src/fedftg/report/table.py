@@ -1,8 +1,11 @@
-"""Tables of runs and of partitions, for the terminal and for Markdown."""
+"""Tables of runs and of partitions, for the terminal, Markdown, LaTeX and other programs."""
 
 from __future__ import annotations
 
+import csv
+import io
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -205,18 +208,65 @@ def terminal_table(runs: Sequence[RunRecord]) -> Table:
 def markdown_table(runs: Sequence[RunRecord]) -> str:
     """Returns the same numbers as a Markdown table, ``mean of the last (final)``, with its notes below."""
     rows = comparison_rows(runs)
+    header, *body = _cells(rows, "**{}**")
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (header, *body)]
+    lines.insert(1, "|---|---|---|" + "---:|" * (len(header) - 3))
+    notes = _notes(rows, below="in brackets the final one")
+    return "\n".join([*lines, "", *(f"{note}  " for note in notes[:-1]), notes[-1], ""])
+
+
+def latex_table(runs: Sequence[RunRecord]) -> str:
+    """Returns the same as a LaTeX ``tabular`` for the package booktabs, its notes as comments."""
+    rows = comparison_rows(runs)
+    header, *body = _cells(rows, "\x02{}\x03")
+    lines = [" & ".join(map(_escaped, line)) + r" \\" for line in (header, *body)]
+    notes = [f"% {note}" for note in (*_notes(rows, below="in brackets the final one"), r"\usepackage{booktabs}")]
+    begin = rf"\begin{{tabular}}{{lll{'r' * (len(header) - 3)}}}"
+    middle = [r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
+    return "\n".join([*notes, begin, *middle, r"\end{tabular}", ""])
+
+
+def csv_table(runs: Sequence[RunRecord]) -> str:
+    """Returns a line a run, with its seed and the common settings in which runs differ; accuracies are fractions."""
+    settings = [flat(run.config) for run in runs]
+    names = ("name", "device", "threads", "executor", "checkpoint", "algorithm.name", "refiner.name", "seed")
+    keys = [key for key in settings[0] if all(key in one for one in settings) and not key.startswith(names)]
+    keys = [key for key in keys if any(one[key] != settings[0][key] for one in settings)]
+    kinds = [kind for kind in ("selected", "all", "refined", "ensemble") if any(run.accuracy(kind)[0] for run in runs)]
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    parts = [f"{kind}_{part}" for kind in kinds for part in ("mean_last", "final", "best", "best_round")]
+    lines.writerow(["run", "algorithm", "refiner", "seed", *keys, "rounds", "seconds", *parts])
+    for run, one in zip(runs, settings, strict=True):
+        scores = [score(run.accuracy(kind)) for kind in kinds]
+        numbers = [[s.mean_last, s.final, s.best, s.best_round] if s else [""] * 4 for s in scores]
+        lines.writerow([
+            run.name, run.algorithm, run.refiner, run.config.get("seed"), *(one[key] for key in keys),
+            len(run.rounds), run.seconds, *(number for part in numbers for number in part),
+        ])  # fmt: skip
+    return text.getvalue()
+
+
+def _cells(rows: Sequence[Row], bold: str) -> list[list[str]]:
+    """Returns the header and the cells of each row; ``bold`` marks the best deployed accuracy."""
     columns = _columns(rows)
-    header = ["run", "algorithm", "refiner", *(column.header for column in columns)]
-    lines = ["| " + " | ".join(header) + " |", "|---|---|---|" + "---:|" * len(columns)]
+    table = [["run", "algorithm", "refiner", *(column.header for column in columns)]]
     for row in rows:
         cells = [row.name, row.runs[0].algorithm, row.runs[0].refiner]
         for column in columns:
             value, smaller = column.cell(row)
-            bold = "**" if _is_best(row, column, rows) else ""
-            cells.append(f"{bold}{value or '-'}{bold}" + (column.beside.format(smaller) if smaller else ""))
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    notes = _notes(rows, below="in brackets the final one")
-    return "\n".join([*lines, "", *(f"{note}  " for note in notes[:-1]), notes[-1], ""])
+            shown = bold.format(value) if _is_best(row, column, rows) else value or "-"
+            cells.append(shown + (column.beside.format(smaller) if smaller else ""))
+        table.append(cells)
+    return table
+
+
+def _escaped(text: str) -> str:
+    """Returns a cell for LaTeX; control characters are where it is bold."""
+    text = re.sub(r"([&%$#_{}])", r"\\\1", text.replace("\\", r"\textbackslash "))
+    for plain, command in (("±", r"$\pm$"), ("|", r"\textbar "), ("\x02", r"\textbf{"), ("\x03", "}")):
+        text = text.replace(plain, command)
+    return text
 
 
 def partition_table(
