@@ -66,6 +66,7 @@ def test_frozen_cli() -> None:
         "report": ["folder"],
         "partition": ["--out", "--set", "recipe"],
         "list": [],
+        "doctor": [],
         "export": ["--to", "folder"],
         "flower new": ["--recipe", "--set", "folder"],
     }

@@ -129,6 +129,30 @@ def list_names() -> None:
 
 
 @cli.command()
+def doctor() -> None:
+    """What a bug report needs: versions, processor, threads, GPU, cache, extras."""
+    import torch
+
+    from fedftg.data import cache
+    from fedftg.engine.machine import environment, resolve_device
+
+    found = environment(torch.get_num_threads(), resolve_device("auto"))
+    packages = ", ".join(f"{name} {version}" for name, version in found.pop("packages").items())
+    kept = cache.folder("auto")
+    size = sum(file.stat().st_size for file in kept.rglob("*") if file.is_file()) if kept else 0
+    extras = {"data": "datasets", "flower": "flwr", "simulation": "ray", "track": "tensorboard"}
+    has = {name: "installed" if importlib.util.find_spec(module) else "missing" for name, module in extras.items()}
+    lines = {
+        "versions": packages,
+        **{name: found[name] for name in ("python", "platform", "processor", "cores", "threads", "device")},
+        "cache": f"{kept}, {size / 1e6:.0f} MB of decoded images",
+        "extras": ", ".join(f"{name} {state}" for name, state in has.items()),
+    }
+    for name, value in lines.items():
+        _print(Console(), f"{name:10}{value}")
+
+
+@cli.command()
 @click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
 @click.option("--to", type=click.Path(path_type=Path), required=True, help="The .safetensors file to write.")
 def export(folder: Path, to: Path) -> None:

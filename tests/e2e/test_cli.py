@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 
 def fails(done: Any, tmp_path: Path, *expected: str) -> None:
@@ -187,6 +189,18 @@ def test_list_names_everything(python_m_fedftg: Any) -> None:
     assert done.returncode == 0
     for name in ("digits", "resnet18_gn", "scaffold", "official", "pathological", "paper_base", "default"):
         assert f"  {name}\n" in done.stdout
+
+
+def test_doctor_says_what_is_here(python_m_fedftg: Any) -> None:
+    done = python_m_fedftg("doctor")
+    assert done.returncode == 0
+    lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert list(lines) == [
+        "versions", "python", "platform", "processor", "cores", "threads", "device", "cache", "extras",
+    ]  # fmt: skip
+    assert f"torch {torch.__version__}" in lines["versions"]
+    assert lines["cores"] == str(os.cpu_count())
+    assert lines["cache"].endswith("MB of decoded images")
 
 
 def test_interrupt_is_130_and_resumes_to_the_same(
