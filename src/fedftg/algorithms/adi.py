@@ -6,7 +6,8 @@ DeepInversion", CVPR 2020, https://arxiv.org/abs/1912.08795.
     min_x CE(D(x), y) + lambda_variation TV(x) + lambda_norm ||x|| + lambda_bn L_bn(x)
           + lambda_adversarial (1 - JS(D(x), student(x)))
 
-D is the ensemble, x starts from noise. What differs from the paper: docs/algorithms/adi.md.
+D is the ensemble, x starts from noise, or from dead leaves (leaves.py). What differs from the paper:
+docs/algorithms/adi.md.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedftg.algorithms.base import RefinerContext
-from fedftg.algorithms.distilled import DistilledConfig
+from fedftg.algorithms.distilled import ONE_STEP_STUDENT, DistilledConfig
 from fedftg.augment import Augmentation, augment, moved
 from fedftg.distill.config import LabelSampling
 from fedftg.distill.descent import descend
@@ -35,14 +36,9 @@ class AdiConfig(DistilledConfig):
     """``refiner.name = "adi"``."""
 
     paper: ClassVar[Mapping[str, Any]] = {
+        **ONE_STEP_STUDENT,
         "iterations": 20,
-        "batch_size": 128,
-        "student_steps": 1,
-        "student_lr": 0.01,
-        "student_momentum": 0.9,
         "student_weight_decay": 5e-4,
-        "ensemble": "uniform",
-        "ensemble_mean": "logits",
         "pool_size": 2560,
         "pool_batches": 50,
     }
@@ -64,12 +60,12 @@ class AdiConfig(DistilledConfig):
     )
 
     def images(self, context: RefinerContext, rng: torch.Generator) -> AdiImages:  # noqa: ARG002
-        """Returns images that start from noise in each batch."""
+        """Returns images that start anew in each batch."""
         return AdiImages(self, context)
 
 
 class AdiImages:
-    """Images without a generator: the pixels of each batch are optimised from noise, for given labels."""
+    """Images without a generator: the pixels of each batch are optimised for given labels."""
 
     def __init__(self, config: AdiConfig, context: RefinerContext) -> None:
         self._config, self._context = config, context

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedftg.algorithms.base import RefinerContext
-from fedftg.algorithms.distilled import DistilledConfig
+from fedftg.algorithms.distilled import ONE_STEP_STUDENT, DistilledConfig
 from fedftg.distill.config import GeneratorConfig
 from fedftg.distill.descent import descend
 from fedftg.distill.generator import Generator, new_generator
@@ -32,14 +32,9 @@ class DaflConfig(GeneratorConfig, DistilledConfig):
     """``refiner.name = "dafl"``."""
 
     paper: ClassVar[Mapping[str, Any]] = {
+        **ONE_STEP_STUDENT,
         "iterations": 300,
-        "batch_size": 128,
-        "student_steps": 1,
-        "student_lr": 0.01,
-        "student_momentum": 0.9,
         "student_weight_decay": 5e-4,
-        "ensemble": "uniform",
-        "ensemble_mean": "logits",
         "pool_size": 6400,
         "pool_batches": 5,
         "generator_lr": 0.001,

@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedftg.algorithms.base import RefinerContext
-from fedftg.algorithms.distilled import DistilledConfig
+from fedftg.algorithms.distilled import ONE_STEP_STUDENT, DistilledConfig
 from fedftg.distill import losses
 from fedftg.distill.config import GeneratorConfig
 from fedftg.distill.descent import descend
@@ -38,14 +38,9 @@ class DenseSettings(GeneratorConfig, DistilledConfig):
     """What DENSE and Co-Boosting have in common."""
 
     paper: ClassVar[Mapping[str, Any]] = {
+        **ONE_STEP_STUDENT,
         "iterations": 50,
-        "batch_size": 128,
-        "student_steps": 1,
-        "student_lr": 0.01,
-        "student_momentum": 0.9,
         "student_weight_decay": 0.0,
-        "ensemble": "uniform",
-        "ensemble_mean": "logits",
         "temperature": 4.0,
         "pool_size": 6400,
         "pool_batches": 40,

@@ -30,6 +30,16 @@ from fedftg.distill.pool import pooled
 from fedftg.distill.teachers import ListedTeachers, Teachers, stack_or_list
 from fedftg.models.functional import values
 
+ONE_STEP_STUDENT: Mapping[str, Any] = {
+    "batch_size": 128,
+    "student_steps": 1,
+    "student_lr": 0.01,
+    "student_momentum": 0.9,
+    "ensemble": "uniform",
+    "ensemble_mean": "logits",
+}
+"""What ADI, DAFL and DENSE have in common: one step of SGD on a batch, towards the plain mean of the logits."""
+
 
 class DistilledConfig(RefinerConfig, StudentConfig):
     """The settings of a refiner that distils the clients' models into a student."""

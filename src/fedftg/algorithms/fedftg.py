@@ -152,13 +152,17 @@ class FedFTGConfig(AverageConfig, DistillConfig):
         description="last round's model is one more teacher, with this times the class counts that absent clients gave "
         "when they last took part; 0 is off, 1 counts the absent like the present",
     )
-
     lacking: float = Field(
         default=0.0,
         ge=0,
         le=1,
         description="only rounds whose clients lack a class, with less than this times its share among all clients "
         "known, are fine-tuned, the others deploy the average; 0: all are fine-tuned. IID clients lack none",
+    )
+    last_round: int = Field(
+        default=0,
+        ge=0,
+        description="rounds after this one are not fine-tuned and deploy the average; 0: all are fine-tuned",
     )
 
     @classmethod
@@ -170,12 +174,6 @@ class FedFTGConfig(AverageConfig, DistillConfig):
             own = own | WITH_SCAFFOLD
         values = {**preset(name).model_dump(), **own, **super().defaults({**own, **given})}
         return {**values, "noise_dim": 256} if (known.get("num_classes") or 0) >= 100 else values
-
-    last_round: int = Field(
-        default=0,
-        ge=0,
-        description="rounds after this one are not fine-tuned and deploy the average; 0: all are fine-tuned",
-    )
 
     def build(self, context: RefinerContext) -> Refiner:
         """Returns the refiner for one experiment."""
