@@ -12,12 +12,13 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG EXTRAS=data,flower
 COPY constraints.txt /tmp/
 COPY --from=wheel /dist /tmp/dist
-# torch's pin holds for its CPU and CUDA builds alike: 2.13.0 also matches 2.13.0+cpu.
+# The pin of torch holds for all builds: torch==2.13.0 takes 2.13.0+cpu before PyPI's 2.13.0.
 RUN pip install --no-cache-dir -c /tmp/constraints.txt --index-url "$TORCH_INDEX" --extra-index-url https://pypi.org/simple torch \
  && pip install --no-cache-dir -c /tmp/constraints.txt "$(echo /tmp/dist/*.whl)[$EXTRAS]" \
  && rm -r /tmp/dist /tmp/constraints.txt
-RUN useradd --create-home fedftg && install -d -o fedftg -m 777 /work
-ENV FEDFTG_CACHE=/work/.cache MPLCONFIGDIR=/tmp/matplotlib HOME=/tmp
+# Works as any user (--user), also one without a name or a home: all that is written is in /work and /tmp.
+RUN useradd fedftg && install -d -o fedftg -m 777 /work
+ENV HOME=/tmp LOGNAME=fedftg FEDFTG_CACHE=/work/.cache/fedftg HF_HOME=/work/.cache/huggingface
 USER fedftg
 WORKDIR /work
 VOLUME /work
