@@ -8,7 +8,7 @@ TEST_WORKERS ?= 2
 # What `make bench` measures; one process with so many threads, beside executors with processes of their own.
 BENCH_THREADS ?= 2
 
-.PHONY: run test test-all lint bench clean
+.PHONY: run test test-all lint bench docs clean
 
 run: $(VENV)/run.stamp
 	$(BIN)/fedftg compare default_base default
@@ -30,6 +30,10 @@ bench: $(VENV)/bench.stamp
 	OMP_NUM_THREADS=$(BENCH_THREADS) $(BIN)/python benchmarks/speed/bench.py --threads $(BENCH_THREADS) $(BENCH)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks/speed -p no:xdist --benchmark-columns=min,median,stddev,rounds
 
+# The site in site/, from docs/ and zensical.toml: python3 -m http.server -d site
+docs: $(VENV)/docs.stamp
+	$(BIN)/python docs/build.py
+
 $(VENV)/bin/pip:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "fedftg needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; use make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
@@ -43,12 +47,16 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp
 	touch $@
 
 $(VENV)/all.stamp: $(VENV)/dev.stamp
-	$(BIN)/pip install --quiet -c constraints.txt -e .[dev,simulation]
+	$(BIN)/pip install --quiet -c constraints.txt -e .[dev,simulation,docs]
 	touch $@
 
 $(VENV)/bench.stamp: $(VENV)/dev.stamp
 	$(BIN)/pip install --quiet -c constraints.txt -e .[bench]
 	touch $@
 
+$(VENV)/docs.stamp: $(VENV)/run.stamp
+	$(BIN)/pip install --quiet -c constraints.txt -e .[docs]
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
