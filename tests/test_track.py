@@ -2,14 +2,15 @@
 
 import importlib.util
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedftg import cli, loop, track
 from fedftg import config as configs
-from fedftg import loop, track
 from fedftg.config import RunConfig
 from fedftg.errors import InputError
 from fedftg.rundir import records
@@ -91,9 +92,10 @@ def read_wandb(folder: Path) -> tuple[Steps, dict[str, Any], str]:
     assert len({file.name for file in sessions}) == 1, "one id"
     steps: Steps = {}
     config: dict[str, Any] = {}
-    status = ""
-    for data in log_records(sessions[-1].read_bytes()[7:], start=7):
-        found = Record.FromString(data)
+    status, until, rows = "", time.monotonic() + 20, []
+    while not any(row.HasField("exit") for row in rows) and time.monotonic() < until:  # its process writes in its time
+        rows = [Record.FromString(data) for data in log_records(sessions[-1].read_bytes()[7:], start=7)]
+    for found in rows:
         items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in found.history.item}
         for key in items.keys() - {"_step", "_timestamp", "_runtime"}:
             steps.setdefault(key, []).append((found.history.step.num or items["_step"], items[key]))
@@ -156,3 +158,106 @@ def test_every_round_once(place: Path, name: str) -> None:
     assert steps.keys() == {"accuracy/refined", "seconds/local", "client_accuracy/refined/mean", "rejected"}
     assert config["local.lr"] == RunConfig().local.lr
     assert status in ("", "FINISHED", "0")
+
+
+def test_scalars() -> None:
+    """Lists, the number of the round, null and NaN are left out."""
+    found = track.scalars(record(2) | {"rolled_back": "not finite"})
+    assert found == {
+        "seconds/local": 1.0, "accuracy/refined": 0.25, "client_accuracy/refined/mean": 0.25, "rejected": 1.0,
+    }  # fmt: skip
+    assert track.scalars({"round": 1, "clients": [2]}) == {"rejected": 0.0}
+
+
+class Kept:
+    """A tracker in memory, which fails at some round."""
+
+    def __init__(self, fails_at: int = 0) -> None:
+        self.fails_at = fails_at
+        self.steps: list[int] = []
+        self.ids: list[str] = []
+        self.done: list[bool] = []
+
+    def __call__(self, folder: Path, id: str, config: dict[str, Any]) -> track.Tracker:
+        self.ids.append(id)
+        return max(self.steps, default=-1), self.log, self.done.append
+
+    def log(self, scalars: dict[str, float], step: int) -> None:
+        if step == self.fails_at:
+            raise ConnectionError("server is gone\nand more")
+        self.steps.append(step)
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> Kept:
+    made = Kept()
+    monkeypatch.setitem(track.TRACKERS, "wandb", made)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    return made
+
+
+def test_a_failing_tracker_costs_no_training(kept: Kept, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kept.fails_at = 2
+    config = TINY | {"track": {"to": "wandb"}}
+    assert loop.run(config, out=tmp_path / "a").summary["rounds"] == 3
+    (line,) = (entry.getMessage() for entry in caplog.records)
+    assert line.startswith("wandb is left out: ConnectionError: server is gone; ")
+    assert line.endswith(f"fedftg track {tmp_path / 'a'} --to wandb")
+    assert (kept.steps, kept.done) == ([1], [])
+    kept.fails_at = 0
+    track.Sink(tmp_path / "a", ["wandb", "wandb"], refuse).close()
+    assert (kept.steps, kept.done) == ([1, 2, 3], [True])
+
+
+def test_tracking_is_no_part_of_the_experiment(kept: Kept, tmp_path: Path) -> None:
+    """A run that was stopped is resumed with a tracker, which receives all rounds; the records are the same."""
+    plain = loop.run(TINY, out=tmp_path / "plain")
+    short = loop.run(TINY | {"rounds": 1}, out=tmp_path / "a")
+    resumed = loop.run(TINY, overrides=["track.to=wandb"], out=short.folder, resume=True)
+    assert (kept.steps, kept.done) == ([1, 2, 3], [True])
+    with_times, without = (
+        [{**row, "seconds": None} for row in records.read(run.folder / "rounds.jsonl")] for run in (resumed, plain)
+    )
+    assert with_times == without
+    assert loop.same_run(configs.from_mapping(TINY), configs.from_mapping(TINY | {"track": {"to": ["mlflow"]}}))
+
+
+def test_an_interrupted_run_is_not_done(kept: Kept, tmp_path: Path) -> None:
+    track.Sink(run_folder(tmp_path / "a", rounds=3), ["wandb"], refuse).close()
+    assert (kept.steps, kept.done) == ([1, 2, 3], [False])
+
+
+def test_a_run_started_anew_is_another(kept: Kept, tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "a", rounds=1)
+    for started in ("2026-01-01", "2026-01-01", "2026-01-02"):
+        records.write_json(folder / "environment.json", {"sessions": [{"started": started}, {"started": "now"}]})
+        track.Sink(folder, ["wandb"], refuse).close()
+    assert kept.ids[0] == kept.ids[1] != kept.ids[2]
+
+
+def test_a_missing_package_is_one_line_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"^track.to: mlflow is not installed; pip install mlflow, or leave it out$"):
+        loop.run(TINY, overrides=["track.to=mlflow"], out=tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("given", ["track.to=wandb,mlflow", 'track.to=["wandb", "mlflow"]'])
+def test_settings(given: str) -> None:
+    assert configs.from_mapping(configs.apply({}, [given])).track.to == ("wandb", "mlflow")
+    with pytest.raises(InputError, match="must be 'tensorboard', 'mlflow', 'wandb' or 'trackio', got 'excel'"):
+        configs.from_mapping({"track": {"to": "excel"}})
+
+
+def test_command(kept: Kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run_folder(tmp_path / "a", rounds=2)
+    monkeypatch.setitem(track.TRACKERS, "mlflow", other := Kept(fails_at=1))
+    command = ["track", str(folder), "--to", "wandb,mlflow"]
+    with pytest.raises(InputError, match="mlflow is left out: ConnectionError"):
+        cli.cli.main(command, standalone_mode=False)
+    assert kept.steps == [1, 2]
+    other.fails_at = 0
+    cli.cli.main([*command, "--to", "wandb"], standalone_mode=False)
+    assert kept.steps == other.steps == [1, 2]
+    with pytest.raises(InputError, match="holds no run"):
+        cli.cli.main(["track", str(tmp_path), "--to", "wandb"], standalone_mode=False)

@@ -32,7 +32,7 @@ class TrackConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     to: Annotated[tuple[Name, ...], BeforeValidator(lambda to: to.split(",") if isinstance(to, str) else to)] = Field(
-        default=(), description="trackers, as a list or by comma"
+        default=(), description="where each round is sent: tensorboard, mlflow, wandb, trackio"
     )
 
 

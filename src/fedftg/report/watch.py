@@ -17,8 +17,12 @@ from fedftg.report.load import RunRecord, load_run
 
 def watch(folder: Path, console: Console, every: float = 1.0) -> None:
     """Shows a run until it is finished, read anew ``every`` seconds; once where the console is no terminal."""
-    with Live(view(run := load_run(folder)), console=console, auto_refresh=False) as live:
-        while console.is_terminal and run.summary is None:
+    run = load_run(folder)
+    if not console.is_terminal:
+        console.print(view(run))
+        return
+    with Live(view(run), console=console, auto_refresh=False) as live:
+        while run.summary is None:
             time.sleep(every)
             live.update(view(run := load_run(folder)), refresh=True)
 
@@ -52,6 +56,7 @@ def view(run: RunRecord) -> Group:
 
 def sparkline(values: list[float], width: int = 60) -> str:
     """Returns a block a value, from the lowest to the highest; of more than ``width`` values every n-th."""
-    shown = [value for value in values if math.isfinite(value)][:: -math.ceil(len(values) / width)][::-1]
+    finite = [value for value in values if math.isfinite(value)]
+    shown = finite[:: -max(1, math.ceil(len(finite) / width))][::-1]
     span = max(shown) - min(shown) or 1 if shown else 1
     return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - min(shown)) / span)] for value in shown)
