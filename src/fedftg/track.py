@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -86,7 +87,7 @@ def _wandb(folder: Path, id: str, config: dict[str, Any]) -> Tracker:
     project, place = os.environ.get("WANDB_PROJECT", "fedftg"), os.environ.get("WANDB_DIR", folder)
     new: Any = {"id": id, "name": folder.name, "config": config, "resume": "allow", "reinit": "create_new"}
     run = wandb.init(project=project, dir=place, **new)
-    return run.step - 1, run.log, lambda done: run.finish(exit_code=int(not done))
+    return run.step - 1, partial(run.log, commit=True), lambda done: run.finish(exit_code=int(not done))
 
 
 def _trackio(folder: Path, id: str, config: dict[str, Any]) -> Tracker:

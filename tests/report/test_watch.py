@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from fedftg import cli
 from fedftg.errors import InputError
 from fedftg.report import watch
 from fedftg.report.load import load_run
@@ -96,6 +98,12 @@ def test_a_terminal_is_redrawn_until_the_run_is_finished(tmp_path: Path, monkeyp
     for number in range(4):
         assert f"round {number} of 4, running" in text
     assert "round 4 of 4, finished" in text
+
+
+def test_a_watcher_may_be_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder(tmp_path / "a", rounds=1)
+    monkeypatch.setattr(watch, "load_run", lambda folder: signal.raise_signal(signal.SIGINT))
+    cli.cli.main(["watch", str(path)], standalone_mode=False)
 
 
 def test_no_run(tmp_path: Path) -> None:
