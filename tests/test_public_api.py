@@ -64,6 +64,8 @@ def test_frozen_cli() -> None:
         "run": ["--out", "--resume", "--set", "recipe"],
         "compare": ["--jobs", "--missing", "--out", "--seeds", "--set", "items"],
         "report": ["folder"],
+        "track": ["--to", "folder"],
+        "watch": ["folder"],
         "partition": ["--out", "--set", "recipe"],
         "list": [],
         "doctor": [],

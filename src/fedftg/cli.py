@@ -5,6 +5,7 @@ Commands import what they need when they are called: torch alone takes longer th
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -99,6 +100,33 @@ def compare(items: Sequence[str], overrides: Sequence[str], seeds: str, jobs: in
         _print(console, f"run folder: {record.folder}")
 
 
+@cli.command(name="track")
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--to", "names", required=True, multiple=True, help="tensorboard, mlflow, wandb, trackio; or by comma.")
+def track_run(folder: Path, names: Sequence[str]) -> None:
+    """Send the rounds of a run to trackers, each round once."""
+    from fedftg import config as configs
+    from fedftg import track
+
+    to = configs.parse(track.TrackConfig, {"to": ",".join(names)}, "track").to
+    track.check(to)
+    failed: list[str] = []
+    track.Sink(folder, to, failed.append).close()
+    if failed:
+        raise InputError("; ".join(failed))
+    _print(Console(), f"{folder}: sent to {', '.join(to)}")
+
+
+@cli.command()
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+def watch(folder: Path) -> None:
+    """Watch a run from another terminal, until it is finished."""
+    from fedftg.report.watch import watch
+
+    with contextlib.suppress(KeyboardInterrupt):
+        watch(folder, Console())
+
+
 @cli.command()
 @click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
 def report(folder: Path) -> None:
@@ -140,7 +168,8 @@ def doctor() -> None:
     packages = ", ".join(f"{name} {version}" for name, version in found.pop("packages").items())
     kept = cache.folder("auto")
     size = sum(file.stat().st_size for file in kept.rglob("*") if file.is_file()) if kept else 0
-    extras = {"data": "datasets", "flower": "flwr", "simulation": "ray", "track": "tensorboard"}
+    extras = {"data": "datasets", "flower": "flwr", "simulation": "ray"}
+    extras |= {name: name for name in ("tensorboard", "mlflow", "wandb", "trackio")}
     has = {name: "installed" if importlib.util.find_spec(module) else "missing" for name, module in extras.items()}
     lines = {
         "versions": packages,

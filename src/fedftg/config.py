@@ -34,6 +34,7 @@ from fedftg.engine.sampling import CohortConfig
 from fedftg.errors import InputError, explain, first_line, flat, unknown
 from fedftg.models.registry import ModelConfig
 from fedftg.registry import import_user_module
+from fedftg.track import TrackConfig
 
 Section = TypeVar("Section", bound=BaseModel)
 
@@ -95,6 +96,7 @@ class RunConfig(BaseModel):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     executor: ExecutorConfig = ExecutorConfig()
+    track: TrackConfig = TrackConfig()
 
     @model_validator(mode="after")
     def _check_own_models(self) -> RunConfig:
@@ -244,7 +246,7 @@ def sweep(overrides: Sequence[str], seeds: Sequence[int] = ()) -> list[tuple[str
 
 
 RESUME_MAY_CHANGE = (
-    "name", "rounds", "device", "data.root", "data.cache", "checkpoint", "evaluation.targets", "threads",
+    "name", "rounds", "device", "data.root", "data.cache", "checkpoint", "evaluation.targets", "threads", "track",
 )  # fmt: skip
 """What may differ when a run is resumed, besides executors with the same numbers.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from fedftg import config as configs
-from fedftg import recipes
+from fedftg import recipes, track
 from fedftg.algorithms.base import ServerState
 from fedftg.build import build
 from fedftg.config import RunConfig
@@ -152,6 +153,7 @@ def execute(
         configs.check_resumable(configs.from_mapping(run_folder.read_config()), config)
     else:
         run_folder.check_free()
+    track.check(config.track.to)
     with ExitStack() as stack:
         threads = stack.enter_context(cpu_threads(config.threads))
         stack.callback(progress.finish)
@@ -164,7 +166,8 @@ def execute(
             _restore(experiment, run_folder, session)
         else:
             run_folder.create(config.to_toml(), session, experiment.partition_record)
-        _run_rounds(experiment, run_folder, progress)
+        sink = stack.enter_context(closing(track.Sink(folder, config.track.to, logging.getLogger("fedftg").warning)))
+        _run_rounds(experiment, run_folder, progress, sink)
     if not run_folder.finished:
         preset = getattr(config.refiner, "preset", None)
         refiner = f"{config.refiner.name} ({preset})" if preset else config.refiner.name
@@ -177,7 +180,7 @@ def execute(
     return Run(folder, summary, experiment.state, model)
 
 
-def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress) -> None:
+def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress, sink: track.Sink) -> None:
     config = experiment.config
     progress.start(config, experiment.state.round, experiment.data.num_clients)
     for note in (*experiment.data.dataset.notes, *getattr(experiment.refiner, "notes", ())):
@@ -203,6 +206,7 @@ def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress) -
                 checkpoint.commit(index, experiment.clients)
                 saved = done
             progress.round_done(record)
+            sink.log(record)
     except KeyboardInterrupt:
         # A completed round is kept; an unfinished one is run again.
         if record is not None and record["round"] == experiment.state.round > saved:

@@ -1,6 +1,7 @@
 """Numbers of comparison tables by hand, bases, notes, and width."""
 
 import csv
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -169,6 +170,21 @@ def test_latex_and_csv_by_hand(tmp_path: Path) -> None:
     )
     assert set(second) - set(first) == set()
     assert "refiner.preset" not in second
+
+
+def test_trackers_do_not_tell_runs_apart(tmp_path: Path) -> None:
+    """Two seeds of one setting, one of them tracked."""
+    pandas = pytest.importorskip("pandas")
+    one = run_of(tmp_path / "a-s0", [0.5], settings="[track]\nto = []\n")
+    other = run_of(tmp_path / "a-s1", [0.7], settings='[track]\nto = ["wandb"]\n')
+    other.config["seed"] = 1
+    (row,) = comparison_rows([one, other])
+    assert len(row.runs) == 2
+    read = pandas.read_csv(io.StringIO(csv_table([one, other])))
+    assert list(read["refined_final"]) == [0.5, 0.7]
+    assert not [column for column in read.columns if "track" in column]
+    refined = run_of(tmp_path / "b", [0.5], [0.6], settings='[track]\nto = ["wandb"]\n')
+    assert "differ also" not in markdown_table([one, refined])
 
 
 def test_terminal_table_fits_80_columns_and_cuts_nothing(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from fedftg.rundir.folder import RunFolder
 Series = tuple[list[int], list[float]]
 """Round numbers and values."""
 
-_NOT_IN_A_GROUP = ("name", "seed", "device", "threads", "executor", "checkpoint")
+_NOT_IN_A_GROUP = ("name", "seed", "device", "threads", "executor", "checkpoint", "track")
 """Sections in which the runs of a group may differ."""
 
 

@@ -31,7 +31,7 @@ _MEASURES = {
     "empty_clients": "clients without samples",
 }
 
-_NOT_COMPARED = ("name", "refiner", "device", "threads", "plugins", "executor", "checkpoint")
+_NOT_COMPARED = ("name", "refiner", "device", "threads", "plugins", "executor", "checkpoint", "track")
 """Sections in which a run and its base may differ without a note."""
 
 
@@ -229,7 +229,7 @@ def latex_table(runs: Sequence[RunRecord]) -> str:
 def csv_table(runs: Sequence[RunRecord]) -> str:
     """Returns a line a run, with its seed and the common settings in which runs differ; accuracies are fractions."""
     settings = [flat(run.config) for run in runs]
-    names = ("name", "device", "threads", "executor", "checkpoint", "algorithm.name", "refiner.name", "seed")
+    names = ("name", "device", "threads", "executor", "checkpoint", "track", "algorithm.name", "refiner.name", "seed")
     keys = [key for key in settings[0] if all(key in one for one in settings) and not key.startswith(names)]
     keys = [key for key in keys if any(one[key] != settings[0][key] for one in settings)]
     kinds = [kind for kind in ("selected", "all", "refined", "ensemble") if any(run.accuracy(kind)[0] for run in runs)]
