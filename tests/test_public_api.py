@@ -65,7 +65,7 @@ def test_frozen_cli() -> None:
         "compare": ["--jobs", "--missing", "--out", "--seeds", "--set", "items"],
         "report": ["folder"],
         "partition": ["--out", "--set", "recipe"],
-        "list": [],
+        "list": ["kind"],
         "doctor": [],
         "export": ["--to", "folder"],
         "flower new": ["--recipe", "--set", "folder"],

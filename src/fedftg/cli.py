@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from fedftg import __version__, recipes
 from fedftg.errors import ClientError, InputError
@@ -27,6 +29,17 @@ if TYPE_CHECKING:
     from fedftg.report.load import RunRecord
 
 RUNS = Path("runs")
+
+KINDS = {
+    "data": "data sets: data.name",
+    "laws": "who holds what: partition.law",
+    "models": "model.name",
+    "algorithms": "algorithm.name",
+    "refiners": "refiner.name",
+    "presets": "of the refiner fedftg: refiner.preset",
+    "recipes": "fedftg run NAME",
+}
+"""What `fedftg list` shows, and where each name goes."""
 
 _set = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe.")
 
@@ -119,13 +132,18 @@ def partition(recipe: str | None, overrides: Sequence[str], out: Path | None) ->
 
 
 @cli.command(name="list")
-def list_names() -> None:
-    """Every data set, partition law, model, algorithm, refiner, preset and recipe."""
-    console = Console()
-    for kind, names in listing().items():
-        console.print(f"[bold]{kind}[/bold]", highlight=False)
-        for name in names:
-            _print(console, f"  {name}")
+@click.argument("kind", required=False, type=click.Choice(list(KINDS)))
+def list_names(kind: str | None) -> None:
+    """Every data set, partition law, model, algorithm, refiner, preset and recipe; KIND: one of these only."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for found, names in listing().items():
+        if kind in (None, found):
+            table.add_row(Text(found, "bold"), Text(KINDS[found], "dim"))
+            for name, about in names.items():
+                table.add_row(Text(f"  {name}"), Text(about))
+    Console().print(table)
 
 
 @cli.command()
@@ -203,22 +221,24 @@ def main() -> None:
         _fail(f"interrupted; run the same command{' with --resume' if 'run' in sys.argv[1:2] else ' again'}", 130)
 
 
-def listing() -> dict[str, list[str]]:
-    """Returns every name that a recipe or command may use, by kind."""
+def listing() -> dict[str, dict[str, str]]:
+    """Returns every name that a recipe or command may use, by kind, with one line about it; imports no torch."""
     from fedftg.algorithms.registry import ALGORITHMS, REFINERS
     from fedftg.data.partition import LAWS
     from fedftg.data.sources import SOURCES
-    from fedftg.distill.config import PRESETS
+    from fedftg.distill.config import ABOUT
     from fedftg.models.registry import MODELS
+    from fedftg.registry import summary
 
+    measured = {name: recipes.about(name) for name in recipes.names()}
     return {
-        "data sets": sorted(SOURCES),
-        "partition laws": list(LAWS),
-        "models": [*sorted(MODELS), "package.module.Class (any nn.Module)"],
-        "algorithms": list(ALGORITHMS),
-        "refiners": list(REFINERS),
-        "presets of fedftg": list(PRESETS),
-        "recipes": recipes.names(),
+        "data": {name: SOURCES[name].about for name in sorted(SOURCES)},
+        "laws": {name: summary(law.__doc__) for name, law in LAWS.items()},
+        "models": {name: MODELS.about(name) for name in sorted(MODELS)} | {"package.module.Class": "any nn.Module"},
+        "algorithms": {name: ALGORITHMS.about(name) for name in ALGORITHMS},
+        "refiners": {name: REFINERS.about(name) for name in REFINERS},
+        "presets": ABOUT,
+        "recipes": {name: f"{about}\nmeasured: {result}" for name, (about, result) in measured.items()},
     }
 
 

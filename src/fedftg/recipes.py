@@ -21,6 +21,12 @@ def names() -> list[str]:
     return sorted(path.stem for path in folder().glob("*.toml"))
 
 
+def about(name: str) -> tuple[str, str]:
+    """Returns what a recipe's first two lines say: what it is, and what was measured."""
+    about, measured = find(name).read_text("utf-8").splitlines()[:2]
+    return about.strip("# ."), measured.removeprefix("# measured: ").rstrip(".")
+
+
 def find(given: str) -> Path:
     """Returns the file of a recipe that is given as a path or as a name.
 

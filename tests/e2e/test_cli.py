@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from fedftg import cli
 
 
 def fails(done: Any, tmp_path: Path, *expected: str) -> None:
@@ -184,11 +187,19 @@ def test_saved_partition_is_used_again(fedftg: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
-def test_list_names_everything(python_m_fedftg: Any) -> None:
+def test_list_says_what_every_name_is(python_m_fedftg: Any) -> None:
     done = python_m_fedftg("list")
     assert done.returncode == 0
-    for name in ("digits", "resnet18_gn", "scaffold", "official", "pathological", "paper_base", "default"):
-        assert f"  {name}\n" in done.stdout
+    text = "\n".join(line.rstrip() for line in done.stdout.splitlines())
+    lines = re.findall(r"^  (\S+) +(.*)$", text, re.MULTILINE)
+    for kind, names in cli.listing().items():
+        for name, about in names.items():
+            assert any(name == given and about.startswith(line) for given, line in lines if line), (kind, name)
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert ("ema", "deploys an exponential average of the aggregates") in lines
+    only = python_m_fedftg("list", "refiners").stdout
+    assert "  leaves" in only
+    assert "fedprox" not in only
 
 
 def test_doctor_says_what_is_here(python_m_fedftg: Any) -> None:
@@ -268,7 +279,7 @@ def test_one_run_is_not_compared_with_itself(fedftg: Any, no_refiner: list[str],
         assert "two of these are the same run; compare different ones" in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "defualt"], ["partition", "defualt"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["run", "defualt"], ["partition", "defualt"]])
 def test_no_torch_where_nothing_is_computed(tmp_path: Path, arguments: list[str]) -> None:
     """Importing torch takes a second and more: these answer before it."""
     code = f"import sys\nfrom fedftg import cli\nsys.argv = ['fedftg', *{arguments}]\n"
