@@ -62,8 +62,8 @@ def flat(group: click.Group, prefix: str = "") -> dict[str, click.Command]:
 def test_frozen_cli() -> None:
     frozen = {
         "run": ["--out", "--resume", "--set", "recipe"],
-        "compare": ["--jobs", "--missing", "--out", "--seeds", "--set", "items"],
-        "report": ["folder"],
+        "compare": ["--columns", "--format", "--jobs", "--missing", "--out", "--seeds", "--set", "items"],
+        "report": ["--columns", "--format", "folder"],
         "partition": ["--out", "--set", "recipe"],
         "list": ["kind"],
         "doctor": [],

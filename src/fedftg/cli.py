@@ -41,6 +41,11 @@ KINDS = {
 }
 """What `fedftg list` shows, and where each name goes."""
 
+_format = click.option(
+    "--format", "form", type=click.Choice(["text", "markdown", "csv", "latex"]), default="text",
+    help="Of the printed table; all but text print it alone on standard output.",
+)  # fmt: skip
+_columns = click.option("--columns", default="", metavar="NAME,NAME...", help="Columns to print, such as refined,gain.")
 _set = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe.")
 
 
@@ -81,7 +86,11 @@ def run(recipe: str | None, overrides: Sequence[str], out: Path | None, resume: 
 )
 @click.option("--missing", is_flag=True, help="Only list the runs and which of them are missing.")
 @click.option("--out", type=click.Path(path_type=Path), default=RUNS, help="Folder of run folders.")
-def compare(items: Sequence[str], overrides: Sequence[str], seeds: str, jobs: int, missing: bool, out: Path) -> None:
+@_format
+@_columns
+def compare(
+    items: Sequence[str], overrides: Sequence[str], seeds: str, jobs: int, missing: bool, out: Path, **printed: str
+) -> None:
     """Run what is missing; one table and one plot of all.
 
     --set KEY=A,B runs each recipe with each value, --seeds with each seed.
@@ -91,7 +100,7 @@ def compare(items: Sequence[str], overrides: Sequence[str], seeds: str, jobs: in
     files = {item: recipes.find(item) for item in items if item not in given}
     if (overrides or seeds) and not files:
         raise InputError("--set and --seeds change recipes, but only folders of runs were given; name recipes")
-    console = Console()
+    console = Console(stderr=printed["form"] != "text")
     # All recipes are checked before the first is run, so that a typo in the last one costs no time.
     made = _to_compare(console, files, overrides, _numbers(seeds), jobs) if files else {}
     if len(given) + len(made) < 2:
@@ -108,15 +117,17 @@ def compare(items: Sequence[str], overrides: Sequence[str], seeds: str, jobs: in
     if len(set(found)) < len(found):
         raise InputError(f"{', '.join(items)}: two of these are the same run; compare different ones")
     name = "+".join(dict.fromkeys(re.sub(r"-s\d+$", "", path.name) for path in found))
-    for record in _report(console, folders, out / "comparisons" / name[:120]):
+    for record in _report(console, folders, out / "comparisons" / name[:120], **printed):
         _print(console, f"run folder: {record.folder}")
 
 
 @cli.command()
 @click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
-def report(folder: Path) -> None:
+@_format
+@_columns
+def report(folder: Path, **printed: str) -> None:
     """Table and plot of a run."""
-    _report(Console(), [folder], folder / "report")
+    _report(Console(stderr=printed["form"] != "text"), [folder], folder / "report", **printed)
 
 
 @cli.command()
@@ -405,18 +416,26 @@ def run_or_resume(config: RunConfig, out: Path, progress: Progress | None = None
     return loop.run(config, out=folder or loop.unused(out, config.name), resume=resume, progress=progress).folder
 
 
-def _report(console: Console, folders: Sequence[Path], out: Path) -> list[RunRecord]:
-    """Prints a table of runs and writes it, and a plot, to ``out``; returns what was read."""
+def _report(
+    console: Console, folders: Sequence[Path], out: Path, form: str = "text", columns: str = ""
+) -> list[RunRecord]:
+    """Prints a table of runs and writes it, with all columns, and a plot to ``out``; returns what was read."""
     from fedftg.report import plots, table
     from fedftg.report.load import load_run
 
     runs = [load_run(folder) for folder in folders]
-    for form, made in (("md", table.markdown_table), ("tex", table.latex_table), ("csv", table.csv_table)):
-        _write(out / f"table.{form}", made(runs))
-    console.print(table.terminal_table(runs))
+    made = {"markdown": table.markdown_table, "latex": table.latex_table, "csv": table.csv_table}
+    chosen = [name.strip() for name in columns.split(",") if name.strip()]
+    if form == "text":
+        console.print(table.terminal_table(runs, chosen))
+    else:
+        click.echo(made[form](runs, chosen), nl=False)
+    for name, end in (("markdown", "md"), ("latex", "tex"), ("csv", "csv")):
+        _write(out / f"table.{end}", made[name](runs))
     _print(console, f"table: {out / 'table.md'} (also .tex and .csv)")
-    plots.accuracy_plot(runs, out / "accuracy.pdf")
-    _print(console, f"plot: {plots.accuracy_plot(runs, out / 'accuracy.png')} (also .pdf)")
+    for end in ("pdf", "svg", "png"):
+        plot = plots.accuracy_plot(runs, out / f"accuracy.{end}")
+    _print(console, f"plot: {plot} (also .pdf and .svg, for a paper's column)")
     return runs
 
 

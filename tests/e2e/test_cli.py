@@ -110,6 +110,9 @@ def test_compare_runs_what_is_missing_only(fedftg: Any, tmp_path: Path) -> None:
     folders = fedftg("compare", "runs/default_base", "runs/default")
     assert folders.returncode == 0, folders.stderr
     assert list((tmp_path / "runs" / "comparisons").glob("*/accuracy.png"))
+    piped = fedftg("compare", "default_base", "default", *settings, "--format", "csv", "--columns", "refined,gain")
+    assert [line.split(",")[0] for line in piped.stdout.splitlines()] == ["run", "default_base", "default"]
+    assert "run folder: runs/default" in piped.stderr
 
 
 def test_compare_runs_seeds_and_values_side_by_side(fedftg: Any, tmp_path: Path) -> None:
