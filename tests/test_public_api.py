@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 def test_public_names() -> None:
     assert set(fedftg.__all__) == {
         "ClientError", "DistillConfig", "ImageDataset", "InputError", "RefineResult", "Run", "RunConfig", "__version__",
-        "preset", "refine", "register_algorithm", "register_refiner", "run",
+        "load_run", "preset", "refine", "register_algorithm", "register_refiner", "run",
     }  # fmt: skip
     assert all(hasattr(fedftg, name) for name in fedftg.__all__)
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fedftg.loop import run as run
     from fedftg.oneshot import RefineResult as RefineResult
     from fedftg.oneshot import refine as refine
+    from fedftg.report.load import load_run as load_run
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ _MODULES = {
     "RefineResult": "oneshot",
     "Run": "loop",
     "RunConfig": "config",
+    "load_run": "report.load",
     "preset": "distill.config",
     "refine": "oneshot",
     "register_algorithm": "algorithms.registry",

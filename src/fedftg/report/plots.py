@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
@@ -49,6 +51,15 @@ _METADATA: dict[str, dict[str, str | None]] = {
 }  # fmt: skip
 
 
+class _Figure(Figure):
+    """A figure that notebooks show, without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png", dpi=72)
+        return file.getvalue()
+
+
 def accuracy_plot(runs: Sequence[RunRecord], path: Path) -> Path:
     """Writes test accuracies over rounds as PNG, or for a paper's column as PDF or SVG; returns ``path``.
 
@@ -68,7 +79,7 @@ def accuracy_figure(runs: Sequence[RunRecord], *, paper: bool = False) -> Figure
     """
     lines = len(grouped(runs)) if paper else math.ceil(len(runs) / 2)
     size = (COLUMN, 2.3 + 0.14 * lines) if paper else (WIDTH, 5.6 + 0.22 * lines)
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    figure = _Figure(figsize=size, dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     handles, shown = [], set()
     for index, group in enumerate(grouped(runs)):
@@ -112,6 +123,20 @@ def accuracy_figure(runs: Sequence[RunRecord], *, paper: bool = False) -> Figure
     axes.spines[["top", "right"]].set_visible(False)
     for line in axes.lines if paper else ():
         line.set(linewidth=0.6 * line.get_linewidth(), markersize=2.5)
+    return figure
+
+
+def images_figure(files: Sequence[Path], class_names: Sequence[str]) -> Figure:
+    """Returns grids of images side by side, a row for each of the first 20 classes; at most 6, the last one too."""
+    places, names = sorted({round(place) for place in np.linspace(0, len(files) - 1, 6)}), class_names[:20]
+    figure = _Figure(figsize=(WIDTH, 3.2), dpi=DPI, layout="constrained")
+    for place, axes in zip(places, np.atleast_1d(figure.subplots(1, len(places))), strict=True):
+        grid = imread(files[place])
+        axes.imshow(grid, cmap="gray", vmin=0, vmax=1)
+        axes.set_title(f"round {int(files[place].stem)}")
+        rows = (np.arange(len(names)) + 0.5) * len(grid) / len(names) - 0.5
+        axes.set_yticks(rows, [_cut(name, 18) if place == 0 else "" for name in names])
+        axes.tick_params(bottom=False, labelbottom=False, left=False)
     return figure
 
 

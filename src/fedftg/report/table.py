@@ -268,7 +268,7 @@ def _numbers(run: RunRecord, runs: Sequence[RunRecord], name: str) -> dict[str, 
     return {f"{name}_{part}": getattr(found, part, "") for part in ("mean_last", "final", "best", "best_round")}
 
 
-def _cells(rows: Sequence[Row], bold: str, chosen: Sequence[str]) -> list[list[str]]:
+def _cells(rows: Sequence[Row], bold: str, chosen: Sequence[str] = ()) -> list[list[str]]:
     """Returns the header and the cells of each row; ``bold`` marks the best deployed accuracy."""
     columns = _columns(rows, chosen)
     table = [["run", "algorithm", "refiner", *(column.header for column in columns)]]
