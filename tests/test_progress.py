@@ -86,6 +86,6 @@ def test_a_run_shows_itself_in_notebooks_only(monkeypatch: pytest.MonkeyPatch) -
     assert progress.chosen(own) is own
     monkeypatch.setattr(progress, "Console", lambda **given: Console(**{"force_jupyter": True, **given}))
     for has, shown in ((True, progress.Live), (False, progress.PlainLines)):
-        monkeypatch.setattr(progress, "_has_widgets", lambda has=has: has)
+        monkeypatch.setattr(progress, "HAS_WIDGETS", has)
         assert type(progress.chosen(None)) is shown
     assert type(progress.chosen(False)) is progress.Progress

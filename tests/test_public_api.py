@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 def test_public_names() -> None:
     assert set(fedftg.__all__) == {
         "ClientError", "DistillConfig", "ImageDataset", "InputError", "RefineResult", "Run", "RunConfig", "__version__",
-        "load_run", "preset", "refine", "register_algorithm", "register_refiner", "run",
+        "load", "load_run", "preset", "refine", "register_algorithm", "register_refiner", "run",
     }  # fmt: skip
     assert all(hasattr(fedftg, name) for name in fedftg.__all__)
 
@@ -67,7 +67,7 @@ def test_frozen_cli() -> None:
         "partition": ["--out", "--set", "recipe"],
         "list": ["kind"],
         "doctor": [],
-        "export": ["--to", "folder"],
+        "export": ["--hub-folder", "--to", "folder"],
         "flower new": ["--recipe", "--set", "folder"],
     }
     found = {}

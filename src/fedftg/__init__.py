@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedftg.distill.config import preset as preset
     from fedftg.errors import ClientError as ClientError
     from fedftg.errors import InputError as InputError
+    from fedftg.export import load as load
     from fedftg.loop import Run as Run
     from fedftg.loop import run as run
     from fedftg.oneshot import RefineResult as RefineResult
@@ -33,6 +34,7 @@ _MODULES = {
     "RefineResult": "oneshot",
     "Run": "loop",
     "RunConfig": "config",
+    "load": "export",
     "load_run": "report.load",
     "preset": "distill.config",
     "refine": "oneshot",

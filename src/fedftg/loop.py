@@ -161,6 +161,7 @@ def execute(
         experiment.clients.keep_in(run_folder.checkpoint)
         session = environment(threads, str(experiment.data.device))
         session["executor"] = experiment.executor.description
+        session |= {"mean": list(experiment.data.dataset.mean), "std": list(experiment.data.dataset.std)}
         if resume:
             _restore(experiment, run_folder, session)
         else:

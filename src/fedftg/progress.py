@@ -16,6 +16,7 @@ from rich.console import Console
 if TYPE_CHECKING:
     from fedftg.config import RunConfig
 
+HAS_WIDGETS = find_spec("ipywidgets") is not None  # what rich needs for a bar in a notebook
 _SLOW_TO_DECODE = 5000
 """Fewer images are decoded before a bar could be read."""
 
@@ -129,7 +130,7 @@ class Live(PlainLines):
 
 def for_console(console: Console) -> Progress:
     """Returns a bar for a terminal and a notebook with widgets, plain lines for anything else."""
-    if console.is_jupyter and not _has_widgets():
+    if console.is_jupyter and not HAS_WIDGETS:
         console = Console(force_jupyter=False, force_terminal=False)
     return Live(console) if console.is_terminal or console.is_jupyter else PlainLines(console)
 
@@ -142,11 +143,6 @@ def chosen(wanted: Progress | bool | None) -> Progress:
     return for_console(console) if (console.is_jupyter if wanted is None else wanted) else Progress()
 
 
-def _has_widgets() -> bool:
-    """Returns whether a notebook can show rich's bar."""
-    return find_spec("ipywidgets") is not None
-
-
 @contextmanager
 def iterations(wanted: Callable[[int, int], None] | bool | None) -> Iterator[Callable[[int, int], None]]:
     """Yields what is called as ``(done, total)``: the given function, or a bar on standard error.
@@ -157,7 +153,7 @@ def iterations(wanted: Callable[[int, int], None] | bool | None) -> Iterator[Cal
         yield wanted
         return
     console = Console(stderr=True)
-    shown = (sys.stderr.isatty() or (console.is_jupyter and _has_widgets())) if wanted is None else wanted
+    shown = (sys.stderr.isatty() or (console.is_jupyter and HAS_WIDGETS)) if wanted is None else wanted
     with bars.Progress(console=console, transient=True, disable=not shown) as bar:
         task = bar.add_task("refine", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

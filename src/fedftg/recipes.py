@@ -21,10 +21,9 @@ def names() -> list[str]:
     return sorted(path.stem for path in folder().glob("*.toml"))
 
 
-def about(name: str) -> tuple[str, str]:
-    """Returns what a recipe's first two lines say: what it is, and what was measured."""
-    about, measured = find(name).read_text("utf-8").splitlines()[:2]
-    return about.strip("# ."), measured.removeprefix("# measured: ").rstrip(".")
+def about(name: str) -> str:
+    """Returns a recipe's first two lines: what it is, and what was measured."""
+    return "\n".join(line.strip("# .") for line in find(name).read_text("utf-8").splitlines()[:2])
 
 
 def find(given: str) -> Path:

@@ -10,7 +10,6 @@ import sys
 from collections import UserDict
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -69,9 +68,8 @@ class Registry(UserDict[str, Value]):
         if not isinstance(entry, str):
             return summary(entry.__doc__)
         module, _, attribute = entry.partition(":")
-        spec = find_spec(module)
-        assert spec is not None
-        body = ast.parse(Path(str(spec.origin)).read_text("utf-8")).body
+        file = Path(__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
+        body = ast.parse(file.read_text("utf-8")).body
         found = (one for one in body if isinstance(one, ast.ClassDef | ast.FunctionDef) and one.name == attribute)
         return summary(ast.get_docstring(next(found)))
 

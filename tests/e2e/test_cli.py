@@ -158,6 +158,23 @@ def test_compare_takes_two_folders_of_data_for_two_runs(fedftg: Any, no_refiner:
     assert roots == ["a.npz", "b.npz"]
 
 
+def test_runs_of_other_lengths_are_refused_before_one_is_trained(fedftg: Any, tmp_path: Path) -> None:
+    done = fedftg("compare", "default_base", "--set", "rounds=1,2")
+    fails(done, tmp_path, "default_base-rounds1 and default_base-rounds2 are the same run with these settings, rounds")
+
+
+def test_rows_keep_the_order_given_and_other_seeds_another_folder(
+    fedftg: Any, no_refiner: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.toml").write_text("")
+    short = [*no_refiner, "--set", "rounds=1"]
+    assert fedftg("run", "mine.toml", *short, "--set", "seed=5", "--out", "first").returncode == 0
+    for seeds in ("0", "1"):
+        done = fedftg("compare", "mine.toml", "first", *short, "--seeds", seeds, "--format", "csv", "--columns", "all")
+        assert [line.split(",")[0] for line in done.stdout.splitlines()] == ["run", f"mine-s{seeds}", "first"]
+    assert len(list((tmp_path / "runs" / "comparisons").glob("mine+first-*/table.csv"))) == 2
+
+
 def test_partition_writes_heatmap_and_the_partition(fedftg: Any, tmp_path: Path) -> None:
     done = fedftg("partition", "default", "--set", "partition.num_clients=6", "--set", "partition.test_share=0.2",
                   "--out", "p")  # fmt: skip
@@ -259,7 +276,7 @@ def test_compare_never_turns_a_base_into_a_copy(fedftg: Any, tiny: list[str], tm
     assert 'name = "none"' in (tmp_path / "runs" / "default_base" / "config.toml").read_text()
     copies = fedftg("compare", "default_base", "default", "--set", "refiner.name=none")
     assert copies.returncode == 2
-    assert "are the same run with these settings; compare different ones" in copies.stderr
+    assert "are the same run with these settings, rounds aside; compare different ones" in copies.stderr
 
 
 @pytest.mark.parametrize("setting", [' refiner.name = "fedftg"', 'refiner={name="fedftg", iterations=1}'])

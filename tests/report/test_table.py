@@ -13,6 +13,7 @@ from rich.table import Table
 from fedftg.errors import InputError
 from fedftg.report.load import RunRecord, load_run
 from fedftg.report.table import (
+    chosen_columns,
     comparison_rows,
     csv_table,
     interval,
@@ -174,20 +175,22 @@ def test_latex_and_csv_by_hand(tmp_path: Path) -> None:
 
 
 def test_columns_by_name(tmp_path: Path) -> None:
-    """Any kind of accuracy is one, and `gain` is that of ``vs base``; each as often as it is named, once."""
+    """Any kind of accuracy is one, and `gain` is that of ``vs base``."""
     base = run_of(tmp_path / "base", [0.5, 0.6])
     ours = run_of(tmp_path / "ours", [0.51, 0.61], [0.52, 0.66])
     for record in ours.rounds:
         record["accuracy"]["sent"] = 0.25
-    header, _, _, row = markdown_table([base, ours], ["gain", "sent", "gain"]).splitlines()[:4]
+    header, _, _, row = markdown_table([base, ours], ["gain", "sent"]).splitlines()[:4]
     assert header == "| run | algorithm | refiner | vs base | sent |"
     assert row.endswith("| +4.00 (+6.00) | 25.00 (25.00) |")
     assert "& +4.00 (+6.00) \\\\" in latex_table([base, ours], ["gain"])
     line = list(csv.DictReader(csv_table([base, ours], ["sent", "rounds"]).splitlines()))[1]
     assert list(line)[4:] == ["sent_mean_last", "sent_final", "sent_best", "sent_best_round", "rounds"]
-    for made in (terminal_table, markdown_table, latex_table, csv_table):
-        with pytest.raises(InputError, match="unknown column 'gian'; did you mean 'gain'"):
-            made([base, ours], ["gian"])
+    line = list(csv.DictReader(csv_table([base, ours], ["best"]).splitlines()))[1]
+    assert (float(line["best"]), line["best_round"]) == (pytest.approx(0.66), "2")
+    assert chosen_columns("gain, sent,gain,") == ["gain", "sent"]
+    with pytest.raises(InputError, match="unknown column 'gian'; did you mean 'gain'"):
+        chosen_columns("gian")
 
 
 def test_terminal_table_fits_80_columns_and_cuts_nothing(tmp_path: Path) -> None:

@@ -229,10 +229,7 @@ def natural(groups: Indices, _config: PartitionConfig, _rng: np.random.Generator
 
 
 def file(labels: Indices, config: PartitionConfig, _rng: np.random.Generator) -> list[Indices]:
-    """Rows of each client are read from a JSON file, such as that of 'fedftg partition'.
-
-    It is a list of lists, or an object with such a list as ``indices`` (`to_json`).
-    """
+    """Rows of each client are read from a JSON file: that of 'fedftg partition', or a list of lists."""
     assert config.file is not None  # PartitionConfig requires it
     name, total = f"partition.file {str(config.file)!r}", len(labels)
     try:

@@ -43,11 +43,7 @@ class RunViews:
         return pandas.DataFrame([flat(record) for record in load_run(self.folder).rounds]).set_index("round")
 
     def images(self) -> Figure:
-        """Returns the images that the student learnt from, a grid a round and a row a class.
-
-        Raises:
-            InputError: the run has none: only refiners that make images write some.
-        """
+        """Returns images that the refiner made, a grid a round and a row a class; `InputError` where there are none."""
         from fedftg.report.plots import images_figure
 
         files = sorted((self.folder / "images").glob("*.png"))

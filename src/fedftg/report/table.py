@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -132,6 +132,18 @@ COLUMNS = (
 )
 """What is shown of each run beside its name and method; a new column is an entry here."""
 
+_KINDS = ("selected", "all", "refined", "sent", "ensemble", "ensemble_prior")
+_NAMED = {kind: Column(kind, partial(_accuracy, kind=kind)) for kind in _KINDS}
+_NAMED |= {column.name or column.header: column for column in COLUMNS}
+
+
+def chosen_columns(text: str) -> list[str]:
+    """Returns the names in ``"refined,gain"``; raises `InputError` for one that no table has."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if wrong := [name for name in names if name not in _NAMED]:
+        raise unknown("column", wrong[0], _NAMED)
+    return list(dict.fromkeys(names))
+
 
 def score(series: Series) -> Score | None:
     """Returns the numbers that a table shows of a series of accuracies; None where nothing was evaluated."""
@@ -235,19 +247,18 @@ def latex_table(runs: Sequence[RunRecord], chosen: Sequence[str] = ()) -> str:
 def csv_table(runs: Sequence[RunRecord], chosen: Sequence[str] = ()) -> str:
     """Returns a line a run, with its seed and the common settings in which runs differ; accuracies are fractions.
 
-    Of the ``chosen`` columns all but `best`, which each kind of accuracy has; () is all.
+    A ``chosen`` accuracy is four columns, a gain is two; () is all that a run has.
     """
     settings = [flat(run.config) for run in runs]
     names = ("name", "device", "threads", "executor", "checkpoint", "algorithm.name", "refiner.name", "seed")
     keys = [key for key in settings[0] if all(key in one for one in settings) and not key.startswith(names)]
     keys = [key for key in keys if any(one[key] != settings[0][key] for one in settings)]
-    allowed = ["rounds", "seconds", "gain", *_kinds(runs)]
-    wanted = _known(chosen, allowed) or allowed
+    kinds = [kind for kind in _KINDS if any(run.accuracy(kind)[0] for run in runs)]
     rows: list[dict[str, object]] = []
     for run, one in zip(runs, settings, strict=True):
         about = {"run": run.name, "algorithm": run.algorithm, "refiner": run.refiner, "seed": run.config.get("seed")}
         rows.append({**about, **{key: one[key] for key in keys}})
-        for name in wanted:
+        for name in chosen or ("rounds", "seconds", "gain", *kinds):
             rows[-1] |= _numbers(run, runs, name)
     text = io.StringIO()
     lines = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -264,8 +275,9 @@ def _numbers(run: RunRecord, runs: Sequence[RunRecord], name: str) -> dict[str, 
         base = _base_of(run, [group.first for group in groups])
         gain = None if base is None else _gain(Group(run.name, (run,)), groups[base])
         return {f"gain_{part}": getattr(gain, part)[0] if gain else "" for part in ("mean_last", "final")}
-    found = score(run.accuracy(name))
-    return {f"{name}_{part}": getattr(found, part, "") for part in ("mean_last", "final", "best", "best_round")}
+    found = score(run.accuracy("refined" if name == "best" else name))
+    parts = ("best", "best_round") if name == "best" else ("mean_last", "final", "best", "best_round")
+    return {part if name == "best" else f"{name}_{part}": getattr(found, part, "") for part in parts}
 
 
 def _cells(rows: Sequence[Row], bold: str, chosen: Sequence[str] = ()) -> list[list[str]]:
@@ -366,24 +378,8 @@ def _differences(run: RunRecord, base: RunRecord) -> tuple[str, ...]:
 
 
 def _columns(rows: Sequence[Row], chosen: Sequence[str]) -> list[Column]:
-    if not chosen:
-        return [column for column in COLUMNS if any(column.cell(row)[0] for row in rows)]
-    kinds = _kinds([run for row in rows for run in row.runs])
-    by_name = {kind: Column(kind, partial(_accuracy, kind=kind)) for kind in kinds}
-    by_name |= {column.name or column.header: column for column in COLUMNS}
-    return [by_name[name] for name in _known(chosen, by_name)]
-
-
-def _kinds(runs: Sequence[RunRecord]) -> list[str]:
-    """Returns every kind of accuracy that a run has, in the order of their first records."""
-    return list(dict.fromkeys(kind for run in runs for record in run.rounds for kind in record.get("accuracy", {})))
-
-
-def _known(chosen: Sequence[str], allowed: Iterable[str]) -> list[str]:
-    """Returns the names without repetitions; raises InputError for one that is not allowed."""
-    if wrong := [name for name in chosen if name not in allowed]:
-        raise unknown("column", wrong[0], allowed)
-    return list(dict.fromkeys(chosen))
+    found = [column for column in COLUMNS if any(column.cell(row)[0] for row in rows)]
+    return [_NAMED[name] for name in chosen] or found
 
 
 def _is_best(row: Row, column: Column, rows: Sequence[Row]) -> bool:
