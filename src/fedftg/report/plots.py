@@ -128,7 +128,7 @@ def images_figure(files: Sequence[Path], class_names: Sequence[str]) -> Figure:
     figure = _Figure(figsize=(WIDTH, 3.2), dpi=DPI, layout="constrained")
     for place, axes in zip(places, np.atleast_1d(figure.subplots(1, len(places))), strict=True):
         grid = imread(files[place])
-        axes.imshow(grid, cmap="gray", vmin=0, vmax=1)
+        axes.imshow(grid, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes.set_title(f"round {int(files[place].stem)}")
         rows = (np.arange(len(names)) + 0.5) * len(grid) / len(names) - 0.5
         axes.set_yticks(rows, [_cut(name, 18) if place == 0 else "" for name in names])
