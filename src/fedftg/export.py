@@ -61,14 +61,16 @@ def write_hub_folder(folder: Path, to: Path) -> int:
     without the data's path) and ``README.md``, a model card with the front matter of the HuggingFace hub.
 
     Raises:
-        InputError: no run, no checkpoint yet, or ``to`` cannot be made.
+        InputError: no run, no checkpoint yet, or ``to`` is not empty.
     """
     run, data = load_run(folder), RunFolder(folder).read_partition()
     session = records.read_json(RunFolder(folder).environment_file)["sessions"][-1]
     try:
-        to.mkdir(parents=True)
+        to.mkdir(parents=True, exist_ok=True)
+        if any(to.iterdir()):
+            raise FileExistsError(0, "it holds files already")
     except OSError as error:
-        raise InputError(f"cannot make {to}: {error.strerror}; choose another folder by --hub-folder") from None
+        raise InputError(f"cannot write to {to}: {error.strerror}; choose another by --hub-folder") from None
     number = write_model(folder, to / "model.safetensors")
     recipe = {**run.config, "data": {k: v for k, v in run.config["data"].items() if k not in ("root", "cache")}}
     about = {"fedftg": __version__, "model": run.config["model"]}
