@@ -75,3 +75,17 @@ def test_a_bar_where_it_is_watched(wanted: bool | None, watched: bool, shown: bo
         with progress.iterations(wanted) as report:
             report(1, 2)
     assert bool(stream.getvalue()) == shown
+
+
+def test_a_run_shows_itself_in_notebooks_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless it is told to; a notebook has rich's bar only with ipywidgets."""
+    assert type(progress.chosen(None)) is progress.Progress
+    assert type(progress.chosen(False)) is progress.Progress
+    assert type(progress.chosen(True)) is progress.PlainLines
+    own = progress.Progress()
+    assert progress.chosen(own) is own
+    monkeypatch.setattr(progress, "Console", lambda **given: Console(**{"force_jupyter": True, **given}))
+    for has, shown in ((True, progress.Live), (False, progress.PlainLines)):
+        monkeypatch.setattr(progress, "HAS_WIDGETS", has)
+        assert type(progress.chosen(None)) is shown
+    assert type(progress.chosen(False)) is progress.Progress

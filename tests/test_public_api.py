@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 def test_public_names() -> None:
     assert set(fedftg.__all__) == {
         "ClientError", "DistillConfig", "ImageDataset", "InputError", "RefineResult", "Run", "RunConfig", "__version__",
-        "preset", "refine", "register_algorithm", "register_refiner", "run",
+        "load", "load_run", "preset", "refine", "register_algorithm", "register_refiner", "run",
     }  # fmt: skip
     assert all(hasattr(fedftg, name) for name in fedftg.__all__)
 
@@ -62,14 +62,14 @@ def flat(group: click.Group, prefix: str = "") -> dict[str, click.Command]:
 def test_frozen_cli() -> None:
     frozen = {
         "run": ["--out", "--resume", "--set", "recipe"],
-        "compare": ["--jobs", "--missing", "--out", "--seeds", "--set", "items"],
-        "report": ["folder"],
+        "compare": ["--columns", "--format", "--jobs", "--missing", "--out", "--seeds", "--set", "items"],
+        "report": ["--columns", "--format", "folder"],
         "track": ["--to", "folder"],
         "watch": ["folder"],
         "partition": ["--out", "--set", "recipe"],
-        "list": [],
+        "list": ["kind"],
         "doctor": [],
-        "export": ["--to", "folder"],
+        "export": ["--hub-folder", "--to", "folder"],
         "flower new": ["--recipe", "--set", "folder"],
     }
     found = {}

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from fedftg.distill.config import preset as preset
     from fedftg.errors import ClientError as ClientError
     from fedftg.errors import InputError as InputError
+    from fedftg.export import load as load
     from fedftg.loop import Run as Run
     from fedftg.loop import run as run
     from fedftg.oneshot import RefineResult as RefineResult
     from fedftg.oneshot import refine as refine
+    from fedftg.report.load import load_run as load_run
 
 __version__ = "0.1.0"
 
@@ -32,6 +34,8 @@ _MODULES = {
     "RefineResult": "oneshot",
     "Run": "loop",
     "RunConfig": "config",
+    "load": "export",
+    "load_run": "report.load",
     "preset": "distill.config",
     "refine": "oneshot",
     "register_algorithm": "algorithms.registry",

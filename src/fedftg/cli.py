@@ -6,18 +6,20 @@ Commands import what they need when they are called: torch alone takes longer th
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import itertools
-import json
 import re
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
 
 from fedftg import __version__, recipes
 from fedftg.errors import ClientError, InputError
@@ -28,7 +30,26 @@ if TYPE_CHECKING:
     from fedftg.report.load import RunRecord
 
 RUNS = Path("runs")
+Key = tuple[str, str]  # a recipe as it was given, and the end of its run's name
 
+KINDS = {  # what `fedftg list` shows, and where each name goes
+    "data": "data.name", "laws": "partition.law", "models": "model.name", "algorithms": "algorithm.name",
+    "refiners": "refiner.name", "presets": "refiner.preset of fedftg", "recipes": "fedftg run NAME",
+}  # fmt: skip
+
+_format = click.option(
+    "--format", "form", type=click.Choice(["text", "markdown", "csv", "latex"]), default="text",
+    help="Of the printed table; all but text print it alone on standard output.",
+)  # fmt: skip
+
+
+def _chosen(_context: click.Context, _option: click.Parameter, text: str) -> list[str]:
+    from fedftg.report.table import chosen_columns
+
+    return chosen_columns(text)
+
+
+_columns = click.option("--columns", default="", callback=_chosen, metavar="NAME,NAME...", help="Columns to print.")
 _set = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe.")
 
 
@@ -53,7 +74,7 @@ def run(recipe: str | None, overrides: Sequence[str], out: Path | None, resume: 
     keep_freed_memory()
     console = Console()
     done = loop.run(recipe, overrides=overrides, out=out, resume=resume, progress=_progress(console))
-    _report(console, [done.folder], done.folder / "report")
+    _report(console, [done.folder], done.folder / "report", "text", ())
     _print(console, f"run folder: {done.folder}")
 
 
@@ -69,7 +90,11 @@ def run(recipe: str | None, overrides: Sequence[str], out: Path | None, resume: 
 )
 @click.option("--missing", is_flag=True, help="Only list the runs and which of them are missing.")
 @click.option("--out", type=click.Path(path_type=Path), default=RUNS, help="Folder of run folders.")
-def compare(items: Sequence[str], overrides: Sequence[str], seeds: str, jobs: int, missing: bool, out: Path) -> None:
+@_format
+@_columns
+def compare(
+    items: Sequence[str], overrides: Sequence[str], seeds: str, jobs: int, missing: bool, out: Path, **printed: Any
+) -> None:
     """Run what is missing; one table and one plot of all.
 
     --set KEY=A,B runs each recipe with each value, --seeds with each seed.
@@ -79,7 +104,7 @@ def compare(items: Sequence[str], overrides: Sequence[str], seeds: str, jobs: in
     files = {item: recipes.find(item) for item in items if item not in given}
     if (overrides or seeds) and not files:
         raise InputError("--set and --seeds change recipes, but only folders of runs were given; name recipes")
-    console = Console()
+    console = Console(stderr=printed["form"] != "text")
     # All recipes are checked before the first is run, so that a typo in the last one costs no time.
     made = _to_compare(console, files, overrides, _numbers(seeds), jobs) if files else {}
     if len(given) + len(made) < 2:
@@ -91,12 +116,16 @@ def compare(items: Sequence[str], overrides: Sequence[str], seeds: str, jobs: in
         return
     todo = {label: made[label] for label, folder in finished.items() if folder is None}
     done = {label: folder for label, folder in finished.items() if folder} | _run(console, todo, out, jobs)
-    folders = [Path(item) for item in given] + [done[label] for label in made]
+    folders: list[Path] = []
+    for item in items:
+        folders += [Path(item)] if item in given else [done[key] for key in made if key[0] == item]
     found = [folder.resolve() for folder in folders]
     if len(set(found)) < len(found):
         raise InputError(f"{', '.join(items)}: two of these are the same run; compare different ones")
     name = "+".join(dict.fromkeys(re.sub(r"-s\d+$", "", path.name) for path in found))
-    for record in _report(console, folders, out / "comparisons" / name[:120]):
+    if name != (whole := "+".join(path.name for path in found)) or len(name) > 120:  # other seeds, another folder
+        name = f"{name[:110]}-{hashlib.sha256(whole.encode()).hexdigest()[:6]}"
+    for record in _report(console, folders, out / "comparisons" / name, **printed):
         _print(console, f"run folder: {record.folder}")
 
 
@@ -129,9 +158,11 @@ def watch(folder: Path) -> None:
 
 @cli.command()
 @click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
-def report(folder: Path) -> None:
+@_format
+@_columns
+def report(folder: Path, **printed: Any) -> None:
     """Table and plot of a run."""
-    _report(Console(), [folder], folder / "report")
+    _report(Console(stderr=printed["form"] != "text"), [folder], folder / "report", **printed)
 
 
 @cli.command()
@@ -147,13 +178,16 @@ def partition(recipe: str | None, overrides: Sequence[str], out: Path | None) ->
 
 
 @cli.command(name="list")
-def list_names() -> None:
-    """Every data set, partition law, model, algorithm, refiner, preset and recipe."""
-    console = Console()
-    for kind, names in listing().items():
-        console.print(f"[bold]{kind}[/bold]", highlight=False)
-        for name in names:
-            _print(console, f"  {name}")
+@click.argument("kind", required=False, type=click.Choice(list(KINDS)))
+def list_names(kind: str | None) -> None:
+    """Every data set, partition law, model, algorithm, refiner, preset and recipe; KIND: one of these only."""
+    table = Table(Column(no_wrap=True), Column(overflow="fold"), box=None, show_header=False, pad_edge=False)
+    for found, names in listing().items():
+        if kind in (None, found):
+            table.add_row(Text(found, "bold"), Text(KINDS[found], "dim"))
+            for name in names:
+                table.add_row(f"  {name}", Text(names[name]))
+    Console().print(table)
 
 
 @cli.command()
@@ -183,10 +217,16 @@ def doctor() -> None:
 
 @cli.command()
 @click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
-@click.option("--to", type=click.Path(path_type=Path), required=True, help="The .safetensors file to write.")
-def export(folder: Path, to: Path) -> None:
+@click.option("--to", type=click.Path(path_type=Path), help="The .safetensors file to write.")
+@click.option("--hub-folder", type=click.Path(path_type=Path), help="New folder for weights, settings and model card.")
+def export(folder: Path, to: Path | None, hub_folder: Path | None) -> None:
     """Write the refined global model of a run."""
-    _print(Console(), f"model after round {write_model(folder, to)}: {to}")
+    if (target := to or hub_folder) is None or (to and hub_folder):
+        raise InputError("export needs either --to FILE.safetensors or --hub-folder DIR")
+    from fedftg import export as files
+
+    written = files.write_model(folder, target) if to else files.write_hub_folder(folder, target)
+    _print(Console(), f"model after round {written}: {target}")
 
 
 @cli.group()
@@ -232,62 +272,24 @@ def main() -> None:
         _fail(f"interrupted; run the same command{' with --resume' if 'run' in sys.argv[1:2] else ' again'}", 130)
 
 
-def listing() -> dict[str, list[str]]:
-    """Returns every name that a recipe or command may use, by kind."""
+def listing() -> dict[str, dict[str, str]]:
+    """Returns every name that a recipe or command may use, by kind, with one line about it; imports no torch."""
     from fedftg.algorithms.registry import ALGORITHMS, REFINERS
     from fedftg.data.partition import LAWS
     from fedftg.data.sources import SOURCES
-    from fedftg.distill.config import PRESETS
+    from fedftg.distill.config import ABOUT
     from fedftg.models.registry import MODELS
+    from fedftg.registry import summary
 
     return {
-        "data sets": sorted(SOURCES),
-        "partition laws": list(LAWS),
-        "models": [*sorted(MODELS), "package.module.Class (any nn.Module)"],
-        "algorithms": list(ALGORITHMS),
-        "refiners": list(REFINERS),
-        "presets of fedftg": list(PRESETS),
-        "recipes": recipes.names(),
+        "data": {name: SOURCES[name].about for name in sorted(SOURCES)},
+        "laws": {name: summary(law.__doc__) for name, law in LAWS.items()},
+        "models": {name: MODELS.about(name) for name in sorted(MODELS)} | {"package.module.Class": "any nn.Module"},
+        "algorithms": {name: ALGORITHMS.about(name) for name in ALGORITHMS},
+        "refiners": {name: REFINERS.about(name) for name in REFINERS},
+        "presets": ABOUT,
+        "recipes": {name: recipes.about(name) for name in recipes.names()},
     }
-
-
-def write_model(folder: Path, to: Path) -> int:
-    """Writes the deployed (refined) global model of a run's last checkpoint; returns the round it is from.
-
-    The file is the model's ``state_dict``: ``module.load_state_dict(safetensors.torch.load_file(to))`` loads it.
-
-    Raises:
-        InputError: no run, no checkpoint yet, or a wrong file name.
-    """
-    from fedftg.models import registry
-    from fedftg.models.functional import FunctionalModel
-    from fedftg.rundir import checkpoint
-    from fedftg.rundir.folder import RunFolder
-    from fedftg.rundir.tensors import write_tensors
-
-    config = RunFolder(folder).read_config()
-    if to.suffix != ".safetensors":
-        raise InputError(f"--to must end in .safetensors, got {to.name!r}")
-    if not to.parent.is_dir():
-        raise InputError(f"--to: folder {to.parent} does not exist; make it first")
-    state = checkpoint.load_state(RunFolder(folder).checkpoint)
-    if state is None:
-        raise InputError(f"{folder} has no checkpoint yet; let the run finish a round first")
-    metadata = {"model": json.dumps(config["model"]), "round": str(state.round)}
-    data = RunFolder(folder).read_partition()
-    params, buffers = state.model
-    values = {**params, **buffers}
-    if "image_shape" in data:  # runs of 0.1 have none
-        model = registry.ModelConfig(**config["model"])
-        module = registry.build(model, len(data["class_names"]), tuple(data["image_shape"]), seed=0)
-        values = FunctionalModel(module).module(params, buffers).state_dict()
-    if odd := [name for name, value in values.items() if not hasattr(value, "dtype")]:
-        raise InputError(f"{odd[0]} is no tensor, so the file cannot hold it; leave it out of the model's state_dict")
-    try:
-        write_tensors(to, values, metadata)
-    except OSError as error:
-        raise InputError(f"cannot write {to}: {error.strerror}; choose another file by --to") from None
-    return state.round
 
 
 def write_partition(console: Console, config: RunConfig, out: Path | None) -> None:
@@ -344,8 +346,8 @@ def _numbers(text: str) -> list[int]:
 
 def _to_compare(
     console: Console, files: dict[str, Path], overrides: Sequence[str], seeds: Sequence[int], jobs: int
-) -> dict[str, RunConfig]:
-    """Returns the config of each recipe with each choice of overrides and seeds, by what tells them apart."""
+) -> dict[Key, RunConfig]:
+    """Returns the config of each recipe with each choice of overrides and seeds, by recipe and end of name."""
     from fedftg import config as configs
     from fedftg import loop
 
@@ -353,21 +355,22 @@ def _to_compare(
     if bases == set(files) and any(re.match(r"\s*refiner(\.name)?\s*=", override) for override in overrides):
         bases = set()
     others = [override for override in overrides if not re.match(r"\s*refiner\s*[.=]", override)]
-    made: dict[str, RunConfig] = {}
+    made: dict[Key, RunConfig] = {}
     for item, path in files.items():
         for end, chosen in configs.sweep(others if item in bases else overrides, seeds):
             config = configs.load(path, chosen)
             changed: dict[str, object] = {"name": config.name + end}
             if jobs > 1:
                 changed |= {"threads": 1, "executor": config.executor.model_copy(update={"name": "sequential"})}
-            if item + end in made or (jobs > 1 and any(one.name == changed["name"] for one in made.values())):
+            if (item, end) in made or (jobs > 1 and any(one.name == changed["name"] for one in made.values())):
                 raise InputError(f"two runs would be named {changed['name']}; give recipes and values different names")
-            made[item + end] = config.model_copy(update=changed)
+            made[item, end] = config.model_copy(update=changed)
     if bases and bases != set(files) and len(others) < len(overrides):
         _print(console, f"--set refiner.* is not applied to {', '.join(sorted(bases))}, which has no refiner")
     for one, other in itertools.combinations(made, 2):
-        if made[one].rounds == made[other].rounds and loop.same_run(made[one], made[other]):
-            raise InputError(f"{one} and {other} are the same run with these settings; compare different ones")
+        if loop.same_run(made[one], made[other]):
+            names = f"{''.join(one)} and {''.join(other)}"
+            raise InputError(f"{names} are the same run with these settings, rounds aside; compare different ones")
     return made
 
 
@@ -380,7 +383,7 @@ def _finished(config: RunConfig, out: Path) -> Path | None:
     return folder if folder and (load_run(folder).summary or {}).get("rounds") == config.rounds else None
 
 
-def _run(console: Console, configs: dict[str, RunConfig], out: Path, jobs: int) -> dict[str, Path]:
+def _run(console: Console, configs: dict[Key, RunConfig], out: Path, jobs: int) -> dict[Key, Path]:
     """Runs all, ``jobs`` at a time; returns their folders."""
     if jobs == 1 or not configs:
         return {label: run_or_resume(config, out, _progress(console)) for label, config in configs.items()}
@@ -414,18 +417,23 @@ def run_or_resume(config: RunConfig, out: Path, progress: Progress | None = None
     return loop.run(config, out=folder or loop.unused(out, config.name), resume=resume, progress=progress).folder
 
 
-def _report(console: Console, folders: Sequence[Path], out: Path) -> list[RunRecord]:
-    """Prints a table of runs and writes it, and a plot, to ``out``; returns what was read."""
+def _report(console: Console, folders: Sequence[Path], out: Path, form: str, columns: Sequence[str]) -> list[RunRecord]:
+    """Prints a table of runs and writes it, with all columns, and a plot to ``out``; returns what was read."""
     from fedftg.report import plots, table
     from fedftg.report.load import load_run
 
     runs = [load_run(folder) for folder in folders]
-    for form, made in (("md", table.markdown_table), ("tex", table.latex_table), ("csv", table.csv_table)):
-        _write(out / f"table.{form}", made(runs))
-    console.print(table.terminal_table(runs))
+    made = {"markdown": table.markdown_table, "latex": table.latex_table, "csv": table.csv_table}
+    if form == "text":
+        console.print(table.terminal_table(runs, columns))
+    else:
+        click.echo(made[form](runs, columns), nl=False)
+    for name, end in (("markdown", "md"), ("latex", "tex"), ("csv", "csv")):
+        _write(out / f"table.{end}", made[name](runs))
     _print(console, f"table: {out / 'table.md'} (also .tex and .csv)")
-    plots.accuracy_plot(runs, out / "accuracy.pdf")
-    _print(console, f"plot: {plots.accuracy_plot(runs, out / 'accuracy.png')} (also .pdf)")
+    for end in ("pdf", "svg", "png"):
+        plot = plots.accuracy_plot(runs, out / f"accuracy.{end}")
+    _print(console, f"plot: {plot} (also .pdf and .svg)")
     return runs
 
 

@@ -23,7 +23,8 @@ from fedftg.data.dataset import ImageDataset
 from fedftg.engine.machine import cpu_threads, environment, peak_memory_mb
 from fedftg.errors import InputError
 from fedftg.experiment import Experiment
-from fedftg.progress import Progress
+from fedftg.progress import Progress, chosen
+from fedftg.report.load import RunViews
 from fedftg.rundir import checkpoint, records
 from fedftg.rundir.folder import RunFolder, summarise
 from fedftg.rundir.records import PUT_BACK, Record
@@ -32,7 +33,7 @@ RUNS = Path("runs")
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(RunViews):
     """A finished run."""
 
     folder: Path
@@ -49,7 +50,7 @@ def run(
     overrides: Sequence[str] = (),
     out: Path | str | None = None,
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     dataset: ImageDataset | None = None,
 ) -> Run:
     """Runs one experiment, from its config to its deployed model.
@@ -60,7 +61,7 @@ def run(
         out: folder of the run; by default ``runs/NAME``, or the next free ``runs/NAME-2``, ...
         resume: continue the run in ``out``; without ``out``, the newest in ``runs`` with the same settings. Without a
             recipe, the settings are those that the run in ``out`` was started with.
-        progress: receives progress events; None is silent.
+        progress: receives progress events; True shows a bar or lines, False nothing, None a bar in a notebook only.
         dataset: images and labels of your own (`ImageDataset.from_tensors`), in place of the recipe's ``data``
             section; pass them again to resume.
 
@@ -79,8 +80,8 @@ def run(
         if resume and found is None:
             raise InputError(f"no run of {config.name!r} with these settings is in {RUNS}/; name its folder by --out")
         folder = found or unused(RUNS, config.name)
-    progress = progress or Progress()
-    return execute(config, folder, lambda: build(config, dataset, progress), resume=resume, progress=progress)
+    shown = chosen(progress)
+    return execute(config, folder, lambda: build(config, dataset, shown), resume=resume, progress=shown)
 
 
 def _config(recipe: RunConfig | Mapping[str, Any] | str | Path | None, overrides: Sequence[str]) -> RunConfig:
@@ -162,6 +163,7 @@ def execute(
         experiment.clients.keep_in(run_folder.checkpoint)
         session = environment(threads, str(experiment.data.device))
         session["executor"] = experiment.executor.description
+        session |= {"mean": list(experiment.data.dataset.mean), "std": list(experiment.data.dataset.std)}
         if resume:
             _restore(experiment, run_folder, session)
         else:

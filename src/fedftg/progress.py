@@ -1,4 +1,4 @@
-"""Shows how a run proceeds: a bar on a terminal, plain lines elsewhere."""
+"""Shows how a run proceeds: a bar on a terminal and in a notebook that has ipywidgets, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from rich import progress as bars
@@ -15,6 +16,7 @@ from rich.console import Console
 if TYPE_CHECKING:
     from fedftg.config import RunConfig
 
+HAS_WIDGETS = find_spec("ipywidgets") is not None  # what rich needs for a bar in a notebook
 _SLOW_TO_DECODE = 5000
 """Fewer images are decoded before a bar could be read."""
 
@@ -87,7 +89,7 @@ class PlainLines(Progress):
 
 
 class Live(PlainLines):
-    """Shows a bar with round, phase, accuracies and time left, for terminals."""
+    """Shows a bar with round, phase, accuracies and time left, for terminals and notebooks."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
@@ -127,21 +129,31 @@ class Live(PlainLines):
 
 
 def for_console(console: Console) -> Progress:
-    """Returns a bar for a terminal, plain lines for anything else."""
-    return Live(console) if console.is_terminal else PlainLines(console)
+    """Returns a bar for a terminal and a notebook with widgets, plain lines for anything else."""
+    if console.is_jupyter and not HAS_WIDGETS:
+        console = Console(force_jupyter=False, force_terminal=False)
+    return Live(console) if console.is_terminal or console.is_jupyter else PlainLines(console)
+
+
+def chosen(wanted: Progress | bool | None) -> Progress:
+    """Returns ``wanted``, or for True a bar or lines; None is silent outside of notebooks."""
+    if isinstance(wanted, Progress):
+        return wanted
+    console = Console()
+    return for_console(console) if (console.is_jupyter if wanted is None else wanted) else Progress()
 
 
 @contextmanager
 def iterations(wanted: Callable[[int, int], None] | bool | None) -> Iterator[Callable[[int, int], None]]:
     """Yields what is called as ``(done, total)``: the given function, or a bar on standard error.
 
-    The bar is shown if ``wanted``; None shows it on a terminal and in a notebook.
+    The bar is shown if ``wanted``; None shows it on a terminal and in a notebook with ipywidgets.
     """
     if callable(wanted):
         yield wanted
         return
     console = Console(stderr=True)
-    shown = (sys.stderr.isatty() or console.is_jupyter) if wanted is None else wanted
+    shown = (sys.stderr.isatty() or (console.is_jupyter and HAS_WIDGETS)) if wanted is None else wanted
     with bars.Progress(console=console, transient=True, disable=not shown) as bar:
         task = bar.add_task("refine", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

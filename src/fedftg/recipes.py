@@ -21,6 +21,11 @@ def names() -> list[str]:
     return sorted(path.stem for path in folder().glob("*.toml"))
 
 
+def about(name: str) -> str:
+    """Returns a recipe's first two lines: what it is, and what was measured."""
+    return "\n".join(line.strip("# .") for line in find(name).read_text("utf-8").splitlines()[:2])
+
+
 def find(given: str) -> Path:
     """Returns the file of a recipe that is given as a path or as a name.
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
+import re
 import sys
 from collections import UserDict
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -39,6 +42,12 @@ def import_user_module(name: str) -> ModuleType:
     return import_module(name)
 
 
+def summary(docstring: str | None) -> str:
+    """Returns the first line without full stop and backquotes, and without the setting that it begins with."""
+    line = re.sub(r"^``[^`]*``: ", "", (docstring or "").strip().split("\n")[0])
+    return line.replace("``", "").removesuffix(".")
+
+
 class Registry(UserDict[str, Value]):
     """A dictionary whose values may be given as ``"module:attribute"``; these are imported when read."""
 
@@ -52,6 +61,17 @@ class Registry(UserDict[str, Value]):
             self.data[name] = getattr(import_module(module), attribute)
         value: Value = self.data[name]
         return value
+
+    def about(self, name: str) -> str:
+        """Returns the first line of the docstring of what a name stands for, read from its file where not imported."""
+        entry = self.data[name]
+        if not isinstance(entry, str):
+            return summary(entry.__doc__)
+        module, _, attribute = entry.partition(":")
+        file = Path(__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
+        body = ast.parse(file.read_text("utf-8")).body
+        found = (one for one in body if isinstance(one, ast.ClassDef | ast.FunctionDef) and one.name == attribute)
+        return summary(ast.get_docstring(next(found)))
 
     def __setitem__(self, name: str, value: Value) -> None:
         """Registers a value; raises `InputError` where another one has the name."""

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from fedftg import cli
 
 
 def fails(done: Any, tmp_path: Path, *expected: str) -> None:
@@ -107,6 +110,9 @@ def test_compare_runs_what_is_missing_only(fedftg: Any, tmp_path: Path) -> None:
     folders = fedftg("compare", "runs/default_base", "runs/default")
     assert folders.returncode == 0, folders.stderr
     assert list((tmp_path / "runs" / "comparisons").glob("*/accuracy.png"))
+    piped = fedftg("compare", "default_base", "default", *settings, "--format", "csv", "--columns", "refined,gain")
+    assert [line.split(",")[0] for line in piped.stdout.splitlines()] == ["run", "default_base", "default"]
+    assert "run folder: runs/default" in piped.stderr
 
 
 def test_compare_runs_seeds_and_values_side_by_side(fedftg: Any, tmp_path: Path) -> None:
@@ -152,6 +158,23 @@ def test_compare_takes_two_folders_of_data_for_two_runs(fedftg: Any, no_refiner:
     assert roots == ["a.npz", "b.npz"]
 
 
+def test_runs_of_other_lengths_are_refused_before_one_is_trained(fedftg: Any, tmp_path: Path) -> None:
+    done = fedftg("compare", "default_base", "--set", "rounds=1,2")
+    fails(done, tmp_path, "default_base-rounds1 and default_base-rounds2 are the same run with these settings, rounds")
+
+
+def test_rows_keep_the_order_given_and_other_seeds_another_folder(
+    fedftg: Any, no_refiner: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.toml").write_text("")
+    short = [*no_refiner, "--set", "rounds=1"]
+    assert fedftg("run", "mine.toml", *short, "--set", "seed=5", "--out", "first").returncode == 0
+    for seeds in ("0", "1"):
+        done = fedftg("compare", "mine.toml", "first", *short, "--seeds", seeds, "--format", "csv", "--columns", "all")
+        assert [line.split(",")[0] for line in done.stdout.splitlines()] == ["run", f"mine-s{seeds}", "first"]
+    assert len(list((tmp_path / "runs" / "comparisons").glob("mine+first-*/table.csv"))) == 2
+
+
 def test_partition_writes_heatmap_and_the_partition(fedftg: Any, tmp_path: Path) -> None:
     done = fedftg("partition", "default", "--set", "partition.num_clients=6", "--set", "partition.test_share=0.2",
                   "--out", "p")  # fmt: skip
@@ -184,11 +207,19 @@ def test_saved_partition_is_used_again(fedftg: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
-def test_list_names_everything(python_m_fedftg: Any) -> None:
+def test_list_says_what_every_name_is(python_m_fedftg: Any) -> None:
     done = python_m_fedftg("list")
     assert done.returncode == 0
-    for name in ("digits", "resnet18_gn", "scaffold", "official", "pathological", "paper_base", "default"):
-        assert f"  {name}\n" in done.stdout
+    text = "\n".join(line.rstrip() for line in done.stdout.splitlines())
+    lines = re.findall(r"^  (\S+) +(.*)$", text, re.MULTILINE)
+    for kind, names in cli.listing().items():
+        for name, about in names.items():
+            assert any(name == given and about.startswith(line) for given, line in lines if line), (kind, name)
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert ("ema", "deploys an exponential average of the aggregates") in lines
+    only = python_m_fedftg("list", "refiners").stdout
+    assert "  leaves" in only
+    assert "fedprox" not in only
 
 
 def test_doctor_says_what_is_here(python_m_fedftg: Any) -> None:
@@ -245,7 +276,7 @@ def test_compare_never_turns_a_base_into_a_copy(fedftg: Any, tiny: list[str], tm
     assert 'name = "none"' in (tmp_path / "runs" / "default_base" / "config.toml").read_text()
     copies = fedftg("compare", "default_base", "default", "--set", "refiner.name=none")
     assert copies.returncode == 2
-    assert "are the same run with these settings; compare different ones" in copies.stderr
+    assert "are the same run with these settings, rounds aside; compare different ones" in copies.stderr
 
 
 @pytest.mark.parametrize("setting", [' refiner.name = "fedftg"', 'refiner={name="fedftg", iterations=1}'])
@@ -268,7 +299,7 @@ def test_one_run_is_not_compared_with_itself(fedftg: Any, no_refiner: list[str],
         assert "two of these are the same run; compare different ones" in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "defualt"], ["partition", "defualt"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["run", "defualt"], ["partition", "defualt"]])
 def test_no_torch_where_nothing_is_computed(tmp_path: Path, arguments: list[str]) -> None:
     """Importing torch takes a second and more: these answer before it."""
     code = f"import sys\nfrom fedftg import cli\nsys.argv = ['fedftg', *{arguments}]\n"

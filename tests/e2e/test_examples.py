@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -42,3 +44,22 @@ def test_a_round_from_scratch_ends_better_than_its_average() -> None:
     clients = [value for label, value in rows.items() if label.startswith("client")]
     assert rows["refined by FedFTG"] > rows["average of the weights"] + 0.02
     assert rows["average of the weights"] > max(clients) + 0.1
+
+
+def test_lesson_runs_and_is_saved_with_its_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cell that fails ends the test. What is saved is small, and shows plots to readers of GitHub."""
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    pytest.importorskip("pandas")
+    client = pytest.importorskip("nbclient")
+    file = EXAMPLES / "lesson.ipynb"
+    assert file.stat().st_size < 300_000
+    notebook = nbformat.read(file, as_version=4)
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in shown) == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    client.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    text = str(notebook.cells)
+    assert "round 12/12" in text
+    assert "accuracy.ensemble_prior" in text

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import fedftg
-from fedftg import cli
+from fedftg import export
 
 NETS = """
 import torch
@@ -241,7 +241,7 @@ def test_models_of_many_kinds_run_and_their_export_loads(nets, tiny_settings, na
     records = (nets / "run" / "rounds.jsonl").read_text()
     assert "rejected" not in records
     assert "rolled_back" not in records
-    cli.write_model(nets / "run", nets / "model.safetensors")
+    export.write_model(nets / "run", nets / "model.safetensors")
     net = getattr(own_nets, name)(10, (1, 8, 8))
     images = torch.randn(4, 1, 8, 8)
     net.eval()(images)  # lazy layers
@@ -261,7 +261,7 @@ def test_a_run_of_0_1_is_exported_without_its_model(nets, tiny_settings):
     about = json.loads(file.read_text())
     del about["image_shape"]
     file.write_text(json.dumps(about))
-    assert cli.write_model(nets / "run", nets / "model.safetensors") == 1
+    assert export.write_model(nets / "run", nets / "model.safetensors") == 1
     run.model.load_state_dict(found := load_file(nets / "model.safetensors"))
     assert all(torch.equal(found[name], value) for name, value in {**run.state.params, **run.state.buffers}.items())
 
@@ -269,7 +269,7 @@ def test_a_run_of_0_1_is_exported_without_its_model(nets, tiny_settings):
 def test_a_state_that_is_no_tensor_is_not_exported(nets, tiny_settings):
     fedftg.run("default", overrides=[*tiny_settings, "model.name=own_nets.Extra", "rounds=1"], out=nets / "run")
     with pytest.raises(fedftg.InputError, match="_extra_state is no tensor, so the file cannot hold it"):
-        cli.write_model(nets / "run", nets / "model.safetensors")
+        export.write_model(nets / "run", nets / "model.safetensors")
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -36,7 +36,9 @@ def test_every_recipe_says_what_it_shows_and_has_a_base() -> None:
     for name in recipes.names():
         path = recipes.find(name)
         header = [line for line in path.read_text().splitlines() if line.startswith("# ")]
-        assert "commit" in "".join(header) or "Not measured" in "".join(header), name
+        assert header[0].endswith("."), name
+        assert header[1].startswith("# measured: "), name
+        assert "commit" in "".join(header) or header[1] == "# measured: not yet.", name
         config = configs.load(path)
         assert config.refiner.name == ("none" if name.endswith("_base") else "leaves" if name in one_shot else "fedftg")
         if name.endswith("_base"):

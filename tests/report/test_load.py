@@ -2,9 +2,11 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from fedftg.errors import InputError
 from fedftg.report.load import RunRecord, grouped, load_run
@@ -74,3 +76,37 @@ def test_groups_by_all_but_the_seed(tmp_path: Path) -> None:
     groups = grouped(runs)
     assert [group.name for group in groups] == ["x", str(runs[1].folder), str(runs[3].folder)]
     assert groups[0].runs == (runs[2], runs[0])
+
+
+def test_table_of_rounds(tmp_path: Path) -> None:
+    """A row a round, and NaN where a round has no such value."""
+    pytest.importorskip("pandas")
+    text = line(1, accuracy={"refined": 0.25}, clients=[3, 4]) + line(2, accuracy={}, clients=[5])
+    table = load_run(write(tmp_path / "a", text)).table()
+    assert list(table.columns) == ["accuracy.refined", "clients"]
+    assert table.index.tolist() == [1, 2]
+    assert table.at[1, "accuracy.refined"] == 0.25
+    assert math.isnan(table.at[2, "accuracy.refined"])
+
+
+def test_table_without_pandas_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(InputError, match=r"^table\(\) needs pandas, which is not installed; pip install pandas$"):
+        load_run(write(tmp_path / "a")).table()
+
+
+def test_figures_for_notebooks(tmp_path: Path) -> None:
+    """Six of eight grids, each titled by its round; classes are named on the first."""
+    run = load_run(write(tmp_path / "a", line(1, accuracy={"refined": 0.25, "selected": 0.2})))
+    assert run.plot()._repr_png_().startswith(b"\x89PNG")
+    with pytest.raises(InputError, match="has no images; fedftg, leaves, "):
+        run.images()
+    (run.folder / "images").mkdir()
+    (run.folder / "partition.json").write_text('{"class_names": ["cat", "$dog"]}')
+    for number in (1, 2, 3, 5, 8, 12, 18, 20):
+        Image.new("L", (16, 4)).save(run.folder / "images" / f"{number:05}.png")
+    figure = run.images()
+    assert [axes.get_title() for axes in figure.axes] == [f"round {number}" for number in (1, 2, 5, 8, 18, 20)]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["cat", "$dog"]
+    assert figure.axes[0].get_yticks().tolist() == [0.5, 2.5]
+    assert figure._repr_png_().startswith(b"\x89PNG")

@@ -50,6 +50,18 @@ def test_accuracy_plot_is_1200_wide(runs: list[RunRecord], tmp_path: Path) -> No
     assert size(path)[0] == 1200
 
 
+def test_pdf_and_svg_are_for_a_papers_column_and_keep_text(tmp_path: Path) -> None:
+    """3.3 inches are 237.6 points; Type 3 fonts are what publishers refuse; the same run gives the same bytes."""
+    runs = [run_of("base", [0.1, 0.5]), run_of("_b $x$", [0.2, 0.3], "fedftg")]
+    svg, pdf = (accuracy_plot(runs, tmp_path / f"plot.{end}").read_bytes() for end in ("svg", "pdf"))
+    assert b'width="237.6pt"' in svg
+    assert b">test accuracy (%)</text>" in svg
+    assert b"_b $x$</text>" in svg
+    assert b"/MediaBox [ 0 0 237.6 " in pdf
+    assert b"/Type3" not in pdf
+    assert accuracy_plot(runs, tmp_path / "again.pdf").read_bytes() == pdf
+
+
 @pytest.mark.parametrize(("clients", "classes"), [(1, 2), (20, 10), (100, 100), (401, 3), (1000, 200)])
 def test_heatmap_sizes(clients: int, classes: int, tmp_path: Path) -> None:
     counts = [[(client * 7 + klass * 3) % 11 for klass in range(classes)] for client in range(clients)]

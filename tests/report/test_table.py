@@ -11,8 +11,10 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from fedftg.errors import InputError
 from fedftg.report.load import RunRecord, load_run
 from fedftg.report.table import (
+    chosen_columns,
     comparison_rows,
     csv_table,
     interval,
@@ -169,6 +171,7 @@ def test_latex_and_csv_by_hand(tmp_path: Path) -> None:
         [0.59, 0.66, 0.66]
     )
     assert set(second) - set(first) == set()
+    assert (first["gain_final"], float(second["gain_final"])) == ("", pytest.approx(0.06))
     assert "refiner.preset" not in second
 
 
@@ -185,6 +188,25 @@ def test_trackers_do_not_tell_runs_apart(tmp_path: Path) -> None:
     assert not [column for column in read.columns if "track" in column]
     refined = run_of(tmp_path / "b", [0.5], [0.6], settings='[track]\nto = ["wandb"]\n')
     assert "differ also" not in markdown_table([one, refined])
+
+
+def test_columns_by_name(tmp_path: Path) -> None:
+    """Any kind of accuracy is one, and `gain` is that of ``vs base``."""
+    base = run_of(tmp_path / "base", [0.5, 0.6])
+    ours = run_of(tmp_path / "ours", [0.51, 0.61], [0.52, 0.66])
+    for record in ours.rounds:
+        record["accuracy"]["sent"] = 0.25
+    header, _, _, row = markdown_table([base, ours], ["gain", "sent"]).splitlines()[:4]
+    assert header == "| run | algorithm | refiner | vs base | sent |"
+    assert row.endswith("| +4.00 (+6.00) | 25.00 (25.00) |")
+    assert "& +4.00 (+6.00) \\\\" in latex_table([base, ours], ["gain"])
+    line = list(csv.DictReader(csv_table([base, ours], ["sent", "rounds"]).splitlines()))[1]
+    assert list(line)[4:] == ["sent_mean_last", "sent_final", "sent_best", "sent_best_round", "rounds"]
+    line = list(csv.DictReader(csv_table([base, ours], ["best"]).splitlines()))[1]
+    assert (float(line["best"]), line["best_round"]) == (pytest.approx(0.66), "2")
+    assert chosen_columns("gain, sent,gain,") == ["gain", "sent"]
+    with pytest.raises(InputError, match="unknown column 'gian'; did you mean 'gain'"):
+        chosen_columns("gian")
 
 
 def test_terminal_table_fits_80_columns_and_cuts_nothing(tmp_path: Path) -> None:

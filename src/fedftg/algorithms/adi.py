@@ -33,7 +33,7 @@ from fedftg.distill.leaves import dead_leaves
 
 
 class AdiConfig(DistilledConfig):
-    """``refiner.name = "adi"``."""
+    """``refiner.name = "adi"``: optimises noise into images by ensemble and student (DeepInversion, CVPR 2020)."""
 
     paper: ClassVar[Mapping[str, Any]] = {
         **ONE_STEP_STUDENT,

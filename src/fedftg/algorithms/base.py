@@ -270,7 +270,7 @@ class NoRefiner:
 
 
 class NoRefinerConfig(RefinerConfig):
-    """``refiner.name = "none"``: what is deployed is the aggregate."""
+    """``refiner.name = "none"``: deploys the aggregate."""
 
     name: Literal["none"] = "none"
 

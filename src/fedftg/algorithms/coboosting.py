@@ -32,7 +32,7 @@ from fedftg.distill.pool import PooledImages
 
 
 class CoBoostingConfig(DenseSettings):
-    """``refiner.name = "coboosting"``."""
+    """``refiner.name = "coboosting"``: is DENSE on harder images, with learnt weights of the clients (ICLR 2024)."""
 
     paper: ClassVar[Mapping[str, Any]] = {
         **DenseSettings.paper,

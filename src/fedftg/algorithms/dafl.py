@@ -29,7 +29,7 @@ from fedftg.seeds import drawn_seed
 
 
 class DaflConfig(GeneratorConfig, DistilledConfig):
-    """``refiner.name = "dafl"``."""
+    """``refiner.name = "dafl"``: trains a generator whose images the ensemble takes for its own data (ICCV 2019)."""
 
     paper: ClassVar[Mapping[str, Any]] = {
         **ONE_STEP_STUDENT,

@@ -57,7 +57,7 @@ class DenseSettings(GeneratorConfig, DistilledConfig):
 
 
 class DenseConfig(DenseSettings):
-    """``refiner.name = "dense"``."""
+    """``refiner.name = "dense"``: trains a generator that fills a pool of images, for one round (NeurIPS 2022)."""
 
     name: Literal["dense"] = "dense"
 

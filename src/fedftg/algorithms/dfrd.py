@@ -38,7 +38,7 @@ _GENERATOR, _AVERAGE = "generator.", "average."
 
 
 class DfrdConfig(GeneratorConfig, DistilledConfig):
-    """``refiner.name = "dfrd"``."""
+    """``refiner.name = "dfrd"``: trains a generator to find what the student lacks of the ensemble (NeurIPS 2023)."""
 
     paper: ClassVar[Mapping[str, Any]] = {
         "iterations": 300,

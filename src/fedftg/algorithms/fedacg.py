@@ -45,7 +45,7 @@ class LookaheadServer(AverageServer):
 
 
 class FedACGConfig(AlgorithmConfig):
-    """``algorithm.name = "fedacg"``."""
+    """``algorithm.name = "fedacg"``: sends clients the model that the server's momentum leads to (CVPR 2024)."""
 
     name: Literal["fedacg"] = "fedacg"
     momentum: float = Field(

@@ -99,7 +99,7 @@ class AverageServer:
 
 
 class FedAvgConfig(AlgorithmConfig):
-    """``algorithm.name = "fedavg"``."""
+    """``algorithm.name = "fedavg"``: averages the clients' models, weighted by their samples (AISTATS 2017)."""
 
     name: Literal["fedavg"] = "fedavg"
     weighting: Weighting = Field(default="samples", description="samples: by data size (the paper); uniform: equally")

@@ -45,7 +45,7 @@ class MomentumServer(AverageServer):
 
 
 class FedAvgMConfig(AlgorithmConfig):
-    """``algorithm.name = "fedavgm"``."""
+    """``algorithm.name = "fedavgm"``: is FedAvg with momentum on the server (2019)."""
 
     name: Literal["fedavgm"] = "fedavgm"
     beta: float = Field(

@@ -42,7 +42,7 @@ class ProxyConfig(DataConfig):
 
 
 class FedDFConfig(DistilledConfig):
-    """``refiner.name = "feddf"``."""
+    """``refiner.name = "feddf"``: distils the clients' ensemble on real images without labels (NeurIPS 2020)."""
 
     paper: ClassVar[Mapping[str, Any]] = {
         "iterations": 500,

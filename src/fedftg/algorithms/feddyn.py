@@ -79,7 +79,7 @@ class DynamicServer:
 
 
 class FedDynConfig(AlgorithmConfig):
-    """``algorithm.name = "feddyn"``."""
+    """``algorithm.name = "feddyn"``: corrects each client's loss so that its optimum is the global one (ICLR 2021)."""
 
     name: Literal["feddyn"] = "feddyn"
     alpha: float = Field(

@@ -142,7 +142,10 @@ def absent_counts(known: Mapping[int, Tensor], present: Sequence[ClientResult]) 
 
 
 class FedFTGConfig(AverageConfig, DistillConfig):
-    """``refiner.name = "fedftg"``: a preset, and any field of `DistillConfig` that should differ from it."""
+    """``refiner.name = "fedftg"``: trains a generator to find where clients and aggregate disagree (CVPR 2022).
+
+    The settings are a preset, and any field of `DistillConfig` that should differ from it.
+    """
 
     name: Literal["fedftg"] = "fedftg"
     preset: str = Field(default="fedftg", description="paper, official (the public code, exactly) or fedftg (ours)")

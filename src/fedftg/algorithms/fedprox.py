@@ -33,7 +33,7 @@ class ProximalLocal(PlainLocal):
 
 
 class FedProxConfig(AlgorithmConfig):
-    """``algorithm.name = "fedprox"``."""
+    """``algorithm.name = "fedprox"``: pulls clients towards the model that they received (MLSys 2020)."""
 
     name: Literal["fedprox"] = "fedprox"
     mu: float = Field(

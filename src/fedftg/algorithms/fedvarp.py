@@ -61,7 +61,7 @@ class VarianceReducedServer(AverageServer):
 
 
 class FedVARPConfig(AlgorithmConfig):
-    """``algorithm.name = "fedvarp"``."""
+    """``algorithm.name = "fedvarp"``: counts absent clients by their last updates (UAI 2022)."""
 
     name: Literal["fedvarp"] = "fedvarp"
 

@@ -66,7 +66,7 @@ class ContrastiveLocal(PlainLocal):
 
 
 class MoonConfig(AlgorithmConfig):
-    """``algorithm.name = "moon"``."""
+    """``algorithm.name = "moon"``: pulls clients' features to the global model's, away from their last (CVPR 2021)."""
 
     name: Literal["moon"] = "moon"
     mu: float = Field(default=0.5, ge=0, description="0 gives FedAvg (FedFTG paper: 0.5)")

@@ -76,7 +76,7 @@ class ControlledServer:
 
 
 class ScaffoldConfig(AlgorithmConfig):
-    """``algorithm.name = "scaffold"``."""
+    """``algorithm.name = "scaffold"``: takes clients' drift out of their gradients by control variates (ICML 2020)."""
 
     name: Literal["scaffold"] = "scaffold"
     server_lr: float = Field(default=1.0, gt=0, description="1 takes the mean of the clients' models (paper: 1)")

@@ -60,7 +60,7 @@ def describe(config: PartitionConfig) -> str:
 
 
 def iid(labels: Indices, config: PartitionConfig, rng: np.random.Generator) -> list[Indices]:
-    """Shuffled slices."""
+    """Each client gets a random slice of all samples, so that all have the same classes."""
     sizes = client_sizes(len(labels), config, rng)
     return _cut(rng.permutation(len(labels))[: sizes.sum()], sizes)
 
@@ -84,10 +84,10 @@ def client_sizes(num_samples: int, config: PartitionConfig, rng: np.random.Gener
 
 
 def dirichlet(labels: Indices, config: PartitionConfig, rng: np.random.Generator) -> list[Indices]:
-    """Each client draws class proportions from Dir(alpha), and its samples in these, without replacement (FedFTG).
+    """Each client draws class proportions from Dir(alpha), and its samples in these (FedFTG).
 
-    A used-up class gets probability 0 and the rest is renormalised; the papers' code redraws until it meets a class
-    with samples left, which is the same law but may never end.
+    Without replacement: a used-up class gets probability 0 and the rest is renormalised; the papers' code redraws until
+    it meets a class with samples left, which is the same law but may never end.
     """
     sizes = client_sizes(len(labels), config, rng)
     if len(sizes) == 1 and sizes[0] == len(labels):
@@ -194,7 +194,7 @@ def shards(labels: Indices, config: PartitionConfig, rng: np.random.Generator) -
 
 
 def quantity(labels: Indices, config: PartitionConfig, rng: np.random.Generator) -> list[Indices]:
-    """Labels at random, sizes one sample and a share of the rest by one draw of Dir(alpha) (NIID-Bench)."""
+    """Labels are random; sizes are one sample and a share of the rest by a draw of Dir(alpha) (NIID-Bench)."""
     shares = dirichlet_draws(1, config.num_clients, config.alpha, rng)[0]
     sizes = 1 + largest_remainder(len(labels) - config.num_clients, shares)
     return _cut(rng.permutation(len(labels)), sizes)
@@ -229,7 +229,7 @@ def natural(groups: Indices, _config: PartitionConfig, _rng: np.random.Generator
 
 
 def file(labels: Indices, config: PartitionConfig, _rng: np.random.Generator) -> list[Indices]:
-    """Rows per client from a JSON file: a list of lists, or an object with such a list as ``indices`` (`to_json`)."""
+    """Rows of each client are read from a JSON file: that of 'fedftg partition', or a list of lists."""
     assert config.file is not None  # PartitionConfig requires it
     name, total = f"partition.file {str(config.file)!r}", len(labels)
     try:

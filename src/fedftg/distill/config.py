@@ -156,6 +156,11 @@ PRESETS: dict[str, DistillConfig] = {
     "official": DistillConfig(**_OFFICIAL),
     "fedftg": DistillConfig(**_FEDFTG),
 }
+ABOUT = {  # what fedftg list says
+    "paper": "the losses and settings of the paper (Zhang et al., CVPR 2022)",
+    "official": "the authors' public code, operation by operation",
+    "fedftg": "ours, the default: fewer generator steps, a lower rate, a generator that keeps its moments",
+}
 
 
 def preset(name: str, **overrides: Any) -> DistillConfig:

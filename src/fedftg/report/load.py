@@ -7,11 +7,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedftg.errors import InputError, first_line, flat
 from fedftg.rundir import records
 from fedftg.rundir.folder import RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Series = tuple[list[int], list[float]]
 """Round numbers and values."""
@@ -20,8 +23,38 @@ _NOT_IN_A_GROUP = ("name", "seed", "device", "threads", "executor", "checkpoint"
 """Sections in which the runs of a group may differ."""
 
 
+class RunViews:
+    """What a run's folder shows, for notebooks; each is read when it is called."""
+
+    folder: Path
+
+    def plot(self) -> Figure:
+        """Returns test accuracies over rounds."""
+        from fedftg.report.plots import accuracy_figure
+
+        return accuracy_figure([load_run(self.folder)])
+
+    def table(self) -> Any:
+        """Returns a pandas DataFrame with a row a round and columns such as ``accuracy.refined``."""
+        try:
+            import pandas
+        except ImportError:
+            raise InputError("table() needs pandas, which is not installed; pip install pandas") from None
+        return pandas.DataFrame([flat(record) for record in load_run(self.folder).rounds]).set_index("round")
+
+    def images(self) -> Figure:
+        """Returns images that the refiner made, a grid a round and a row a class; `InputError` where there are none."""
+        from fedftg.report.plots import images_figure
+
+        files = sorted((self.folder / "images").glob("*.png"))
+        if not files:
+            makers = "fedftg, leaves, dafl, adi, dfrd, dense and coboosting"
+            raise InputError(f"{self.folder} has no images; {makers} make some, other refiners none")
+        return images_figure(files, RunFolder(self.folder).read_partition()["class_names"])
+
+
 @dataclass(frozen=True)
-class RunRecord:
+class RunRecord(RunViews):
     """What a run wrote: its config, one record a round, and a summary once it is done."""
 
     folder: Path

@@ -1,17 +1,19 @@
-"""Plots as PNG files, drawn without a display (matplotlib's Agg) and without pyplot's global state."""
+"""Plots, drawn without a display or pyplot's global state: PNG to look at, PDF and SVG for a paper's column."""
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
@@ -23,30 +25,57 @@ DPI = 100
 WIDTH = 12.0
 """Inches: 1200 px."""
 
+COLUMN = 3.3  # inches: one of two columns of a paper, with text of 8 pt that stays text
+
 SORTED_FROM = 401
 """From this many clients on, a heatmap's rows are thinner than three pixels, and are sorted."""
 
 # Okabe and Ito's colours without yellow and black: told apart with any colour vision, readable on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_KINDS: dict[str, tuple[str, Literal["-", "--", ":"], float]] = {
-    "refined": ("deployed (refined)", "-", 2.0),
-    "selected": ("selected (before refining)", "--", 1.0),
-    "all": ("all (last uploads)", ":", 1.1),
+_KINDS: dict[str, tuple[str, str, Literal["-", "--", ":"], float]] = {
+    "refined": ("deployed", " (refined)", "-", 2.0),
+    "selected": ("selected", " (before refining)", "--", 1.0),
+    "all": ("all", " (last uploads)", ":", 1.1),
 }
-"""What is drawn of a run: label, style, width."""
+"""What is drawn of a run: label, what is added to it where there is room, style, width."""
+_IN_A_COLUMN: dict[Any, Any] = {
+    "pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "fedftg",  # text stays text
+    "font.size": 8, "axes.titlesize": 8, "legend.fontsize": 8, "legend.title_fontsize": 8, "axes.linewidth": 0.6,
+    "legend.handlelength": 1.4, "legend.columnspacing": 0.9, "legend.handletextpad": 0.4, "legend.labelspacing": 0.2,
+}  # fmt: skip
+_DATED = {".png": "Software", ".pdf": "CreationDate", ".svg": "Date"}  # left out: equal plots are equal files
+
+
+class _Figure(Figure):
+    """A figure that notebooks show, without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png", dpi=72)
+        return file.getvalue()
 
 
 def accuracy_plot(runs: Sequence[RunRecord], path: Path) -> Path:
-    """Writes test accuracies over rounds as PNG; returns ``path``.
-
-    A colour per setting: the deployed model solid, `selected` dashed, `all` dotted. Of several seeds the mean,
-    with a band of one standard deviation around the deployed model.
+    """Writes test accuracies over rounds as PNG, or for a paper's column as PDF or SVG; returns ``path``.
 
     Raises:
         InputError: the file cannot be written.
     """
-    figure = Figure(figsize=(WIDTH, 5.6 + 0.22 * math.ceil(len(runs) / 2)), dpi=DPI, layout="constrained")
+    paper = path.suffix != ".png"
+    with matplotlib.rc_context(_IN_A_COLUMN if paper else {}):
+        return _save(accuracy_figure(runs, paper=paper), path)
+
+
+def accuracy_figure(runs: Sequence[RunRecord], *, paper: bool = False) -> Figure:
+    """Returns test accuracies over rounds, 12 inches wide, or for ``paper`` one column.
+
+    A colour per setting: the deployed model solid, `selected` dashed, `all` dotted. Of several seeds the mean,
+    with a band of one standard deviation around the deployed model.
+    """
+    lines = len(grouped(runs)) if paper else math.ceil(len(runs) / 2)
+    size = (COLUMN, 2.3 + 0.14 * lines) if paper else (WIDTH, 5.6 + 0.22 * lines)
+    figure = _Figure(figsize=size, dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     handles, shown = [], set()
     for index, group in enumerate(grouped(runs)):
@@ -62,32 +91,49 @@ def accuracy_plot(runs: Sequence[RunRecord], path: Path) -> Path:
                     axes.fill_between(numbers, low, high, color=colour, alpha=0.15, linewidth=0)
         result = score(_mean_of([run.accuracy("refined") for run in group.runs])[:2])
         # The value comes first: matplotlib leaves out labels that start with an underscore.
-        label = f"{'no evaluation' if result is None else f'{100 * result.mean_last:.2f}'}   {_cut(name, 110)}"
+        shown_name = _cut(name, 38 if paper else 110)
+        label = f"{'no evaluation' if result is None else f'{100 * result.mean_last:.2f}'}   {shown_name}"
         handles.append(Line2D([], [], color=colour, linewidth=2, marker=marker, markersize=4.5, label=label))
     legend = figure.legend(
         handles=handles,
         loc="outside lower center",
-        ncols=1 if max(len(str(handle.get_label())) for handle in handles) > 70 else 2,
+        ncols=1 if paper or max(len(str(handle.get_label())) for handle in handles) > 70 else 2,
         frameon=False,
         title=f"deployed: mean of the last {LAST} evaluations in %",
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
     styles = [
-        Line2D([], [], color="#444444", linestyle=style, linewidth=width, label=label)
-        for kind, (label, style, width) in _KINDS.items()
+        Line2D([], [], color="#444444", linestyle=style, linewidth=width, label=label + ("" if paper else more))
+        for kind, (label, more, style, width) in _KINDS.items()
         if kind in shown
     ]
     axes.legend(handles=styles, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, borderaxespad=0.2)
     title = f"{runs[0].name}: {runs[0].method}" if len(runs) == 1 else f"{len(runs)} runs"
-    axes.set_title(_cut(title, 60), loc="left", parse_math=False)
+    axes.set_title("" if paper else _cut(title, 60), loc="left", parse_math=False)
     axes.set(xlabel="round", ylabel="test accuracy (%)")
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=12, steps=[1, 2, 5, 10], integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6 if paper else 12, steps=[1, 2, 5, 10], integer=True))
     axes.margins(x=0.015)
     axes.grid(color="#DDDDDD", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    return _save(figure, path)
+    for line in axes.lines if paper else ():
+        line.set(linewidth=0.6 * line.get_linewidth(), markersize=2.5)
+    return figure
+
+
+def images_figure(files: Sequence[Path], class_names: Sequence[str]) -> Figure:
+    """Returns grids of images side by side, a row for each of the first 20 classes; at most 6, the last one too."""
+    places, names = sorted({round(place) for place in np.linspace(0, len(files) - 1, 6)}), class_names[:20]
+    figure = _Figure(figsize=(WIDTH, 3.2), dpi=DPI, layout="constrained")
+    for place, axes in zip(places, np.atleast_1d(figure.subplots(1, len(places))), strict=True):
+        grid = imread(files[place])
+        axes.imshow(grid, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_title(f"round {int(files[place].stem)}")
+        rows = (np.arange(len(names)) + 0.5) * len(grid) / len(names) - 0.5
+        axes.set_yticks(rows, [_cut(name, 18) if place == 0 else "" for name in names])
+        axes.tick_params(bottom=False, labelbottom=False, left=False)
+    return figure
 
 
 def partition_heatmap(
@@ -142,14 +188,16 @@ def _mean_of(series: Sequence[Series]) -> tuple[list[int], list[float], list[flo
 
 def _draw_line(axes: Axes, series: Series, kind: str, colour: str, marker: str) -> None:
     rounds, percent = series[0], [100 * value for value in series[1]]
-    _, style, width = _KINDS[kind]
+    *_, style, width = _KINDS[kind]
     (line,) = axes.plot(rounds, percent, color=colour, linestyle=style, linewidth=width)
     mark = marker or ("." if len(rounds) == 1 else "")
     line.set(marker=mark, markersize=4.5, markevery=max(1, len(rounds) // 15), alpha=1.0 if kind == "refined" else 0.7)
 
 
 def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 3] + "..."
+    """Returns a text without its middle where it is longer: runs of a sweep differ at the end of their names."""
+    start = (length - 3) // 2
+    return text if len(text) <= length else f"{text[:start]}...{text[3 + start - length :]}"
 
 
 def _label_classes(axes: Axes, names: Sequence[str]) -> None:
@@ -167,7 +215,7 @@ def _label_classes(axes: Axes, names: Sequence[str]) -> None:
 def _save(figure: Figure, path: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=DPI, metadata={"Software" if path.suffix == ".png" else "Creator": "fedftg"})
+        figure.savefig(path, dpi=DPI, metadata={_DATED[path.suffix]: None})
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}; choose another place") from None
     return path

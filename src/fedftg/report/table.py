@@ -8,12 +8,13 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fedftg.errors import flat
+from fedftg.errors import flat, unknown
 from fedftg.report.load import Group, RunRecord, Series, grouped
 
 LAST = 10
@@ -86,6 +87,8 @@ class Column:
     cell: Callable[[Row], tuple[str, str]]
     beside: str = " ({})"
     below: str = "{}"
+    name: str = ""
+    """What ``--columns`` calls it; empty: as its header."""
 
 
 def _rounds(row: Row) -> tuple[str, str]:
@@ -123,11 +126,23 @@ COLUMNS = (
     Column("all", lambda row: _accuracy(row, "all")),
     Column("refined", lambda row: _accuracy(row, "refined")),
     Column("ensemble", lambda row: (_accuracy(row, "ensemble")[0], _accuracy(row, "ensemble_prior")[0])),
-    Column("vs base", _versus),
+    Column("vs base", _versus, name="gain"),
     Column("best", _best, beside=" {}"),
     Column("seconds", _seconds),
 )
 """What is shown of each run beside its name and method; a new column is an entry here."""
+
+_KINDS = ("selected", "all", "refined", "sent", "ensemble", "ensemble_prior")
+_NAMED = {kind: Column(kind, partial(_accuracy, kind=kind)) for kind in _KINDS}
+_NAMED |= {column.name or column.header: column for column in COLUMNS}
+
+
+def chosen_columns(text: str) -> list[str]:
+    """Returns the names in ``"refined,gain"``; raises `InputError` for one that no table has."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if wrong := [name for name in names if name not in _NAMED]:
+        raise unknown("column", wrong[0], _NAMED)
+    return list(dict.fromkeys(names))
 
 
 def score(series: Series) -> Score | None:
@@ -175,10 +190,13 @@ def _scores(runs: Sequence[RunRecord], kind: str) -> tuple[Score, ...]:
     return tuple(one for one in found if one is not None) if None not in found else ()
 
 
-def terminal_table(runs: Sequence[RunRecord]) -> Table:
-    """Returns a table for 80 columns: two lines per run, the mean of the last evaluations above the final value."""
+def terminal_table(runs: Sequence[RunRecord], chosen: Sequence[str] = ()) -> Table:
+    """Returns a table for 80 columns: two lines per run, the mean of the last evaluations above the final value.
+
+    It has the ``chosen`` columns, as `markdown_table` and `latex_table`; () is all of `COLUMNS` that have a value.
+    """
     rows = comparison_rows(runs)
-    columns = _columns(rows)
+    columns = _columns(rows, chosen)
     table = Table(
         box=box.SIMPLE_HEAD,
         show_edge=False,
@@ -205,20 +223,20 @@ def terminal_table(runs: Sequence[RunRecord]) -> Table:
     return table
 
 
-def markdown_table(runs: Sequence[RunRecord]) -> str:
+def markdown_table(runs: Sequence[RunRecord], chosen: Sequence[str] = ()) -> str:
     """Returns the same numbers as a Markdown table, ``mean of the last (final)``, with its notes below."""
     rows = comparison_rows(runs)
-    header, *body = _cells(rows, "**{}**")
+    header, *body = _cells(rows, "**{}**", chosen)
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (header, *body)]
     lines.insert(1, "|---|---|---|" + "---:|" * (len(header) - 3))
     notes = _notes(rows, below="in brackets the final one")
     return "\n".join([*lines, "", *(f"{note}  " for note in notes[:-1]), notes[-1], ""])
 
 
-def latex_table(runs: Sequence[RunRecord]) -> str:
+def latex_table(runs: Sequence[RunRecord], chosen: Sequence[str] = ()) -> str:
     """Returns the same as a LaTeX ``tabular`` for the package booktabs, its notes as comments."""
     rows = comparison_rows(runs)
-    header, *body = _cells(rows, "\x02{}\x03")
+    header, *body = _cells(rows, "\x02{}\x03", chosen)
     lines = [" & ".join(map(_escaped, line)) + r" \\" for line in (header, *body)]
     notes = [f"% {note}" for note in (*_notes(rows, below="in brackets the final one"), r"\usepackage{booktabs}")]
     begin = rf"\begin{{tabular}}{{lll{'r' * (len(header) - 3)}}}"
@@ -226,30 +244,45 @@ def latex_table(runs: Sequence[RunRecord]) -> str:
     return "\n".join([*notes, begin, *middle, r"\end{tabular}", ""])
 
 
-def csv_table(runs: Sequence[RunRecord]) -> str:
-    """Returns a line a run, with its seed and the common settings in which runs differ; accuracies are fractions."""
+def csv_table(runs: Sequence[RunRecord], chosen: Sequence[str] = ()) -> str:
+    """Returns a line a run, with its seed and the common settings in which runs differ; accuracies are fractions.
+
+    A ``chosen`` accuracy is four columns, a gain is two; () is all that a run has.
+    """
     settings = [flat(run.config) for run in runs]
     names = ("name", "device", "threads", "executor", "checkpoint", "track", "algorithm.name", "refiner.name", "seed")
     keys = [key for key in settings[0] if all(key in one for one in settings) and not key.startswith(names)]
     keys = [key for key in keys if any(one[key] != settings[0][key] for one in settings)]
-    kinds = [kind for kind in ("selected", "all", "refined", "ensemble") if any(run.accuracy(kind)[0] for run in runs)]
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    parts = [f"{kind}_{part}" for kind in kinds for part in ("mean_last", "final", "best", "best_round")]
-    lines.writerow(["run", "algorithm", "refiner", "seed", *keys, "rounds", "seconds", *parts])
+    kinds = [kind for kind in _KINDS if any(run.accuracy(kind)[0] for run in runs)]
+    rows: list[dict[str, object]] = []
     for run, one in zip(runs, settings, strict=True):
-        scores = [score(run.accuracy(kind)) for kind in kinds]
-        numbers = [[s.mean_last, s.final, s.best, s.best_round] if s else [""] * 4 for s in scores]
-        lines.writerow([
-            run.name, run.algorithm, run.refiner, run.config.get("seed"), *(one[key] for key in keys),
-            len(run.rounds), run.seconds, *(number for part in numbers for number in part),
-        ])  # fmt: skip
+        about = {"run": run.name, "algorithm": run.algorithm, "refiner": run.refiner, "seed": run.config.get("seed")}
+        rows.append({**about, **{key: one[key] for key in keys}})
+        for name in chosen or ("rounds", "seconds", "gain", *kinds):
+            rows[-1] |= _numbers(run, runs, name)
+    text = io.StringIO()
+    lines = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    lines.writeheader()
+    lines.writerows(rows)
     return text.getvalue()
 
 
-def _cells(rows: Sequence[Row], bold: str) -> list[list[str]]:
+def _numbers(run: RunRecord, runs: Sequence[RunRecord], name: str) -> dict[str, object]:
+    if name in ("rounds", "seconds"):
+        return {name: run.seconds if name == "seconds" else len(run.rounds)}
+    if name == "gain":
+        groups = grouped(runs)
+        base = _base_of(run, [group.first for group in groups])
+        gain = None if base is None else _gain(Group(run.name, (run,)), groups[base])
+        return {f"gain_{part}": getattr(gain, part)[0] if gain else "" for part in ("mean_last", "final")}
+    found = score(run.accuracy("refined" if name == "best" else name))
+    parts = ("best", "best_round") if name == "best" else ("mean_last", "final", "best", "best_round")
+    return {part if name == "best" else f"{name}_{part}": getattr(found, part, "") for part in parts}
+
+
+def _cells(rows: Sequence[Row], bold: str, chosen: Sequence[str] = ()) -> list[list[str]]:
     """Returns the header and the cells of each row; ``bold`` marks the best deployed accuracy."""
-    columns = _columns(rows)
+    columns = _columns(rows, chosen)
     table = [["run", "algorithm", "refiner", *(column.header for column in columns)]]
     for row in rows:
         cells = [row.name, row.runs[0].algorithm, row.runs[0].refiner]
@@ -344,8 +377,9 @@ def _differences(run: RunRecord, base: RunRecord) -> tuple[str, ...]:
     return tuple(key for key in keys if ours.get(key) != theirs.get(key))
 
 
-def _columns(rows: Sequence[Row]) -> list[Column]:
-    return [column for column in COLUMNS if any(column.cell(row)[0] for row in rows)]
+def _columns(rows: Sequence[Row], chosen: Sequence[str]) -> list[Column]:
+    found = [column for column in COLUMNS if any(column.cell(row)[0] for row in rows)]
+    return [_NAMED[name] for name in chosen] or found
 
 
 def _is_best(row: Row, column: Column, rows: Sequence[Row]) -> bool:
