@@ -53,6 +53,7 @@ def run(recipe: str | None, overrides: Sequence[str], out: Path | None, resume: 
     console = Console()
     done = loop.run(recipe, overrides=overrides, out=out, resume=resume, progress=_progress(console))
     _report(console, [done.folder], done.folder / "report")
+    _print(console, f"fedftg report {done.folder}: the same as an interactive page, with images and confusion matrices")
     _print(console, f"run folder: {done.folder}")
 
 
@@ -95,15 +96,15 @@ def compare(items: Sequence[str], overrides: Sequence[str], seeds: str, jobs: in
     if len(set(found)) < len(found):
         raise InputError(f"{', '.join(items)}: two of these are the same run; compare different ones")
     name = "+".join(dict.fromkeys(re.sub(r"-s\d+$", "", path.name) for path in found))
-    for record in _report(console, folders, out / "comparisons" / name[:120]):
+    for record in _report(console, folders, out / "comparisons" / name[:120], page=True):
         _print(console, f"run folder: {record.folder}")
 
 
 @cli.command()
 @click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
 def report(folder: Path) -> None:
-    """Table and plot of a run."""
-    _report(Console(), [folder], folder / "report")
+    """Table, plot and interactive page of a run."""
+    _report(Console(), [folder], folder / "report", page=True)
 
 
 @cli.command()
@@ -385,8 +386,8 @@ def run_or_resume(config: RunConfig, out: Path, progress: Progress | None = None
     return loop.run(config, out=folder or loop.unused(out, config.name), resume=resume, progress=progress).folder
 
 
-def _report(console: Console, folders: Sequence[Path], out: Path) -> list[RunRecord]:
-    """Prints a table of runs and writes it, and a plot, to ``out``; returns what was read."""
+def _report(console: Console, folders: Sequence[Path], out: Path, *, page: bool = False) -> list[RunRecord]:
+    """Prints a table of runs and writes it, a plot and maybe a page to ``out``; returns what was read."""
     from fedftg.report import plots, table
     from fedftg.report.load import load_run
 
@@ -397,6 +398,11 @@ def _report(console: Console, folders: Sequence[Path], out: Path) -> list[RunRec
     _print(console, f"table: {out / 'table.md'} (also .tex and .csv)")
     plots.accuracy_plot(runs, out / "accuracy.pdf")
     _print(console, f"plot: {plots.accuracy_plot(runs, out / 'accuracy.png')} (also .pdf)")
+    if page:
+        from fedftg.report.page import html_page
+
+        _write(out / "report.html", html_page(runs))
+        _print(console, f"page: {out / 'report.html'}")
     return runs
 
 

@@ -54,6 +54,7 @@ def test_run_writes_what_the_contract_says(fedftg: Any, tiny: list[str], tmp_pat
     folder = tmp_path / "runs" / "default"
     assert {path.name for path in folder.iterdir()} == {
         "config.toml", "environment.json", "partition.json", "rounds.jsonl", "summary.json", "checkpoint", "report",
+        "evaluation.json", "images",
     }  # fmt: skip
     rows = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
     assert [row["round"] for row in rows] == [1, 2, 3, 4]
