@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from importlib import resources
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -22,32 +22,20 @@ from fedftg.report.table import Row, comparison_rows, interval, mean_of, percent
 from fedftg.rundir.records import PHASES, finite
 
 Trace = dict[str, Any]
-"""A trace of plotly whose colours the page chooses by ``meta``: ``run`` (its place), ``kind``, ``part``, ``phase``."""
+"""A trace of plotly whose look the page chooses by ``meta``: ``run`` (its place), ``kind``, ``part``, ``phase``."""
 
 KINDS = {
-    "refined": ("deployed", "solid"),
-    "selected": ("selected: before refining", "dash"),
-    "all": ("all: mean of last uploads", "dot"),
-    "sent": ("sent to clients", "longdash"),
-    "ensemble": ("ensemble of the clients", "dashdot"),
-    "ensemble_prior": ("ensemble without label priors", "longdashdot"),
+    "refined": "deployed",
+    "selected": "selected (before refining)",
+    "all": "all (last uploads)",
+    "sent": "sent to clients",
+    "ensemble": "ensemble",
+    "ensemble_prior": "ensemble without priors",
 }
-"""Label and line of each kind of model; the first two are shown at first."""
+"""Label of each kind of model; the first two are shown at first."""
 
-METRICS = {
-    "local_loss": ("server", "clients' local loss"),
-    "discrepancy": ("refine", "discrepancy of teachers and student"),
-    "fidelity": ("refine", "fidelity: teachers' loss on the labels"),
-    "diversity": ("refine", "diversity term of the images"),
-    "batchnorm": ("refine", "distance from BatchNorm statistics"),
-    "student": ("refine", "student's loss"),
-    "teacher_agreement": ("refine", "share of images whose label the teachers predict"),
-    "least_share": ("refine", "least share of a class among the round's clients"),
-}
 MOST_CELLS = 20_000
 """Larger tables of numbers are left out of the page."""
-DETAILED = 20
-"""Up to this many classes a heatmap has numbers in its cells."""
 
 
 def html_page(runs: Sequence[RunRecord]) -> str:
@@ -61,7 +49,7 @@ def html_page(runs: Sequence[RunRecord]) -> str:
     groups, rows = grouped(runs), comparison_rows(runs)
     title = f"{groups[0].name}: {groups[0].first.method}" if len(groups) == 1 else " · ".join(g.name for g in groups)
     sections = {
-        "Does distillation help?": [_verdict(rows), _table(*_summary(rows)), _notes(rows), *_accuracies(groups)],
+        "Does distillation help?": [*_verdict(rows), *_accuracies(groups)],
         "Which classes gain?": _classes(groups),
         "What the refiner did": [*_metrics(groups), *_images(groups)],
         "What the clients told the server": _partitions(groups),
@@ -69,13 +57,12 @@ def html_page(runs: Sequence[RunRecord]) -> str:
         "Where the time goes": _seconds(groups),
         "Run it again": _settings(groups),
     }
-    found = {name: "".join(parts) for name, parts in sections.items()}
-    body = "".join(f"<section><h2>{name}</h2>{text}</section>" for name, text in found.items() if text)
+    texts = {name: "".join(parts) for name, parts in sections.items()}
     parts = {
         "title": escape(title),
         "about": escape(_about(groups)),
-        "show": _toggles(groups),
-        "body": body,
+        "show": "".join(_toggles(groups)),
+        "body": "".join(f"<section><h2>{name}</h2>{text}</section>" for name, text in texts.items() if text),
         "plotly": get_plotlyjs(),
     }
     template = (resources.files("fedftg.report") / "page.html").read_text(encoding="utf-8")
@@ -83,94 +70,70 @@ def html_page(runs: Sequence[RunRecord]) -> str:
 
 
 def _about(groups: Sequence[Group]) -> str:
-    """Returns what was run where, in a line; where groups differ, all values."""
-    settings = [flat(group.first.config) for group in groups]
-    names = {
-        "data.name": "{}", "partition.law": "{} clients", "partition.alpha": "alpha {}",
-        "partition.num_clients": "{} clients", "cohort.size": "{} a round", "model.name": "{}", "rounds": "{} rounds",
-    }  # fmt: skip
-    texts = []
-    for key, form in names.items():
-        values = dict.fromkeys(str(one[key]) for one in settings if key in one)
-        texts += [form.format(" or ".join(values))] if values else []
-    seeds = dict.fromkeys(str(run.config.get("seed", 0)) for group in groups for run in group.runs)
-    return ", ".join([*texts, f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}"])
+    """Returns what was run, in a line; where groups differ, all values."""
+    runs = [{"seed": 0, **flat(run.config)} for group in groups for run in group.runs]
+    keys = ("data.name", "partition.law", "partition.alpha", "partition.num_clients", "cohort.size", "model.name")
+    values = {key: dict.fromkeys(str(run[key]) for run in runs if key in run) for key in (*keys, "rounds", "seed")}
+    return ", ".join(f"{key.removesuffix('.name')} {' or '.join(found)}" for key, found in values.items() if found)
 
 
-def _verdict(rows: Sequence[Row]) -> str:
-    """Returns a sentence for each row that has a base, or else what there is to say of a run alone."""
-    lines = []
-    for row in rows:
-        if row.gain is None:
-            continue
-        gains, seeds = row.gain.mean_last, len(row.gain.mean_last)
-        text = f"<strong>{percent(math.fsum(gains) / seeds, '+')} points</strong> by <b>{escape(row.name)}</b> over "
-        text += f"{escape(row.gain.base)}"
-        if seeds > 1:
-            low, high = interval(gains)
-            text += f", paired over {seeds} seeds; 95 % interval {percent(low, '+')} to {percent(high, '+')}"
-            text += "" if low * high > 0 else ", which includes 0: more seeds are needed"
+def _verdict(rows: Sequence[Row]) -> Iterator[str]:
+    """Yields a sentence for each row that has a base, or else for each row; then the table."""
+    for row in [row for row in rows if row.gain] or rows:
+        name = f"<b>{escape(row.name)}</b>"
+        if row.gain:
+            gains = row.gain.mean_last
+            text = f"{name}: <strong>{percent(fmean(gains), '+')} points</strong> over {escape(row.gain.base)}, "
+            if len(gains) > 1:
+                low, high = interval(gains)
+                text += f"paired over {len(gains)} seeds, 95 % interval {percent(low, '+')} to {percent(high, '+')}"
+                text += "" if low * high > 0 else "; that includes 0, so it takes more seeds to know"
+            else:
+                text += "of one seed, which proves little: add <code>--seeds 0,1,2</code>"
+        elif row.deployed:
+            text = f"{name} deploys <strong>{percent(fmean([one.final for one in row.deployed]))} %</strong>"
+            if row.runs[0].refiner != "none":
+                text += "; compare it with a run of <code>refiner.name = none</code> to see what the refiner gives"
         else:
-            text += ", of one seed, which proves little: add <code>--seeds 0,1,2</code>"
-        lines.append(text)
-    for row in [] if lines else rows:
-        deployed, before = ([_last(run, kind) for run in row.runs] for kind in ("refined", "selected"))
-        text = f"<b>{escape(row.name)}</b> deploys <strong>{percent(_mean(deployed))} %</strong> after its last round"
-        if row.runs[0].refiner != "none":
-            text += f", {percent(_mean(deployed) - _mean(before), '+')} points beside its own aggregate, which is no "
-            text += 'fair base. Compare it with a run of <code>refiner.name = "none"</code>'
-        lines.append(text)
-    return "".join(f"<p class=verdict>{line}.</p>" for line in lines)
-
-
-def _last(run: RunRecord, kind: str) -> float:
-    return (run.accuracy(kind)[1] or [math.nan])[-1]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
-def _summary(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+            text = f"{name} was not evaluated on test data"
+        yield f"<p class=verdict>{text}.</p>"
     header, *body = table_cells(rows, "{}")
-    return header, body
+    notes = " ".join(table_notes(rows, below="in brackets the final one"))
+    yield f"{_table(header, body)}<p class=notes>{escape(notes)}</p>"
 
 
-def _notes(rows: Sequence[Row]) -> str:
-    return f"<p class=notes>{' '.join(map(escape, table_notes(rows, below='in brackets the final one')))}</p>"
-
-
-def _toggles(groups: Sequence[Group]) -> str:
-    """Returns the checkboxes, which are the legend too: runs, kinds of models, and what is drawn of seeds."""
-
-    def box(name: str, value: object, label: str, key: str, on: bool = True) -> str:
-        checked = " checked" if on else ""
-        return f'<label><input type=checkbox name={name} value="{value}"{checked}>{key}<span>{label}</span></label>'
-
+def _toggles(groups: Sequence[Group]) -> Iterator[str]:
+    """Yields the checkboxes, which are the legend too: runs, kinds of models, and what is drawn of seeds."""
     runs = [
-        box("run", place, escape(group.name), f'<i class=key style="background:var(--c{place % 6})"></i>')
+        ("run", place, f'<i class=key style="background:var(--c{place % 6})"></i>{escape(group.name)}', True)
         for place, group in enumerate(groups)
     ]
+    line = '<svg class="key {}" aria-hidden=true><path d="M0 6h28"/></svg>{}'
     kinds = [
-        box("kind", kind, label, f'<svg class="key {dash}" aria-hidden=true><path d="M0 6h28"/></svg>', place < 2)
-        for place, (kind, (label, dash)) in enumerate(KINDS.items())
+        ("kind", kind, line.format(kind, label), kind in ("refined", "selected"))
+        for kind, label in KINDS.items()
         if any(run.accuracy(kind)[0] for group in groups for run in group.runs)
     ]
-    seeds = [box("part", "band", "± deviation over seeds", ""), box("part", "seed", "each seed", "", False)]
+    seeds = [("part", "band", "± deviation over seeds", True), ("part", "seed", "each seed", False)]
     several = any(len(group.runs) > 1 for group in groups)
-    parts = {"Run": runs, "Model": kinds, "Seeds": seeds if several else []}
-    return "".join(
-        f"<fieldset><legend>{name}</legend>{''.join(boxes)}</fieldset>" for name, boxes in parts.items() if boxes
-    )
+    for legend, boxes in (("Run", runs), ("Model", kinds), ("Seeds", seeds if several else [])):
+        inputs = [
+            f"<label><input type=checkbox name={name} value={value}{' checked' if on else ''}>{label}</label>"
+            for name, value, label, on in boxes
+        ]
+        yield f"<fieldset><legend>{legend}</legend>{''.join(inputs)}</fieldset>" if inputs else ""
 
 
-def _figure(caption: str, seen: str, traces: Sequence[Trace], numbers: tuple[Any, Any], **layout: Any) -> str:
-    """Returns a figure that the page's script draws; ``seen`` says what it shows, ``numbers`` are a header and rows."""
-    spec = json.dumps(finite({"data": traces, "layout": {"height": 340, **layout}}), allow_nan=False)
+def _figure(
+    caption: str, seen: str, traces: Sequence[Trace], header: Any, rows: Any, layout: dict[str, Any], keys: str = ""
+) -> str:
+    """Returns a figure that the page's script draws, and its numbers; ``seen`` says what it shows."""
+    spec = json.dumps(finite({"data": traces, "layout": layout}), allow_nan=False).replace("<", r"\u003c")
     return (
-        f'<figure><figcaption>{caption}</figcaption><div class=plot role=img aria-label="{escape(seen)}"></div>'
-        f"<script type=application/json>{spec.replace('<', chr(92) + 'u003c')}</script>"
-        f"<details><summary>Numbers</summary>{_table(*numbers)}</details></figure>"
+        f"<figure><figcaption>{escape(caption)}{keys}</figcaption>"
+        f'<div class=plot role=img style="height:{layout["height"]}px" aria-label="{escape(seen)}"></div>'
+        f"<script type=application/json>{spec}</script>"
+        f"<details><summary>Numbers</summary>{_table(header, rows)}</details></figure>"
     )
 
 
@@ -178,283 +141,225 @@ def _table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
     if len(header) * len(rows) > MOST_CELLS:
         return f"<p>{len(rows)} rows and {len(header)} columns: see the files of the run.</p>"
     head = "".join(f"<th scope=col>{escape(str(cell))}</th>" for cell in header)
-    body = "".join(
-        f"<tr><th scope=row>{escape(str(first))}</th>{''.join(f'<td>{escape(str(cell))}</td>' for cell in rest)}</tr>"
-        for first, *rest in rows
-    )
-    return f"<div class=scroll tabindex=0><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    lines = [[escape(str(cell)) for cell in row] for row in rows]
+    body = "".join(f"<tr><th scope=row>{'<td>'.join(line)}</tr>" for line in lines)
+    return f"<div class=scroll tabindex=0><table><thead><tr>{head}<tbody>{body}</table></div>"
 
 
-def _lines(groups: Sequence[Group], part: str, kind: str, label: str, scale: float = 1.0) -> list[Trace]:
-    """Returns a line per group, the mean over its seeds, and where there are several a band and a line per seed."""
-    traces: list[Trace] = []
+def _lines(groups: Sequence[Group], part: str, kind: str, scale: float = 1.0) -> Iterator[Trace]:
+    """Yields a line per group, the mean over its seeds, and where there are several a band and a line per seed."""
     for place, group in enumerate(groups):
         series = [run.series(part, kind) for run in group.runs]
         numbers, *both = mean_of(series)
         if not numbers or (kind == "selected" and group.first.refiner == "none"):  # that is the deployed model
             continue
-        means, spreads = ([scale * value for value in values] for values in both)
+        name = f"{group.name}, {KINDS[kind]}" if kind in KINDS else group.name
+        means, spreads = (scale * np.array(values) for values in both)
         meta = {"run": place, "kind": kind}
-        name = ", ".join(filter(None, (escape(group.name), label)))
-        line = {"dash": KINDS[kind][1] if kind in KINDS else "solid"}
-        common = {"type": "scatter", "mode": "lines+markers" if len(numbers) <= 30 else "lines", "name": name}
         if len(group.runs) > 1:
-            edges = [m + s for m, s in zip(means, spreads, strict=True)]
-            edges += [m - s for m, s in zip(means[::-1], spreads[::-1], strict=True)]
-            band = {"x": numbers + numbers[::-1], "y": edges, "fill": "toself", "hoverinfo": "skip", "mode": "lines"}
-            traces.append({**common, **band, "meta": {**meta, "part": "band"}})
+            edges = [*(means + spreads), *(means - spreads)[::-1]]
+            yield {"x": numbers + numbers[::-1], "y": edges, "name": name, "meta": {**meta, "part": "band"}}
             for run, (rounds, values) in zip(group.runs, series, strict=True):
-                own = {"x": rounds, "y": [scale * value for value in values], "line": {**line, "width": 1}}
-                hover = f"%{{y:.4~g}}<extra>{name}, seed {run.config.get('seed')}</extra>"
-                traces.append(
-                    {**common, **own, "mode": "lines", "hovertemplate": hover, "meta": {**meta, "part": "seed"}}
-                )
+                own = {"x": rounds, "y": [scale * value for value in values], "name": f"{name}, {_seed(run)}"}
+                yield {**own, "meta": {**meta, "part": "seed"}}
         text = [f" ± {spread:.3g}" if len(group.runs) > 1 else "" for spread in spreads]
-        mean = {"x": numbers, "y": means, "text": text, "line": {**line, "width": 2.5 if kind == "refined" else 1.5}}
-        hover = f"round %{{x}}: %{{y:.4~g}}%{{text}}<extra>{name}</extra>"
-        traces.append(
-            {**common, **mean, "marker": {"size": 5}, "hovertemplate": hover, "meta": {**meta, "part": "mean"}}
-        )
-    return traces
+        yield {"x": numbers, "y": [*means], "text": text, "name": name, "meta": {**meta, "part": "mean"}}
 
 
-def _over_rounds(caption: str, unit: str, traces: Sequence[Trace], **layout: Any) -> str:
+def _seed(run: RunRecord) -> str:
+    return f"seed {run.config.get('seed', 0)}"
+
+
+def _over_rounds(caption: str, groups: Sequence[Group], traces: Sequence[Trace], height: int) -> str:
     """Returns a figure of lines over rounds, or nothing where there are none."""
     means = [trace for trace in traces if trace["meta"]["part"] == "mean"]
     if not means:
         return ""
-    ends = "; ".join(f"{t['name']} goes from {t['y'][0]:.4g} to {t['y'][-1]:.4g}" for t in means)
     rounds = sorted({number for trace in means for number in trace["x"]})
-    columns = [dict(zip(t["x"], zip(t["y"], t["text"], strict=True), strict=True)) for t in means]
-    body = [[n, *("" if n not in c else f"{c[n][0]:.4g}{c[n][1]}" for c in columns)] for n in rounds]
-    axes = {"xaxis": {"title": {"text": "round"}, "dtick": 1 if rounds[-1] <= 12 else None}}
-    seen = f"Line plot of {caption}{unit} over rounds {rounds[0]} to {rounds[-1]}: {ends}."
-    return _figure(caption + unit, seen, traces, (["round", *(t["name"] for t in means)], body), **axes, **layout)
+    cells = [{x: f"{y:.4g}{sd}" for x, y, sd in zip(t["x"], t["y"], t["text"], strict=True)} for t in means]
+    header = ["round", *(t["name"] for t in means)]
+    ends = "; ".join(f"{t['name']}, from {t['y'][0]:.4g} to {t['y'][-1]:.4g}" for t in means)
+    seen = f"Lines over rounds {rounds[0]} to {rounds[-1]}: {caption}: {ends}."
+    last = max(row["round"] for group in groups for run in group.runs for row in run.rounds)
+    axis = {"title": {"text": "round"}, "dtick": 1 if last <= 12 else None, "range": [1 - last / 50, last * 1.02]}
+    body = [[number, *(column.get(number, "") for column in cells)] for number in rounds]
+    return _figure(caption, seen, traces, header, body, {"height": height, "xaxis": axis})
 
 
-def _accuracies(groups: Sequence[Group]) -> Iterable[str]:
-    for part, caption, unit, scale in (("accuracy", "Test accuracy", " in %", 100.0), ("loss", "Test loss", "", 1.0)):
-        traces = [
-            t for kind, (label, _) in KINDS.items() for t in _lines(groups, part, kind, label.split(":")[0], scale)
-        ]
-        yield _over_rounds(caption, unit, traces, height=420 if part == "accuracy" else 300)
+def _accuracies(groups: Sequence[Group]) -> Iterator[str]:
+    for part, caption, scale, height in (("accuracy", "Test accuracy in %", 100, 360), ("loss", "Test loss", 1, 260)):
+        yield _over_rounds(caption, groups, [t for kind in KINDS for t in _lines(groups, part, kind, scale)], height)
 
 
-def _metrics(groups: Sequence[Group]) -> Iterable[str]:
-    figures = [
-        _over_rounds(caption.capitalize(), "", _lines(groups, part, kind, ""), height=230)
-        for kind, (part, caption) in METRICS.items()
-    ]
-    yield f"<div class=grid>{''.join(figures)}</div>"
+def _metrics(groups: Sequence[Group]) -> Iterator[str]:
+    rows = [row for group in groups for run in group.runs for row in run.rounds]
+    names = dict.fromkeys((part, name) for part in ("server", "refine") for row in rows for name in row.get(part, {}))
+    captions = {pair: pair[1].replace("_", " ").capitalize() for pair in names}
+    found = [_over_rounds(captions[pair], groups, [*_lines(groups, *pair)], 230) for pair in names]
+    yield f"<div class=grid>{''.join(found)}</div>" if found else ""
 
 
 def _names(group: Group) -> list[str]:
-    return [name if len(name) <= 18 else f"{name[:16]}…" for name in group.first.read("partition.json")["class_names"]]
+    names = group.first.read("partition.json").get("class_names", [])
+    return [name if len(name) <= 18 else f"{name[:16]}…" for name in names]
 
 
-def _confusion(group: Group) -> dict[str, NDArray[np.int64]]:
-    """Returns the sum over seeds ``(C, C)`` of each kind, of the runs that measured it."""
-    sums: dict[str, NDArray[np.int64]] = {}
-    for found in (run.read("evaluation.json").get("confusion", {}) for run in group.runs):
-        for kind in found if group.first.refiner != "none" else found.keys() & {"refined"}:
-            sums[kind] = sums.get(kind, 0) + np.array(found[kind], dtype=np.int64)
-    return {kind: sums[kind] for kind in ("selected", "refined") if kind in sums}
+def _kinds(group: Group) -> tuple[str, ...]:
+    """Returns before and after refining; without a refiner both are one."""
+    return ("refined",) if group.first.refiner == "none" else ("selected", "refined")
 
 
 def _ticks(names: Sequence[str]) -> dict[str, Any]:
     step = max(1, len(names) // 50)
-    return {"tickvals": [*range(0, len(names), step)], "ticktext": [*map(escape, names[::step])], "showgrid": False}
+    return {"tickvals": [*range(0, len(names), step)], "ticktext": names[::step], "showgrid": False}
 
 
-def _classes(groups: Sequence[Group]) -> Iterable[str]:
+def _classes(groups: Sequence[Group]) -> Iterator[str]:
     bars: list[Trace] = []
-    heatmaps, columns, seen = [], {}, []
+    heatmaps, columns, seen = [], {}, ""
     for place, group in enumerate(groups):
-        shares: dict[str, NDArray[np.float64]] = {}
-        for kind, counts in _confusion(group).items():
-            names, label = _names(group), KINDS[kind][0].split(":")[0]
-            part = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-            shares[kind] = np.diag(part).round(2)
-            name = f"{group.name}, {label}"
-            columns[name] = shares[kind]
-            bar = {"type": "bar", "x": [*range(len(names))], "y": shares[kind].tolist(), "name": escape(name)}
-            look = {"opacity": 0.5 if kind == "selected" else 1.0, "meta": {"run": place, "kind": kind}}
-            hover = f"%{{customdata}}: %{{y:.1f}} %<extra>{escape(name)}</extra>"
-            bars.append({**bar, **look, "customdata": [*map(escape, names)], "hovertemplate": hover})
-            heatmaps.append(_heatmap(f"Confusion, {escape(name)}", counts, part, names, names))
-        if len(shares) == 2:
-            gains = shares["refined"] - shares["selected"]
-            best, worst = int(gains.argmax()), int(gains.argmin())
-            seen.append(
-                f"{group.name} after refining: {gains[best]:+.1f} points for class {names[best]}, its largest gain, "
-                f"and {gains[worst]:+.1f} for class {names[worst]}"
-            )
-    if not bars:
-        return
-    yield "".join(f"<p>{escape(text)}.</p>" for text in seen)
-    table = ["class", *columns], [[name, *(c[i] for c in columns.values())] for i, name in enumerate(names)]
-    text = f"Bars of the last round's accuracy on each of {len(names)} classes. {'; '.join(seen)}."
-    axes = {"xaxis": {"title": {"text": "class"}, **_ticks(names)}, "yaxis": {"range": [0, 100]}}
-    yield _figure("Accuracy of each class after the last round in %", text, bars, table, **axes, bargap=0.3)
-    yield f"<div class=grid>{''.join(heatmaps)}</div>"
+        names, before = _names(group), None
+        for kind in _kinds(group):
+            found = [run.read("evaluation.json").get("confusion", {}).get(kind) for run in group.runs]
+            counts = sum(np.array(one) for one in found if one)
+            if not isinstance(counts, np.ndarray):
+                continue
+            name = f"{group.name}, {KINDS[kind]}"
+            share = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+            columns[name] = right = np.diag(share).round(2)
+            bar = {"type": "bar", "x": [*range(len(names))], "y": right.tolist(), "text": names}
+            bars.append({**bar, "name": name, "meta": {"run": place, "kind": kind}})
+            heatmaps.append(_heatmap(name, counts, share, names, names))
+            if before is not None and (right != before).any():
+                best, worst = (int(at(right - before)) for at in (np.argmax, np.argmin))
+                seen += (
+                    f"{group.name}, refining: {right[best] - before[best]:+.1f} points for class {names[best]}, the "
+                )
+                seen += f"largest gain, and {right[worst] - before[worst]:+.1f} for class {names[worst]}. "
+            before = right
+    if bars:
+        yield f"<p>{escape(seen)}</p>"
+        body = [[name, *(column[place] for column in columns.values())] for place, name in enumerate(names)]
+        axes = {"xaxis": {"title": {"text": "class"}, **_ticks(names)}, "yaxis": {"range": [0, 100]}, "height": 320}
+        caption = "Accuracy of each class after the last round in % (pale: before refining)"
+        yield _figure(caption, f"Bars: {caption}. {seen}", bars, ["class", *columns], body, axes)
+        several = ", sum over seeds" if any(len(group.runs) > 1 for group in groups) else ""
+        yield f"<h3>Confusion{several}</h3><div class=grid>{''.join(heatmaps)}</div>"
 
 
 def _heatmap(
     caption: str, counts: NDArray[Any], shades: NDArray[Any], rows: Sequence[str], names: Sequence[str]
 ) -> str:
     """Returns a heatmap of rows and classes whose numbers are ``counts``; where rows are classes, it is a confusion."""
-    square = rows is names
-    text = {"texttemplate": "%{customdata}"} if len(names) <= DETAILED and len(rows) <= 60 else {}
-    axis, unit = ("true class", "predicted") if square else ("client", "samples of class")
-    hover = f"{axis} %{{y}}, {unit} %{{x}}: %{{customdata}}<extra></extra>"
-    trace = {"type": "heatmap", "z": shades.round(2).tolist(), "customdata": counts.tolist(), "showscale": False}
-    trace |= {"zmin": 0, "hovertemplate": hover, "xgap": 1, "ygap": 1 if len(rows) <= 60 else 0, **text}
-    layout = {
-        "xaxis": {"title": {"text": "predicted class" if square else "class"}, **_ticks(names)},
-        "yaxis": {"title": {"text": axis}, "autorange": "reversed", **_ticks(rows)},
-        "height": min(max(120 + 22 * len(rows), 260), 900),
-    }
-    if square:
-        most = counts * (1 - np.eye(len(names), dtype=np.int64))
-        row, column = divmod(int(most.argmax()), len(names))
-        seen = f"{np.trace(counts)} of {counts.sum()} test images lie on the diagonal; the most frequent confusion is "
-        seen += f"{names[row]} taken for {names[column]}, {most[row, column]} times"
-    else:
-        empty = (counts == 0).mean()
-        seen = f"{len(rows)} clients, {len(names)} classes; {100 * empty:.0f} % of the cells are empty"
-    numbers = [axis, *names], [[row, *line] for row, line in zip(rows, counts.tolist(), strict=True)]
-    return _figure(caption, f"Heatmap: {caption}: {seen}.", [trace], numbers, **layout)
+    axis, other = ("true class", "predicted class") if rows is names else ("client", "class")
+    text = [[str(count) if count else "" for count in line] for line in counts.tolist()]
+    trace = {"type": "heatmap", "z": shades.round(2).tolist(), "text": text, "xgap": 1, "zmin": 0}
+    if len(rows) <= 60:
+        trace |= {"ygap": 1} | ({"texttemplate": "%{text}"} if len(names) <= 20 else {})
+    trace["hovertemplate"] = f"{axis} %{{y}}, {other} %{{x}}: %{{text}}<extra></extra>"
+    seen = f"{len(rows)} clients, {len(names)} classes; {100 * (counts == 0).mean():.0f} % of the cells are empty"
+    if rows is names:
+        off = counts * (1 - np.eye(len(names), dtype=np.int64))
+        row, column = divmod(int(off.argmax()), len(names))
+        seen = f"{np.trace(counts)} of {counts.sum()} images are on the diagonal; most often {names[row]} is taken for "
+        seen += f"{names[column]}, {off.max()} times"
+    axes = {"xaxis": {"title": {"text": other}, **_ticks(names)}, "height": min(max(110 + 22 * len(rows), 260), 900)}
+    axes["yaxis"] = {"title": {"text": axis}, "autorange": "reversed", **_ticks(rows)}
+    body = [[row, *line] for row, line in zip(rows, counts.tolist(), strict=True)]
+    return _figure(caption, f"Heatmap of {axis} and {other}: {caption}: {seen}.", [trace], [axis, *names], body, axes)
 
 
-def _images(groups: Sequence[Group]) -> Iterable[str]:
+def _images(groups: Sequence[Group]) -> Iterator[str]:
     """Yields, for the first seed of each group, the images of each round that has some."""
     for group in groups:
-        files = sorted((group.first.folder / "images").glob("*.png"))
-        if not files:
-            continue
-        known = {row["round"] for row in group.first.rounds if "teacher_agreement" in row.get("refine", {})}
-        names = _names(group)[:20]
-        shape = group.first.read("partition.json")["image_shape"]
-        side = 8 * shape[2] * max(1, round(24 / shape[2]))
-        mosaics = []
-        for file in files:
-            number, labelled = int(file.stem), int(file.stem) in known
-            rows = "".join(f"<span>{escape(name)}</span>" for name in names) if labelled else ""
-            what = (
-                f"up to 8 for each class from {names[0]} to {names[-1]}, a row a class" if labelled else "in no order"
-            )
-            alt = escape(f"Images that the refiner of {group.name} showed in round {number}: {what}.")
-            data = base64.b64encode(file.read_bytes()).decode()
+        mosaics, names = [], _names(group)[:20]
+        labelled = {row["round"] for row in group.first.rounds if "teacher_agreement" in row.get("refine", {})}
+        for file in sorted((group.first.folder / "images").glob("*.png")):
+            number, data = int(file.stem), file.read_bytes()
+            width = int.from_bytes(data[16:20])  # of a PNG file
+            classes = "".join(f"<span>{escape(name)}</span>" for name in names) if number in labelled else ""
+            what = f"a row a class, from {names[0]} to {names[-1]}" if classes else "without labels"
             mosaics.append(
-                f"<figure class=mosaic><figcaption>round {number}</figcaption><div><div class=names aria-hidden=true>"
-                f'{rows}</div><img alt="{alt}" width={side} src="data:image/png;base64,{data}"></div></figure>'
+                f"<figure class=mosaic><figcaption>round {number}</figcaption><div><div class=names>{classes}</div>"
+                f'<img alt="{escape(f"Images of {group.name} in round {number}, {what}")}" '
+                f"width={width * max(1, round(256 / width))} "
+                f'src="data:image/png;base64,{base64.b64encode(data).decode()}"></div></figure>'
             )
-        seed = f", seed {group.first.config.get('seed')}" if len(group.runs) > 1 else ""
-        yield f"<h3>Images that {escape(group.name)} distils on{seed}</h3>"
-        yield "<p>The last batch of a round, as clients' images would look; a white cell has none.</p>"
-        yield f"<div class=mosaics>{''.join(mosaics)}</div>"
+        if mosaics:
+            yield f"<h3>Images that {escape(group.name)} distils on, {_seed(group.first)}</h3>"
+            yield "<p class=notes>The last batch of a round, at most 8 images of a class.</p>"
+            yield f"<div class=mosaics>{''.join(mosaics)}</div>"
 
 
-def _partitions(groups: Sequence[Group]) -> Iterable[str]:
+def _partitions(groups: Sequence[Group]) -> Iterator[str]:
     """Yields the class counts of the first seed of each group, each partition once."""
-    digests = set()
+    found: dict[str, tuple[Group, NDArray[Any]]] = {}
     for group in groups:
-        record = group.first.read("partition.json")
-        if not record or record["digest"] in digests:
-            continue
-        digests.add(record["digest"])
-        counts = np.array(record["class_counts"])
-        order = np.arange(len(counts))
+        if record := group.first.read("partition.json"):
+            found.setdefault(record["digest"], (group, np.array(record["class_counts"])))
+    for group, counts in found.values():
+        caption, order = f"Samples of each class at each client, {_seed(group.first)}", np.arange(len(counts))
         if len(counts) > 400:
-            order = np.lexsort((-counts.max(axis=1), counts.argmax(axis=1)))
-        caption = "Samples of each class at each client" + (", by biggest class" if len(counts) > 400 else "")
-        if len(group.runs) > 1:
-            caption += f", seed {group.first.config.get('seed')}"
+            caption, order = f"{caption}, by biggest class", np.lexsort((-counts.max(axis=1), counts.argmax(axis=1)))
         yield _heatmap(caption, counts[order], counts[order], [*map(str, order)], _names(group))
-    if digests:
-        yield "<p class=notes>Beside its update a client sends these counts, without the samples it holds back.</p>"
 
 
-def _clients(groups: Sequence[Group]) -> Iterable[str]:
+def _clients(groups: Sequence[Group]) -> Iterator[str]:
     traces: list[Trace] = []
     rows: list[list[str]] = []
     for place, group in enumerate(groups):
-        for kind in ("selected", "refined") if group.first.refiner != "none" else ("refined",):
-            found = [
-                (100 * value, f"client {client}, seed {run.config.get('seed')}")
+        for kind in _kinds(group):
+            values = [
+                (100 * value, f"client {client}, {_seed(run)}")
                 for run in group.runs
                 for client, value in run.read("evaluation.json").get("clients", {}).get(kind, {}).items()
             ]
-            if not found:
-                continue
-            values, names = zip(*sorted(found), strict=True)
-            name = f"{group.name}, {KINDS[kind][0].split(':')[0]}"
-            rows += [[name, text, f"{value:.2f}"] for value, text in zip(values, names, strict=True)]
-            look = {"mode": "lines+markers", "line": {"dash": KINDS[kind][1]}, "meta": {"run": place, "kind": kind}}
-            hover = f"%{{text}}: %{{y:.1f}} %<extra>{escape(name)}</extra>"
-            share = [100 * (i + 0.5) / len(values) for i in range(len(values))]
-            data = {"type": "scatter", "x": share, "y": values, "text": names, "name": name, "hovertemplate": hover}
-            traces.append({**data, **look})
+            name, ordered = f"{group.name}, {KINDS[kind]}", sorted(values)
+            rows += [[name, client, f"{value:.2f}"] for value, client in ordered]
+            share = [100 * (rank + 0.5) / len(ordered) for rank in range(len(ordered))]
+            line = {"y": [value for value, _ in ordered], "text": [f" {client}" for _, client in ordered]}
+            traces += [{"name": name, "x": share, **line, "meta": {"run": place, "kind": kind}}] if values else []
     if traces:
-        caption = "Accuracy of each client on the samples that it holds back, in %, from worst to best"
-        seen = "; ".join(f"{t['name']} from {t['y'][0]:.1f} to {t['y'][-1]:.1f}" for t in traces)
-        axes = {"xaxis": {"title": {"text": "clients in %, worst first"}}, "yaxis": {"range": [-2, 102]}}
-        yield _figure(caption, f"{caption}: {seen}.", traces, (["run", "client", "accuracy"], rows), **axes)
+        caption = "Accuracy of each client on what it holds back in %, from worst to best"
+        seen = "; ".join(f"{t['name']}: {t['y'][0]:.1f} to {t['y'][-1]:.1f}" for t in traces)
+        axes = {"xaxis": {"title": {"text": "share of clients in %"}}, "yaxis": {"range": [-3, 103]}, "height": 320}
+        yield _figure(caption, f"Lines: {caption}. {seen}.", traces, ["run", "client", "accuracy"], rows, axes)
 
 
-def _seconds(groups: Sequence[Group]) -> Iterable[str]:
-    rows = []
+def _seconds(groups: Sequence[Group]) -> Iterator[str]:
+    names, rows = [group.name for group in groups], []
     for group in groups:
-        records = [row for run in group.runs for row in run.rounds]
-        rows.append([math.fsum(row["seconds"].get(p, 0) for row in records) / max(len(records), 1) for p in PHASES])
-    names = [escape(group.name) for group in groups]
-    traces = [
-        {
-            "type": "bar", "orientation": "h", "x": [row[i] for row in rows], "y": [*range(len(rows))], "name": phase,
-            "meta": {"phase": i}, "customdata": names,
-            "hovertemplate": f"%{{customdata}}: %{{x:.3~g}} s {phase}<extra></extra>",
-        }
-        for i, phase in enumerate(PHASES)
-    ]  # fmt: skip
-    keys = " ".join(f'<i class=key style="background:var(--p{i})"></i>{phase}' for i, phase in enumerate(PHASES))
-    numbers = [[g.name, *(f"{s:.3f}" for s in (*row, sum(row)))] for g, row in zip(groups, rows, strict=True)]
-    seen = "; ".join(f"{line[0]} takes {line[-1]} s" for line in numbers)
-    axes = {"barmode": "stack", "height": 110 + 44 * len(rows), "xaxis": {"title": {"text": "seconds"}}}
-    axes["yaxis"] = {"autorange": "reversed", **_ticks([name[:24] for name in names])}
-    yield _figure(
-        f"Seconds of a round, mean over rounds <span class=keys>{keys}</span>",
-        f"Bars of a round's mean seconds by phase: {seen}.",
-        traces,
-        (["run", *PHASES, "total"], numbers),
-        **axes,
-    )
+        records = [row["seconds"] for run in group.runs for row in run.rounds]
+        rows.append([sum(row.get(phase, 0) for row in records) / max(len(records), 1) for phase in PHASES])
+    common = {"type": "bar", "orientation": "h", "y": [*range(len(rows))], "text": names}
+    traces = [{**common, "x": [row[i] for row in rows], "name": p, "meta": {"phase": i}} for i, p in enumerate(PHASES)]
+    keys = "".join(f'<i class=key style="background:var(--p{i})"></i>{phase}' for i, phase in enumerate(PHASES))
+    caption = "Seconds of a round, mean over rounds"
+    body = [[name, *(f"{s:.3f}" for s in (*row, sum(row)))] for name, row in zip(names, rows, strict=True)]
+    seen = f"Bars by phase: {caption}: {'; '.join(f'{line[0]}, {line[-1]}' for line in body)}."
+    axes = {"yaxis": {"autorange": "reversed", **_ticks([name[:24] for name in names])}, "height": 80 + 44 * len(rows)}
+    yield _figure(caption, seen, traces, ["run", *PHASES, "total"], body, {"barmode": "stack", **axes}, keys)
 
 
-def _settings(groups: Sequence[Group]) -> Iterable[str]:
+def _settings(groups: Sequence[Group]) -> Iterator[str]:
     """Yields commands, the settings in which groups differ, all settings, and the environment."""
-    sessions = [s for group in groups for run in group.runs for s in run.read("environment.json").get("sessions", [])]
-    given = dict.fromkeys(shlex.join(s["command"]) for s in sessions if s.get("command"))
-    files = [shlex.quote(f"{run.folder}/config.toml") for group in groups for run in group.runs]
-    again = f"fedftg run {files[0]} --out again" if len(files) == 1 else f"fedftg compare {' '.join(files)} --out again"
-    if given:
-        yield f"<p>It was started by</p><pre tabindex=0>{escape(chr(10).join(given))}</pre>"
-    yield "<p>From the settings in the runs' folders, the same numbers on the same machine:</p>"
+    runs = [run for group in groups for run in group.runs]
+    sessions = [one for run in runs for one in run.read("environment.json").get("sessions", [])]
+    if given := dict.fromkeys(shlex.join(one["command"]) for one in sessions if one.get("command")):
+        yield f"<p>Started by</p><pre tabindex=0>{escape(chr(10).join(given))}</pre>"
+    files = [str(run.folder / "config.toml") for run in runs]
+    again = shlex.join(["fedftg", "run" if len(files) == 1 else "compare", *files, "--out", "again"])
+    yield "<p>From the settings kept in the run folders; on the same machine, the same numbers</p>"
     yield f"<pre tabindex=0>{escape(again)}</pre>"
     flats = [flat(group.first.config) for group in groups]
-    keys = [key for key in dict.fromkeys(key for one in flats for key in one) if key not in ("name", "seed")]
-    differ = [
-        [key, *(one.get(key, "") for one in flats)] for key in keys if len({str(one.get(key)) for one in flats}) > 1
-    ]
-    if differ:
-        yield f"<h3>Settings that differ</h3>{_table(['', *(group.name for group in groups)], differ)}"
+    common = [key for key in flats[0] if all(key in one for one in flats) and key not in ("name", "seed")]
+    differ = [[key, *(one[key] for one in flats)] for key in common if any(one[key] != flats[0][key] for one in flats)]
+    yield _table(["settings that differ", *(group.name for group in groups)], differ) if differ else ""
     for group in groups:
-        toml = escape(tomli_w.dumps(group.first.config))
-        name = escape(group.name)
-        yield f"<details class=settings><summary>All settings of {name}</summary><pre tabindex=0>{toml}</pre></details>"
+        yield f"<details class=settings><summary>All settings of {escape(group.name)}</summary>"
+        yield f"<pre tabindex=0>{escape(tomli_w.dumps(group.first.config))}</pre></details>"
     values: dict[str, dict[str, None]] = {}
-    for key, value in (item for session in sessions for item in flat(session).items()):
-        if key not in ("command", "started", "resumed_after_round"):
-            values.setdefault(key.removeprefix("packages."), {})[str(value)] = None
-    if values:
-        table = _table(["", "value"], [[key, "; ".join(found)] for key, found in values.items()])
-        yield f"<details class=settings><summary>Environment</summary>{table}</details>"
+    for key, value in (item for one in sessions for item in flat(one).items() if item[0] not in ("command", "started")):
+        values.setdefault(key.removeprefix("packages."), {})[str(value)] = None
+    rows = [[key, "; ".join(found)] for key, found in values.items()]
+    yield f"<details class=settings><summary>Environment</summary>{_table(['', 'value'], rows)}</details>"

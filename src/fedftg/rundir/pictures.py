@@ -21,17 +21,10 @@ COLUMNS, ROWS = 8, 20
 def mosaic(
     images: Tensor, labels: Tensor | None, num_classes: int, mean: Sequence[float], std: Sequence[float]
 ) -> NDArray[np.uint8]:
-    """Returns the first `COLUMNS` images of each of the first `ROWS` classes, side by side; blank cells are white.
+    """Returns the first `COLUMNS` images of each of the first `ROWS` classes as ``(rows * H, COLUMNS * W, D)``.
 
-    Args:
-        images: normalised, ``(B, D, H, W)``; values beyond 0..1, once that is undone, are clipped.
-        labels: ``(B,)``; None fills the rows in order, whatever the class.
-        num_classes: C, the number of rows.
-        mean: per channel, as in `fedftg.ImageDataset`.
-        std: likewise.
-
-    Returns:
-        ``(rows * H, COLUMNS * W, D)``.
+    Normalised images ``(B, D, H, W)`` are brought back to 0..1, clipped, and put in the row of their label; without
+    labels they fill the rows in order. Cells that stay blank are white.
     """
     rows, (depth, height, width) = min(num_classes, ROWS), images.shape[1:]
     scale, shift = (torch.tensor(values).view(-1, 1, 1) for values in (std, mean))
