@@ -53,7 +53,7 @@ def run(recipe: str | None, overrides: Sequence[str], out: Path | None, resume: 
     console = Console()
     done = loop.run(recipe, overrides=overrides, out=out, resume=resume, progress=_progress(console))
     _report(console, [done.folder], done.folder / "report")
-    _print(console, f"fedftg report {done.folder}: the same as an interactive page, with images and confusion matrices")
+    _print(console, f"an interactive page: fedftg report {done.folder}")
     _print(console, f"run folder: {done.folder}")
 
 

@@ -62,7 +62,7 @@ def test_every_figure_is_drawn_and_said(page: Any) -> None:
     plots = page.locator(".plot")
     captions = page.locator("figure:has(.plot) figcaption").all_inner_texts()
     for caption in (
-        "Test accuracy in %", "Test loss", "Discrepancy", "Accuracy of each class", "Samples of each class",
+        "Test accuracy in %", "Test loss", "refine: discrepancy", "Accuracy of each class", "Samples of each class",
         "Accuracy of each client", "Seconds of a round", "base, deployed", "<b>&amp;, deployed",
     ):  # fmt: skip
         assert any(text.startswith(caption) for text in captions), caption

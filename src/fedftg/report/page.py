@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from html import escape
 from importlib import resources
+from itertools import zip_longest
 from statistics import fmean
 from typing import Any
 
@@ -21,6 +22,7 @@ from fedftg.report.load import Group, RunRecord, grouped
 from fedftg.report.table import Row, comparison_rows, interval, mean_of, percent, table_cells, table_notes
 from fedftg.rundir.records import PHASES, finite
 
+Names = Sequence[str]
 Trace = dict[str, Any]
 """A trace of plotly whose look the page chooses by ``meta``: ``run`` (its place), ``kind``, ``part``, ``phase``."""
 
@@ -194,8 +196,10 @@ def _accuracies(groups: Sequence[Group]) -> Iterator[str]:
 def _metrics(groups: Sequence[Group]) -> Iterator[str]:
     rows = [row for group in groups for run in group.runs for row in run.rounds]
     names = dict.fromkeys((part, name) for part in ("server", "refine") for row in rows for name in row.get(part, {}))
-    captions = {pair: pair[1].replace("_", " ").capitalize() for pair in names}
-    found = [_over_rounds(captions[pair], groups, [*_lines(groups, *pair)], 230) for pair in names]
+    found = [
+        _over_rounds(f"{part}: {name.replace('_', ' ')}", groups, [*_lines(groups, part, name)], 230)
+        for part, name in names
+    ]
     yield f"<div class=grid>{''.join(found)}</div>" if found else ""
 
 
@@ -209,7 +213,7 @@ def _kinds(group: Group) -> tuple[str, ...]:
     return ("refined",) if group.first.refiner == "none" else ("selected", "refined")
 
 
-def _ticks(names: Sequence[str]) -> dict[str, Any]:
+def _ticks(names: Names) -> dict[str, Any]:
     step = max(1, len(names) // 50)
     return {"tickvals": [*range(0, len(names), step)], "ticktext": names[::step], "showgrid": False}
 
@@ -232,24 +236,22 @@ def _classes(groups: Sequence[Group]) -> Iterator[str]:
             heatmaps.append(_heatmap(name, counts, share, names, names))
             if before is not None and (right != before).any():
                 best, worst = (int(at(right - before)) for at in (np.argmax, np.argmin))
-                seen += (
-                    f"{group.name}, refining: {right[best] - before[best]:+.1f} points for class {names[best]}, the "
-                )
-                seen += f"largest gain, and {right[worst] - before[worst]:+.1f} for class {names[worst]}. "
+                gain, loss = right[best] - before[best], right[worst] - before[worst]
+                seen += f"{group.name}, refining: {gain:+.1f} points for class {names[best]}, the largest gain, "
+                seen += f"and {loss:+.1f} for class {names[worst]}. "
             before = right
     if bars:
         yield f"<p>{escape(seen)}</p>"
-        body = [[name, *(column[place] for column in columns.values())] for place, name in enumerate(names)]
+        names = max(map(_names, groups), key=len)
+        cells = zip_longest(names, *columns.values(), fillvalue="")
         axes = {"xaxis": {"title": {"text": "class"}, **_ticks(names)}, "yaxis": {"range": [0, 100]}, "height": 320}
         caption = "Accuracy of each class after the last round in % (pale: before refining)"
-        yield _figure(caption, f"Bars: {caption}. {seen}", bars, ["class", *columns], body, axes)
+        yield _figure(caption, f"Bars: {caption}. {seen}", bars, ["class", *columns], [*cells], axes)
         several = ", sum over seeds" if any(len(group.runs) > 1 for group in groups) else ""
         yield f"<h3>Confusion{several}</h3><div class=grid>{''.join(heatmaps)}</div>"
 
 
-def _heatmap(
-    caption: str, counts: NDArray[Any], shades: NDArray[Any], rows: Sequence[str], names: Sequence[str]
-) -> str:
+def _heatmap(caption: str, counts: NDArray[Any], shades: NDArray[Any], rows: Names, names: Names) -> str:
     """Returns a heatmap of rows and classes whose numbers are ``counts``; where rows are classes, it is a confusion."""
     axis, other = ("true class", "predicted class") if rows is names else ("client", "class")
     text = [[str(count) if count else "" for count in line] for line in counts.tolist()]
