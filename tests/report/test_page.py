@@ -74,7 +74,7 @@ def test_every_figure_is_drawn_and_said(page: Any) -> None:
         assert plot.locator("xpath=../details//td").count() > 0, label
     assert page.locator(".mosaic img").count() == 2
     assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth == 64 && image.alt)")
-    assert page.locator("h1").inner_text() == "base · <b>&amp;"
+    assert page.locator("h1").inner_text() == "base and <b>&amp;"
     assert "refiner.name" in page.locator("main").inner_text()
 
 
@@ -119,12 +119,11 @@ def test_numbers_by_hand(tmp_path: Path) -> None:
     assert "+80.0 points for class &lt;/script&gt;, the largest gain, and -25.0 for class cat" in text
     assert "7 of 9 images are on the diagonal; most often cat is taken for &lt;/script&gt;, 2 times" in text
     assert "<th scope=row>0<td>7<td>0</tr>" in text
-    assert "deploys <strong>77.78 %</strong>" in text
     assert "&lt;/script&gt;&lt;/script&gt;" not in text
 
 
 def test_a_run_without_details(tmp_path: Path) -> None:
     config = {"rounds": 1, "algorithm": {"name": "fedavg"}, "refiner": {"name": "none"}}
     text = html_page([RunRecord(tmp_path, config, [], None)])
-    assert "was not evaluated on test data" in text
+    assert "To see what a refiner gives" in text
     assert "Which classes gain?" not in text

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
+import fedftg
 from fedftg.rundir import pictures
 
 
@@ -42,3 +44,16 @@ def test_rounds_that_are_written(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == [f"{number:05}.png" for number in rounds]
     with Image.open(folder / "00027.png") as image:
         assert (image.size, image.mode, image.getpixel((3, 1))) == ((4, 2), "RGB", (27, 27, 27))
+
+
+@pytest.mark.parametrize("refiner", ["leaves", "dfrd"])
+def test_refiners_show_what_they_distil_on(tmp_path: Path, refiner: str) -> None:
+    """Two images of a batch of 2 in the last round, or, with a generator's average beside it, 3."""
+    settings = [
+        "data.name=digits", "data.max_train=100", "data.max_test=20", "partition.num_clients=2", "cohort.size=2",
+        "rounds=2", "local.epochs=1", f"refiner.name={refiner}", "refiner.iterations=1", "refiner.batch_size=2",
+    ]  # fmt: skip
+    fedftg.run("default_base", overrides=settings, out=tmp_path / "run")
+    with Image.open(tmp_path / "run" / "images" / "00002.png") as image:
+        cells = np.asarray(image).reshape(10, 8, 8, 8).swapaxes(1, 2).reshape(80, 64)
+    assert (cells != 255).any(axis=1).sum() == (2 if refiner == "leaves" else 3)

@@ -49,7 +49,8 @@ def html_page(runs: Sequence[RunRecord]) -> str:
     from plotly.offline import get_plotlyjs
 
     groups, rows = grouped(runs), comparison_rows(runs)
-    title = f"{groups[0].name}: {groups[0].first.method}" if len(groups) == 1 else " · ".join(g.name for g in groups)
+    title = f"{groups[0].name}: {groups[0].first.method}" if len(groups) == 1 else f"{len(groups)} settings compared"
+    title = " and ".join(group.name for group in groups) if len(groups) == 2 else title
     sections = {
         "Does distillation help?": [*_verdict(rows), *_accuracies(groups)],
         "Which classes gain?": _classes(groups),
@@ -80,25 +81,17 @@ def _about(groups: Sequence[Group]) -> str:
 
 
 def _verdict(rows: Sequence[Row]) -> Iterator[str]:
-    """Yields a sentence for each row that has a base, or else for each row; then the table."""
-    for row in [row for row in rows if row.gain] or rows:
-        name = f"<b>{escape(row.name)}</b>"
-        if row.gain:
-            gains = row.gain.mean_last
-            text = f"{name}: <strong>{percent(fmean(gains), '+')} points</strong> over {escape(row.gain.base)}, "
-            if len(gains) > 1:
-                low, high = interval(gains)
-                text += f"paired over {len(gains)} seeds, 95 % interval {percent(low, '+')} to {percent(high, '+')}"
-                text += "" if low * high > 0 else "; that includes 0, so it takes more seeds to know"
-            else:
-                text += "of one seed, which proves little: add <code>--seeds 0,1,2</code>"
-        elif row.deployed:
-            text = f"{name} deploys <strong>{percent(fmean([one.final for one in row.deployed]))} %</strong>"
-            if row.runs[0].refiner != "none":
-                text += "; compare it with a run of <code>refiner.name = none</code> to see what the refiner gives"
-        else:
-            text = f"{name} was not evaluated on test data"
-        yield f"<p class=verdict>{text}.</p>"
+    """Yields a sentence for each row that has a base, and the table."""
+    for row, gain in ((row, row.gain) for row in rows if row.gain):
+        means, proof = gain.mean_last, "of one seed, which proves little: add <code>--seeds 0,1,2</code>"
+        if len(means) > 1:
+            low, high = interval(means)
+            proof = f"paired over {len(means)} seeds, 95 % interval {percent(low, '+')} to {percent(high, '+')}"
+            proof += "" if low * high > 0 else "; that includes 0, so it takes more seeds to know"
+        points = f"<strong>{percent(fmean(means), '+')} points</strong> over {escape(gain.base)}"
+        yield f"<p class=verdict><b>{escape(row.name)}</b>: {points}, {proof}.</p>"
+    if not any(row.gain for row in rows):
+        yield "<p class=verdict>To see what a refiner gives, <code>fedftg compare</code> a run with one without it.</p>"
     header, *body = table_cells(rows, "{}")
     notes = " ".join(table_notes(rows, below="in brackets the final one"))
     yield f"{_table(header, body)}<p class=notes>{escape(notes)}</p>"
@@ -107,7 +100,7 @@ def _verdict(rows: Sequence[Row]) -> Iterator[str]:
 def _toggles(groups: Sequence[Group]) -> Iterator[str]:
     """Yields the checkboxes, which are the legend too: runs, kinds of models, and what is drawn of seeds."""
     runs = [
-        ("run", place, f'<i class=key style="background:var(--c{place % 6})"></i>{escape(group.name)}', True)
+        ("run", place, f'<i class=key style="background:var(--c{place % 8})"></i>{escape(group.name)}', True)
         for place, group in enumerate(groups)
     ]
     line = '<svg class="key {}" aria-hidden=true><path d="M0 6h28"/></svg>{}'
@@ -238,13 +231,13 @@ def _classes(groups: Sequence[Group]) -> Iterator[str]:
                 best, worst = (int(at(right - before)) for at in (np.argmax, np.argmin))
                 gain, loss = right[best] - before[best], right[worst] - before[worst]
                 seen += f"{group.name}, refining: {gain:+.1f} points for class {names[best]}, the largest gain, "
-                seen += f"and {loss:+.1f} for class {names[worst]}. "
+                seen += f"and {loss:+.1f} for class {names[worst]}.\n"
             before = right
     if bars:
-        yield f"<p>{escape(seen)}</p>"
+        yield "".join(f"<p>{escape(line)}</p>" for line in seen.splitlines())
         names = max(map(_names, groups), key=len)
         cells = zip_longest(names, *columns.values(), fillvalue="")
-        axes = {"xaxis": {"title": {"text": "class"}, **_ticks(names)}, "yaxis": {"range": [0, 100]}, "height": 320}
+        axes = {"xaxis": {"title": {"text": "class"}, **_ticks(names)}, "height": 320}
         caption = "Accuracy of each class after the last round in % (pale: before refining)"
         yield _figure(caption, f"Bars: {caption}. {seen}", bars, ["class", *columns], [*cells], axes)
         several = ", sum over seeds" if any(len(group.runs) > 1 for group in groups) else ""
@@ -255,9 +248,9 @@ def _heatmap(caption: str, counts: NDArray[Any], shades: NDArray[Any], rows: Nam
     """Returns a heatmap of rows and classes whose numbers are ``counts``; where rows are classes, it is a confusion."""
     axis, other = ("true class", "predicted class") if rows is names else ("client", "class")
     text = [[str(count) if count else "" for count in line] for line in counts.tolist()]
-    trace = {"type": "heatmap", "z": shades.round(2).tolist(), "text": text, "xgap": 1, "zmin": 0}
-    if len(rows) <= 60:
-        trace |= {"ygap": 1} | ({"texttemplate": "%{text}"} if len(names) <= 20 else {})
+    trace = {"type": "heatmap", "z": shades.round(2).tolist(), "text": text, "zmin": 0}
+    if max(len(rows), len(names)) <= 60:
+        trace |= {"xgap": 1, "ygap": 1} | ({"texttemplate": "%{text}"} if len(names) <= 20 else {})
     trace["hovertemplate"] = f"{axis} %{{y}}, {other} %{{x}}: %{{text}}<extra></extra>"
     seen = f"{len(rows)} clients, {len(names)} classes; {100 * (counts == 0).mean():.0f} % of the cells are empty"
     if rows is names:
@@ -265,7 +258,7 @@ def _heatmap(caption: str, counts: NDArray[Any], shades: NDArray[Any], rows: Nam
         row, column = divmod(int(off.argmax()), len(names))
         seen = f"{np.trace(counts)} of {counts.sum()} images are on the diagonal; most often {names[row]} is taken for "
         seen += f"{names[column]}, {off.max()} times"
-    axes = {"xaxis": {"title": {"text": other}, **_ticks(names)}, "height": min(max(110 + 22 * len(rows), 260), 900)}
+    axes = {"xaxis": {"title": {"text": other}, **_ticks(names)}, "height": min(110 + 22 * max(len(rows), 7), 500)}
     axes["yaxis"] = {"title": {"text": axis}, "autorange": "reversed", **_ticks(rows)}
     body = [[row, *line] for row, line in zip(rows, counts.tolist(), strict=True)]
     return _figure(caption, f"Heatmap of {axis} and {other}: {caption}: {seen}.", [trace], [axis, *names], body, axes)
@@ -339,7 +332,10 @@ def _seconds(groups: Sequence[Group]) -> Iterator[str]:
     caption = "Seconds of a round, mean over rounds"
     body = [[name, *(f"{s:.3f}" for s in (*row, sum(row)))] for name, row in zip(names, rows, strict=True)]
     seen = f"Bars by phase: {caption}: {'; '.join(f'{line[0]}, {line[-1]}' for line in body)}."
-    axes = {"yaxis": {"autorange": "reversed", **_ticks([name[:24] for name in names])}, "height": 80 + 44 * len(rows)}
+    axes = {
+        "yaxis": {"autorange": "reversed", **_ticks([name if len(name) <= 24 else f"…{name[-22:]}" for name in names])},
+        "height": 80 + 44 * len(rows),
+    }
     yield _figure(caption, seen, traces, ["run", *PHASES, "total"], body, {"barmode": "stack", **axes}, keys)
 
 
