@@ -89,6 +89,16 @@ def test_toggles_by_keyboard(page: Any) -> None:
         assert lines.count() == number, label
 
 
+def test_a_cell_says_what_it_is(page: Any) -> None:
+    """The first cell of the base's confusion matrix, by its centre."""
+    plot = page.locator(".plot:has(.heatmaplayer image)").first
+    plot.evaluate("plot => plot.scrollIntoView({block: 'center'})")
+    box = plot.locator(".heatmaplayer image").bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 20, box["y"] + box["height"] / 20)
+    page.wait_for_selector(".hoverlayer .hovertext")
+    assert plot.locator(".hoverlayer").text_content().startswith("true class 0, predicted class 0: ")
+
+
 def test_narrow_dark_and_printed(page: Any) -> None:
     def background() -> str:
         return str(page.locator(".plot .main-svg").first.evaluate("svg => getComputedStyle(svg).backgroundColor"))

@@ -207,8 +207,7 @@ def _kinds(group: Group) -> tuple[str, ...]:
 
 
 def _ticks(names: Names) -> dict[str, Any]:
-    step = max(1, len(names) // 50)
-    return {"tickvals": [*range(0, len(names), step)], "ticktext": names[::step], "showgrid": False}
+    return {"tickvals": [*range(len(names))], "ticktext": names, "showgrid": False}
 
 
 def _classes(groups: Sequence[Group]) -> Iterator[str]:
@@ -251,7 +250,6 @@ def _heatmap(caption: str, counts: NDArray[Any], shades: NDArray[Any], rows: Nam
     trace = {"type": "heatmap", "z": shades.round(2).tolist(), "text": text, "zmin": 0}
     if max(len(rows), len(names)) <= 60:
         trace |= {"xgap": 1, "ygap": 1} | ({"texttemplate": "%{text}"} if len(names) <= 20 else {})
-    trace["hovertemplate"] = f"{axis} %{{y}}, {other} %{{x}}: %{{text}}<extra></extra>"
     seen = f"{len(rows)} clients, {len(names)} classes; {100 * (counts == 0).mean():.0f} % of the cells are empty"
     if rows is names:
         off = counts * (1 - np.eye(len(names), dtype=np.int64))
