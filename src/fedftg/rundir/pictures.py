@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from fedftg.rundir import records
@@ -44,6 +43,8 @@ def due(folder: Path, number: int) -> bool:
 
 def write(folder: Path, number: int, pixels: NDArray[np.uint8]) -> None:
     """Writes what `mosaic` returned, as the file of a round."""
+    from PIL import Image
+
     folder.mkdir(exist_ok=True)
     file = io.BytesIO()
     Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(file, "PNG")
