@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fedftg.algorithms.base import Algorithm, Batch, LocalTask, Refiner, RefinerContext, ServerState
 from fedftg.config import RunConfig
@@ -36,6 +38,8 @@ class Parts:
     algorithm: Algorithm
     refiner: Refiner
     state: ServerState
+    shown: deque[tuple[Tensor, Tensor | None]]
+    """Receives the images that the refiner shows."""
 
 
 def parts(config: RunConfig, data: FederatedData, with_data: int) -> Parts:
@@ -55,8 +59,10 @@ def parts(config: RunConfig, data: FederatedData, with_data: int) -> Parts:
     algorithm = config.algorithm.build(data.num_clients)
     _check_fit(config, algorithm, model, data)
     normalisation = data.dataset.mean, data.dataset.std
+    shown: deque[tuple[Tensor, Tensor | None]] = deque(maxlen=1)
+    show = lambda images, labels: shown.append((images, labels))  # noqa: E731
     refiner = config.refiner.build(
-        RefinerContext(model, *shape, data.device, *normalisation, tuple(own), data.unlabelled_images)
+        RefinerContext(model, *shape, data.device, *normalisation, tuple(own), data.unlabelled_images, show)
     )
     state = ServerState(
         round=0,
@@ -65,7 +71,7 @@ def parts(config: RunConfig, data: FederatedData, with_data: int) -> Parts:
         server=algorithm.server.init(params),
         refiner=refiner.init(params, torch_rng(config.seed, 0, SERVER, "refiner")),
     )
-    return Parts(model, tuple(own), algorithm, refiner, state)
+    return Parts(model, tuple(own), algorithm, refiner, state, shown)
 
 
 def keeps_uploads(config: RunConfig, refiner: Refiner) -> bool:

@@ -75,6 +75,7 @@ def run(recipe: str | None, overrides: Sequence[str], out: Path | None, resume: 
     console = Console()
     done = loop.run(recipe, overrides=overrides, out=out, resume=resume, progress=_progress(console))
     _report(console, [done.folder], done.folder / "report", "text", ())
+    _print(console, f"an interactive page: fedftg report {done.folder}")
     _print(console, f"run folder: {done.folder}")
 
 
@@ -125,7 +126,7 @@ def compare(
     name = "+".join(dict.fromkeys(re.sub(r"-s\d+$", "", path.name) for path in found))
     if name != (whole := "+".join(path.name for path in found)) or len(name) > 120:  # other seeds, another folder
         name = f"{name[:110]}-{hashlib.sha256(whole.encode()).hexdigest()[:6]}"
-    for record in _report(console, folders, out / "comparisons" / name, **printed):
+    for record in _report(console, folders, out / "comparisons" / name, page=True, **printed):
         _print(console, f"run folder: {record.folder}")
 
 
@@ -161,8 +162,8 @@ def watch(folder: Path) -> None:
 @_format
 @_columns
 def report(folder: Path, **printed: Any) -> None:
-    """Table and plot of a run."""
-    _report(Console(stderr=printed["form"] != "text"), [folder], folder / "report", **printed)
+    """Table, plot and interactive page of a run."""
+    _report(Console(stderr=printed["form"] != "text"), [folder], folder / "report", page=True, **printed)
 
 
 @cli.command()
@@ -417,8 +418,10 @@ def run_or_resume(config: RunConfig, out: Path, progress: Progress | None = None
     return loop.run(config, out=folder or loop.unused(out, config.name), resume=resume, progress=progress).folder
 
 
-def _report(console: Console, folders: Sequence[Path], out: Path, form: str, columns: Sequence[str]) -> list[RunRecord]:
-    """Prints a table of runs and writes it, with all columns, and a plot to ``out``; returns what was read."""
+def _report(
+    console: Console, folders: Sequence[Path], out: Path, form: str, columns: Sequence[str], page: bool = False
+) -> list[RunRecord]:
+    """Prints a table of runs and writes it, with all columns, a plot and maybe a page to ``out``; returns the runs."""
     from fedftg.report import plots, table
     from fedftg.report.load import load_run
 
@@ -434,6 +437,11 @@ def _report(console: Console, folders: Sequence[Path], out: Path, form: str, col
     for end in ("pdf", "svg", "png"):
         plot = plots.accuracy_plot(runs, out / f"accuracy.{end}")
     _print(console, f"plot: {plot} (also .pdf and .svg)")
+    if page:
+        from fedftg.report.page import html_page
+
+        _write(out / "report.html", html_page(runs))
+        _print(console, f"page: {out / 'report.html'}")
     return runs
 
 

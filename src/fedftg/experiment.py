@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from fedftg.algorithms.base import (
     Algorithm,
@@ -22,7 +26,7 @@ from fedftg.algorithms.base import (
 from fedftg.config import RunConfig
 from fedftg.data.federated import FederatedData
 from fedftg.engine import sampling
-from fedftg.engine.evaluate import Measured, evaluate, evaluate_clients, evaluate_ensemble
+from fedftg.engine.evaluate import Measured, evaluate, evaluate_clients, evaluate_ensemble, over_clients
 from fedftg.engine.executors import Executor, Rejected
 from fedftg.models.functional import FunctionalModel
 from fedftg.params import Params, first_non_finite, to_device
@@ -53,6 +57,10 @@ class Experiment:
     partition_record: Record = field(repr=False)
     min_results: int = 1
     """With fewer usable updates a round leaves the global model unchanged."""
+    shown: deque[tuple[Tensor, Tensor | None]] = field(default_factory=lambda: deque(maxlen=1), repr=False)
+    """The images that the refiner showed last, and their labels; whoever reads them takes them out."""
+    evaluation: Record | None = field(default=None, init=False, repr=False)
+    """What the last round measured in detail: the content of ``evaluation.json``."""
 
     def run_round(self, progress: Progress) -> Record:
         """Runs one round and returns its record; the state changes only once everything is done."""
@@ -79,9 +87,12 @@ class Experiment:
             record["rejected"] = rejected
         record |= {"seconds": clock.seconds, "accuracy": measured.accuracy, "loss": measured.loss}
         if measured.clients:
-            record["client_accuracy"] = measured.clients
+            record["client_accuracy"] = {kind: over_clients(found) for kind, found in measured.clients.items()}
         if measured.not_measured:
             record["not_measured"] = measured.not_measured
+        if number == self.config.rounds:
+            confusion = {kind: counts.tolist() for kind, counts in measured.confusion.items()}
+            self.evaluation = {"round": number, "confusion": confusion, "clients": measured.clients}
         record |= {"server": server_metrics, "refine": refine_metrics}
         reasons = [reason for reason in (undone, rolled_back) if reason]
         return record | ({"rolled_back": "; ".join(reasons)} if reasons else {})
@@ -192,19 +203,26 @@ class Experiment:
             size = self.config.evaluation.batch_size
             for done, (kind, values) in enumerate(models.items()):
                 progress.phase(number, "evaluate", done, len(models))
-                measured.accuracy[kind], measured.loss[kind] = evaluate(self.model, *values, self.data, size)
+                confusion = None
+                if number == self.config.rounds:
+                    square = self.data.num_classes, self.data.num_classes
+                    confusion = measured.confusion[kind] = torch.zeros(
+                        *square, dtype=torch.int64, device=self.data.device
+                    )
+                found = evaluate(self.model, *values, self.data, size, confusion)
+                measured.accuracy[kind], measured.loss[kind] = found
             if self.config.evaluation.ensemble and results:
                 for kind, found in evaluate_ensemble(self.models or (self.model,), results, self.data, size).items():
                     measured.accuracy[kind], measured.loss[kind] = found
         self._evaluate_clients(number, models, measured)
-        by_kinds: tuple[dict[str, Any], ...] = (measured.accuracy, measured.loss, measured.clients)
+        by_kinds: tuple[dict[str, Any], ...] = (measured.accuracy, measured.loss, measured.confusion, measured.clients)
         for by_kind in by_kinds:
             if by_kind:
                 by_kind.setdefault("refined", by_kind["selected"])
         return measured
 
     def _evaluate_clients(self, number: int, models: Models, into: Measured) -> None:  # noqa: ARG002
-        """Fills in accuracy over the clients that hold samples back, where any does."""
+        """Fills in the accuracy of the clients that hold samples back, where any does."""
         if self.data.holds_back:
             size = self.config.evaluation.batch_size
             for kind, values in models.items():

@@ -25,7 +25,7 @@ from fedftg.errors import InputError
 from fedftg.experiment import Experiment
 from fedftg.progress import Progress, chosen
 from fedftg.report.load import RunViews
-from fedftg.rundir import checkpoint, records
+from fedftg.rundir import checkpoint, pictures, records
 from fedftg.rundir.folder import RunFolder, summarise
 from fedftg.rundir.records import PUT_BACK, Record
 
@@ -194,6 +194,7 @@ def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress, s
         while experiment.state.round < config.rounds:
             record = experiment.run_round(progress)
             done = experiment.state.round
+            _write_details(experiment, folder)
             if experiment.executor.description != executor:  # what auto took could not do it
                 executor = experiment.executor.description
                 folder.amend_session(executor=executor)
@@ -216,6 +217,18 @@ def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress, s
                 records.append(folder.rounds_file, record)
             checkpoint.save(experiment.state, experiment.clients)
         raise
+
+
+def _write_details(experiment: Experiment, folder: RunFolder) -> None:
+    """Writes what the refiner showed, in few rounds, and what the last round measured in detail."""
+    done, last, data = experiment.state.round, experiment.config.rounds, experiment.data
+    if experiment.shown:
+        images, labels = experiment.shown.pop()
+        if done == last or pictures.due(folder.images, done):
+            mosaic = pictures.mosaic(images, labels, data.num_classes, data.dataset.mean, data.dataset.std)
+            pictures.write(folder.images, done, mosaic)
+    if experiment.evaluation is not None:
+        records.write_json(folder.evaluation_file, experiment.evaluation, indent=None)
 
 
 def _restore(experiment: Experiment, folder: RunFolder, session: Record) -> None:

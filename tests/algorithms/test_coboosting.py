@@ -110,7 +110,7 @@ def test_images_take_one_step_in_a_random_direction_of_the_output(shown):
     replay = torch.Generator().manual_seed(0)
     replay.set_state(call.rng.get_state())
     kept = images.pool["images"].float()
-    before = kept[torch.randperm(6, generator=replay)] if shown else images._newest[0]
+    before = kept[torch.randperm(6, generator=replay)] if shown else images.newest[0]
     found, _ = images.make(draws[shown])
     assert not found.requires_grad
 
@@ -118,4 +118,4 @@ def test_images_take_one_step_in_a_random_direction_of_the_output(shown):
     softened = ((teachers[0](at) + teachers[1](at)) / 2 / 4).softmax(dim=1)
     (slope,) = torch.autograd.grad(((2 * torch.rand(6, 3, generator=replay) - 1) * softened).sum(), at)
     torch.testing.assert_close(found, before + 0.25 * slope.sign())
-    assert torch.equal(images.pool["images"], images._newest[0].half())
+    assert torch.equal(images.pool["images"], images.newest[0].half())

@@ -57,6 +57,7 @@ def test_run_writes_what_the_contract_says(fedftg: Any, tiny: list[str], tmp_pat
     folder = tmp_path / "runs" / "default"
     assert {path.name for path in folder.iterdir()} == {
         "config.toml", "environment.json", "partition.json", "rounds.jsonl", "summary.json", "checkpoint", "report",
+        "evaluation.json", "images",
     }  # fmt: skip
     rows = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
     assert [row["round"] for row in rows] == [1, 2, 3, 4]
@@ -81,6 +82,14 @@ def test_run_writes_what_the_contract_says(fedftg: Any, tiny: list[str], tmp_pat
     assert max(len(line) for line in done.stdout.splitlines() if not line.startswith("round ")) <= 80
     counts = json.loads((folder / "partition.json").read_text())["class_counts"]
     assert sum(map(sum, counts)) == 200
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    assert (evaluation["round"], evaluation["clients"]) == (4, {})
+    for kind, confusion in evaluation["confusion"].items():
+        assert sum(map(sum, confusion)) == 60
+        assert sum(row[place] for place, row in enumerate(confusion)) / 60 == rows[3]["accuracy"][kind]
+    assert set(evaluation["confusion"]) == set(rows[3]["accuracy"])
+    shown = {int(path.stem) for path in (folder / "images").iterdir()}
+    assert shown == {row["round"] for row in rows if "student" in row["refine"]} & {1, 2, 3, 4}
 
 
 def test_base_logs_the_aggregate_as_deployed(fedftg: Any, no_refiner: list[str], tmp_path: Path) -> None:

@@ -133,6 +133,8 @@ def test_killed_and_resumed(
     left = {path.name for path in (tmp_path / "killed" / "checkpoint").iterdir()}
     assert left == {"checkpoint.json", "state-000004.safetensors", "clients.bin"}
     assert not list((tmp_path / "killed").rglob("*.part"))
+    for file in (whole / "evaluation.json", *(whole / "images").iterdir()):
+        assert (tmp_path / "killed" / file.relative_to(whole)).read_bytes() == file.read_bytes(), file
 
 
 @pytest.mark.parametrize("step", ["write", "commit"])

@@ -8,7 +8,7 @@ from torch import nn
 from fedftg.algorithms.base import ClientResult
 from fedftg.data.dataset import ImageDataset
 from fedftg.data.federated import FederatedData
-from fedftg.engine.evaluate import evaluate, evaluate_clients, evaluate_ensemble
+from fedftg.engine.evaluate import evaluate, evaluate_clients, evaluate_ensemble, over_clients
 from fedftg.models.functional import FunctionalModel
 
 CLIENTS = 12
@@ -48,15 +48,18 @@ def test_accuracy_over_clients_by_hand() -> None:
     model = FunctionalModel(SaysWhatThePixelSays())
     data = make([0] * 10 + [2, 4])
     found = evaluate_clients(model, *model.init(), data, 7)
-    assert found == pytest.approx({"mean": 10.5 / 12, "worst_10": 0.25, "std": 0.0885416**0.5}, rel=1e-4)
-    assert evaluate(model, *model.init(), data, 7)[0] == pytest.approx(54 / 60)
+    assert found == {**dict.fromkeys(range(10), 1.0), 10: 0.5, 11: 0.0}
+    assert over_clients(found) == pytest.approx({"mean": 10.5 / 12, "worst_10": 0.25, "std": 0.0885416**0.5}, rel=1e-4)
+    confusion = torch.zeros(2, 2, dtype=torch.int64)
+    assert evaluate(model, *model.init(), data, 7, confusion)[0] == pytest.approx(54 / 60)
+    assert confusion.tolist() == [[27, 3], [3, 27]]  # labels alternate: 1 and 2 wrong of each class
 
 
 def test_clients_that_hold_nothing_back_do_not_count() -> None:
     model = FunctionalModel(SaysWhatThePixelSays())
     data = make([4] + [0] * (CLIENTS - 1))
     only_first = FederatedData(data.dataset, [[9], [14]], held_back=[[0, 1, 2, 3], []])
-    assert evaluate_clients(model, *model.init(), only_first, 2) == {"mean": 0.0, "worst_10": 0.0, "std": 0.0}
+    assert evaluate_clients(model, *model.init(), only_first, 2) == {0: 0.0}
 
 
 class Says(nn.Module):

@@ -103,6 +103,7 @@ class Distilled(NoRefiner):
             teachers = stack_or_list(partial(model, train=False), *values_of)
         images, scale = pooled(config, source), config.lr_decay**state.round
         metrics = distil(config, images, student, teachers, counts, rng=rng, lr_scale=scale)
+        self.context.show(*images.newest)
         params, buffers = values(student)
         buffers = {name: buffers[name] for name in state.buffers}  # a tied buffer comes apart in the copy
         return replace(state, params=params, buffers=buffers), {name: float(m.mean()) for name, m in metrics.items()}

@@ -101,6 +101,7 @@ class FedFTG(NoRefiner):
             teachers = stack_or_list(partial(model, train=False), params, buffers)
             scale = self.config.lr_decay**state.round
             metrics = distil(self.config, pool, student, teachers, torch.stack(counts), rng=rng, lr_scale=scale)
+            self.context.show(*pool.newest)
             means |= {name: float(metric.mean()) for name, metric in metrics.items()}
             tuned, statistics = values(student)  # unties buffers, so the state's names are kept
             refined = replace(state, params=tuned, buffers={name: statistics[name] for name in state.buffers})

@@ -24,6 +24,7 @@ class PooledImages:
     Attributes:
         pool: ``images``, in half precision, and ``labels`` where they are known: all that the next call needs besides
             the source's own memory. Replaced in each iteration, never written to.
+        newest: the source's last images and their labels, once it made some.
     """
 
     def __init__(self, config: StudentConfig, source: Images[Any], pool: Params | None = None) -> None:
@@ -41,18 +42,18 @@ class PooledImages:
         """Improves the source on a draw and takes its images into the pool; returns the last metrics."""
         if draw is not None:
             self._metrics = self._source.improve(call, draw)
-            self._newest = self._source.make(draw)
+            self.newest = self._source.make(draw)
             if self._config.pool_size:
-                self._take(*self._newest)
+                self._take(*self.newest)
         return self._metrics
 
     def make(self, draw: Any) -> tuple[Float[Tensor, "B D H W"], Int[Tensor, " B"] | None]:
         """Returns the new images, or some of the pool, drawn without replacement and changed at random."""
         if draw is not None:
-            return self._newest
+            return self.newest
         images, rng = self.pool["images"], self._call.rng
         chosen = moved(torch.randperm(len(images), generator=rng)[: self._config.batch_size], images.device)
-        batch = augment(images[chosen].to(self._newest[0].dtype), self._config.pool_augment, rng)
+        batch = augment(images[chosen].to(self.newest[0].dtype), self._config.pool_augment, rng)
         return batch, self.pool["labels"][chosen] if "labels" in self.pool else None
 
     def _take(self, images: Float[Tensor, "B D H W"], labels: Int[Tensor, " B"] | None) -> None:

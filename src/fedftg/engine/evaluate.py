@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -43,16 +43,25 @@ class Measured:
 
     accuracy: dict[str, float] = field(default_factory=dict)
     loss: dict[str, float] = field(default_factory=dict)
-    clients: dict[str, dict[str, float]] = field(default_factory=dict)  # `over_clients`
+    confusion: dict[str, Tensor] = field(default_factory=dict)  # of the last round
+    clients: dict[str, dict[int, float]] = field(default_factory=dict)  # `evaluate_clients`
     not_measured: list[dict[str, int | str]] = field(default_factory=list)
     """Clients that hold samples back and are not in ``clients``: ``{client, reason}``."""
 
 
 def evaluate(
-    model: FunctionalModel, params: Params, buffers: Params, data: FederatedData, batch_size: int
+    model: FunctionalModel,
+    params: Params,
+    buffers: Params,
+    data: FederatedData,
+    batch_size: int,
+    confusion: Tensor | None = None,
 ) -> tuple[float, float]:
-    """Returns accuracy in [0, 1] and mean cross-entropy over the whole test set, in evaluation mode."""
-    return _evaluate(lambda images: [model(params, buffers, images, train=False)], data, batch_size)[0]
+    """Returns accuracy in [0, 1] and mean cross-entropy over the whole test set, in evaluation mode.
+
+    To ``confusion`` ``(C, C)`` int64, if given, the images of each class (rows) are added by their predicted class.
+    """
+    return _evaluate(lambda images: [model(params, buffers, images, train=False)], data, batch_size, confusion)[0]
 
 
 def evaluate_ensemble(
@@ -78,7 +87,10 @@ def evaluate_ensemble(
 
 @torch.no_grad()
 def _evaluate(
-    predict: Callable[[Tensor], Sequence[Tensor]], data: FederatedData, batch_size: int
+    predict: Callable[[Tensor], Sequence[Tensor]],
+    data: FederatedData,
+    batch_size: int,
+    confusion: Tensor | None = None,
 ) -> list[tuple[float, float]]:
     """Returns accuracy and mean cross-entropy of each of the logits ``(B, C)`` that a function returns."""
     correct, loss, total = [], [], 0
@@ -87,16 +99,20 @@ def _evaluate(
         correct.append([(logits.argmax(dim=1) == labels).sum() for logits in predicted])
         loss.append([F.cross_entropy(logits, labels, reduction="sum").double() for logits in predicted])
         total += len(labels)
+        if confusion is not None:
+            pairs = labels * len(confusion) + predicted[0].argmax(dim=1)
+            confusion += torch.bincount(pairs, minlength=confusion.numel()).view_as(confusion)
     sums = [[float(torch.stack(part).sum()) / total for part in zip(*of, strict=True)] for of in (correct, loss)]
     return list(zip(*sums, strict=True))
 
 
 def evaluate_clients(
     model: FunctionalModel, params: Params, buffers: Params, data: FederatedData, batch_size: int
-) -> dict[str, float]:
-    """Returns the accuracy on held-back samples over the clients that have some: `over_clients`."""
-    correct = correct_held_back(model, params, buffers, data, batch_size)
-    return over_clients(correct, torch.tensor([data.num_held_back(client) for client in range(data.num_clients)]))
+) -> dict[int, float]:
+    """Returns the accuracy on held-back samples of each client that has some."""
+    correct = correct_held_back(model, params, buffers, data, batch_size).tolist()
+    sizes = [data.num_held_back(client) for client in range(data.num_clients)]
+    return {client: correct[client] / size for client, size in enumerate(sizes) if size}
 
 
 @torch.no_grad()
@@ -111,19 +127,14 @@ def correct_held_back(
     return correct.cpu()
 
 
-def over_clients(correct: Tensor, sizes: Tensor) -> dict[str, float]:
-    """Returns the accuracy over the clients that hold samples back, each counted once: ``mean``, ``worst_10``, ``std``.
+def over_clients(accuracies: Mapping[int, float]) -> dict[str, float]:
+    """Returns ``mean``, ``worst_10`` and ``std`` of the accuracies of at least one client, each counted once.
 
     ``worst_10`` is the mean of the worst tenth of the clients (rounded up to whole clients).
-
-    Args:
-        correct: correctly classified samples of each client, ``(clients,)``.
-        sizes: samples held back, likewise; clients with 0 are skipped, and one has more.
     """
-    accuracies = (correct[sizes > 0].double() / sizes[sizes > 0]).sort().values
-    worst = accuracies[: -(-len(accuracies) // 10)]
+    ordered = torch.tensor(sorted(accuracies.values()), dtype=torch.float64)
     return {
-        "mean": float(accuracies.mean()),
-        "worst_10": float(worst.mean()),
-        "std": float(accuracies.std(correction=0)),
+        "mean": float(ordered.mean()),
+        "worst_10": float(ordered[: -(-len(ordered) // 10)].mean()),
+        "std": float(ordered.std(correction=0)),
     }

@@ -18,7 +18,7 @@ from fedftg import build, loop
 from fedftg.algorithms.base import ClientResult, LocalRule, LocalTask
 from fedftg.config import RunConfig, parse
 from fedftg.data import sources
-from fedftg.engine.evaluate import Measured, over_clients
+from fedftg.engine.evaluate import Measured
 from fedftg.engine.executors import Executor, Rejected
 from fedftg.engine.machine import keep_freed_memory, resolve_device
 from fedftg.errors import InputError
@@ -146,9 +146,8 @@ class NodesExperiment(Experiment):
             else:
                 correct[client] = found
         if correct:
-            sizes = torch.tensor([held_back[client] for client in correct])
-            for kind, counts in zip(models, torch.tensor(list(correct.values())).T, strict=True):
-                into.clients[kind] = over_clients(counts, sizes)
+            for place, kind in enumerate(models):
+                into.clients[kind] = {client: found[place] / held_back[client] for client, found in correct.items()}
 
 
 def _counts(reply: Message | str, client: int, size: int, kinds: list[str]) -> list[int] | str:

@@ -65,8 +65,19 @@ class RunRecord(RunViews):
 
     def accuracy(self, kind: str) -> Series:
         """Returns ``record["accuracy"][kind]`` of the rounds that have it; null becomes NaN."""
-        found = [(row["round"], row["accuracy"][kind]) for row in self.rounds if kind in row.get("accuracy", {})]
+        return self.series("accuracy", kind)
+
+    def series(self, part: str, name: str) -> Series:
+        """Returns ``record[part][name]`` of the rounds that have it; null becomes NaN."""
+        found = [(row["round"], row[part][name]) for row in self.rounds if name in row.get(part, {})]
         return [number for number, _ in found], [math.nan if value is None else value for _, value in found]
+
+    def read(self, file: str) -> dict[str, Any]:
+        """Returns the object in a JSON file of the folder; empty where there is no such file."""
+        try:
+            return records.read_json(self.folder / file) if (self.folder / file).exists() else {}
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read {self.folder / file}: {first_line(error)}") from None
 
     @property
     def name(self) -> str:

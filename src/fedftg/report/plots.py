@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fedftg.errors import InputError
 from fedftg.report.load import RunRecord, Series, grouped
-from fedftg.report.table import LAST, deviation, score
+from fedftg.report.table import LAST, mean_of, score
 
 DPI = 100
 WIDTH = 12.0
@@ -82,14 +82,14 @@ def accuracy_figure(runs: Sequence[RunRecord], *, paper: bool = False) -> Figure
         colour, name = _COLOURS[index % len(_COLOURS)], group.name
         marker = _MARKERS[index // len(_COLOURS) % len(_MARKERS)]
         for kind in _KINDS:
-            numbers, means, spreads = _mean_of([run.accuracy(kind) for run in group.runs])
+            numbers, means, spreads = mean_of([run.accuracy(kind) for run in group.runs])
             if numbers and not (kind == "selected" and group.first.refiner == "none"):  # that is the deployed model
                 _draw_line(axes, (numbers, means), kind, colour, marker if kind == "refined" else "")
                 shown.add(kind)
                 if kind == "refined" and len(group.runs) > 1:
                     low, high = ([100 * (m + way * s) for m, s in zip(means, spreads, strict=True)] for way in (-1, 1))
                     axes.fill_between(numbers, low, high, color=colour, alpha=0.15, linewidth=0)
-        result = score(_mean_of([run.accuracy("refined") for run in group.runs])[:2])
+        result = score(mean_of([run.accuracy("refined") for run in group.runs])[:2])
         # The value comes first: matplotlib leaves out labels that start with an underscore.
         shown_name = _cut(name, 38 if paper else 110)
         label = f"{'no evaluation' if result is None else f'{100 * result.mean_last:.2f}'}   {shown_name}"
@@ -175,15 +175,6 @@ def partition_heatmap(
     axes.set_ylim(clients - 0.5, -0.5)
     figure.suptitle(_cut(title, 120), parse_math=False)
     return _save(figure, path)
-
-
-def _mean_of(series: Sequence[Series]) -> tuple[list[int], list[float], list[float]]:
-    """Returns rounds that all have, the mean over series, and the standard deviation."""
-    values = [dict(zip(*one, strict=True)) for one in series]
-    numbers = sorted(set.intersection(*(set(one) for one in values)))
-    columns = [[one[number] for one in values] for number in numbers]
-    means = [math.fsum(column) / len(column) for column in columns]
-    return numbers, means, [deviation(column) for column in columns]
 
 
 def _draw_line(axes: Axes, series: Series, kind: str, colour: str, marker: str) -> None:

@@ -203,7 +203,7 @@ def terminal_table(runs: Sequence[RunRecord], chosen: Sequence[str] = ()) -> Tab
         pad_edge=False,
         padding=(0, 1, 0, 0),
         leading=1,
-        caption=Text("\n" + "\n".join(_notes(rows, below="below it the final"))),
+        caption=Text("\n" + "\n".join(table_notes(rows, below="below it the final"))),
         caption_justify="left",
     )
     table.add_column("run\nmethod", overflow="fold", min_width=10)
@@ -226,19 +226,19 @@ def terminal_table(runs: Sequence[RunRecord], chosen: Sequence[str] = ()) -> Tab
 def markdown_table(runs: Sequence[RunRecord], chosen: Sequence[str] = ()) -> str:
     """Returns the same numbers as a Markdown table, ``mean of the last (final)``, with its notes below."""
     rows = comparison_rows(runs)
-    header, *body = _cells(rows, "**{}**", chosen)
+    header, *body = table_cells(rows, "**{}**", chosen)
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (header, *body)]
     lines.insert(1, "|---|---|---|" + "---:|" * (len(header) - 3))
-    notes = _notes(rows, below="in brackets the final one")
+    notes = table_notes(rows, below="in brackets the final one")
     return "\n".join([*lines, "", *(f"{note}  " for note in notes[:-1]), notes[-1], ""])
 
 
 def latex_table(runs: Sequence[RunRecord], chosen: Sequence[str] = ()) -> str:
     """Returns the same as a LaTeX ``tabular`` for the package booktabs, its notes as comments."""
     rows = comparison_rows(runs)
-    header, *body = _cells(rows, "\x02{}\x03", chosen)
+    header, *body = table_cells(rows, "\x02{}\x03", chosen)
     lines = [" & ".join(map(_escaped, line)) + r" \\" for line in (header, *body)]
-    notes = [f"% {note}" for note in (*_notes(rows, below="in brackets the final one"), r"\usepackage{booktabs}")]
+    notes = [f"% {note}" for note in (*table_notes(rows, below="in brackets the final one"), r"\usepackage{booktabs}")]
     begin = rf"\begin{{tabular}}{{lll{'r' * (len(header) - 3)}}}"
     middle = [r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
     return "\n".join([*notes, begin, *middle, r"\end{tabular}", ""])
@@ -280,7 +280,7 @@ def _numbers(run: RunRecord, runs: Sequence[RunRecord], name: str) -> dict[str, 
     return {part if name == "best" else f"{name}_{part}": getattr(found, part, "") for part in parts}
 
 
-def _cells(rows: Sequence[Row], bold: str, chosen: Sequence[str] = ()) -> list[list[str]]:
+def table_cells(rows: Sequence[Row], bold: str, chosen: Sequence[str] = ()) -> list[list[str]]:
     """Returns the header and the cells of each row; ``bold`` marks the best deployed accuracy."""
     columns = _columns(rows, chosen)
     table = [["run", "algorithm", "refiner", *(column.header for column in columns)]]
@@ -395,7 +395,8 @@ def _deployed_mean(row: Row) -> float:
     return math.fsum(one.mean_last for one in row.deployed) / len(row.deployed)
 
 
-def _notes(rows: Sequence[Row], below: str) -> list[str]:
+def table_notes(rows: Sequence[Row], below: str) -> list[str]:
+    """Returns what a reader of a table must know, a sentence a line; ``below`` says where the smaller value is."""
     counts = [one.evaluations for row in rows for one in row.deployed]
     fewer = f" (of all {min(counts)} where fewer)" if counts and min(counts) < LAST else ""
     notes = [f"Test accuracy in %: mean of the last {LAST} evaluations{fewer}, {below}."]
@@ -410,7 +411,7 @@ def _notes(rows: Sequence[Row], below: str) -> list[str]:
         )
     for row in rows:
         if row.gain and len(row.gain.mean_last) > 1:
-            low, high = (_percent(end, "+") for end in interval(row.gain.mean_last))
+            low, high = (percent(end, "+") for end in interval(row.gain.mean_last))
             notes.append(
                 f"{row.name} vs {row.gain.base}: 95 % interval {low} to {high} (t, {len(row.gain.mean_last)} seeds)."
             )
@@ -425,7 +426,7 @@ def _notes(rows: Sequence[Row], below: str) -> list[str]:
         measured = [record for record in row.runs[0].rounds if "client_accuracy" in record]
         if measured:
             found = measured[-1]["client_accuracy"]["refined"]
-            mean, worst, spread = (_percent(found[key]) for key in ("mean", "worst_10", "std"))
+            mean, worst, spread = (percent(found[key]) for key in ("mean", "worst_10", "std"))
             number = measured[-1]["round"]
             notes.append(
                 f"{row.name}, per client (round {number}): mean {mean}, worst 10 % {worst}, "
@@ -442,8 +443,8 @@ def _pair(values: Sequence[float], of_one: Sequence[float], sign: str = "") -> t
     if not values:
         return "", ""
     if len(values) == 1:
-        return _percent(values[0], sign), _percent(of_one[0], sign) if of_one else ""
-    return _percent(math.fsum(values) / len(values), sign), f"± {_percent(deviation(values))}"
+        return percent(values[0], sign), percent(of_one[0], sign) if of_one else ""
+    return percent(math.fsum(values) / len(values), sign), f"± {percent(deviation(values))}"
 
 
 def deviation(values: Sequence[float]) -> float:
@@ -452,7 +453,17 @@ def deviation(values: Sequence[float]) -> float:
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1))
 
 
-def _percent(value: float, sign: str = "") -> str:
+def mean_of(series: Sequence[Series]) -> tuple[list[int], list[float], list[float]]:
+    """Returns rounds that all have, the mean over series, and the standard deviation."""
+    values = [dict(zip(*one, strict=True)) for one in series]
+    numbers = sorted(set.intersection(*(set(one) for one in values)))
+    columns = [[one[number] for one in values] for number in numbers]
+    means = [math.fsum(column) / len(column) for column in columns]
+    return numbers, means, [deviation(column) for column in columns]
+
+
+def percent(value: float, sign: str = "") -> str:
+    """Returns a fraction as percent with two digits."""
     return "nan" if math.isnan(value) else f"{100 * value:{sign}.2f}"
 
 

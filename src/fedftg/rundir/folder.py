@@ -26,6 +26,8 @@ class RunFolder:
         self.environment_file = path / "environment.json"
         self.partition_file = path / "partition.json"
         self.checkpoint = path / "checkpoint"
+        self.evaluation_file = path / "evaluation.json"
+        self.images = path / "images"
 
     @property
     def finished(self) -> bool:

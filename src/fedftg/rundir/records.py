@@ -53,9 +53,9 @@ def read_json(path: Path) -> Record:
     return value
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     """Writes a JSON file as a whole or not at all."""
-    write_atomically(path, (json.dumps(finite(value), indent=2, allow_nan=False) + "\n").encode())
+    write_atomically(path, (json.dumps(finite(value), indent=indent, allow_nan=False) + "\n").encode())
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -1,0 +1,139 @@
+"""The page in a browser: everything is drawn, toggles and themes work, nothing overflows; and its numbers by hand."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedftg
+from fedftg.report.load import RunRecord, load_run
+from fedftg.report.page import html_page
+
+TINY = [
+    "data.name=digits", "data.max_train=200", "data.max_test=60", "partition.num_clients=5", "cohort.size=3",
+    "partition.test_share=0.2", "rounds=2", "local.epochs=1", "threads=1",
+]  # fmt: skip
+SMALL_REFINER = ["refiner.iterations=2", "refiner.batch_size=16", "refiner.generator_width=4"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[RunRecord]:
+    """A base, and two seeds of a recipe with a refiner, whose name is HTML."""
+    folder = tmp_path_factory.mktemp("runs")
+    made = {"base": ["refiner.name=none"], "<b>&amp;-s0": SMALL_REFINER, "<b>&amp;-s1": [*SMALL_REFINER, "seed=1"]}
+    for name, settings in made.items():
+        fedftg.run("default_base" if name == "base" else "default", overrides=[*TINY, *settings], out=folder / name)
+    return [load_run(folder / name) for name in made]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright, chromium = pytest.importorskip("playwright.sync_api"), shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium")
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(browser: Any, runs: list[RunRecord], tmp_path: Path) -> Iterator[Any]:
+    """The page of a comparison, opened 1400 wide; a message on the console or a request fails the test."""
+    file = tmp_path / "report.html"
+    file.write_text(html_page(runs), encoding="utf-8")
+    opened, wrong = browser.new_page(viewport={"width": 1400, "height": 900}), []
+    opened.on("console", lambda message: wrong.append(message.text))
+    opened.on("pageerror", lambda error: wrong.append(str(error)))
+    opened.on("request", lambda request: request.url.startswith(("file:", "data:")) or wrong.append(request.url))
+    opened.goto(file.as_uri())
+    yield opened
+    opened.close()
+    assert wrong == []
+
+
+DRAWN = ".scatterlayer .trace, .barlayer .point, .heatmaplayer image"
+
+
+def test_every_figure_is_drawn_and_said(page: Any) -> None:
+    plots = page.locator(".plot")
+    captions = page.locator("figure:has(.plot) figcaption").all_inner_texts()
+    for caption in (
+        "Test accuracy in %", "Test loss", "refine: discrepancy", "Accuracy of each class", "Samples of each class",
+        "Accuracy of each client", "Seconds of a round", "base, deployed", "<b>&amp;, deployed",
+    ):  # fmt: skip
+        assert any(text.startswith(caption) for text in captions), caption
+    for place in range(plots.count()):
+        plot, label = plots.nth(place), plots.nth(place).get_attribute("aria-label")
+        assert plot.locator(DRAWN).count() > 0, label
+        assert plot.get_attribute("role") == "img"
+        assert len(label) > 40
+        assert plot.locator("xpath=../details//td").count() > 0, label
+    assert page.locator(".mosaic img").count() == 2
+    assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth == 64 && image.alt)")
+    assert page.locator("h1").inner_text() == "base and <b>&amp;"
+    assert "refiner.name" in page.locator("main").inner_text()
+
+
+def test_toggles_by_keyboard(page: Any) -> None:
+    """Two runs, of which one has a line before refining, and two seeds, so that its two lines have a band each."""
+    lines = page.locator(".plot").first.locator(".scatterlayer .trace")
+    assert lines.count() == 5
+    for label, number in (("± deviation", 3), ("each seed", 7), ("selected", 4), ("base", 3), ("all (last", 6)):
+        box = page.get_by_role("checkbox", name=label)
+        box.focus()
+        page.keyboard.press("Space")
+        assert lines.count() == number, label
+
+
+def test_a_cell_says_what_it_is(page: Any) -> None:
+    """The first cell of the base's confusion matrix, by its centre."""
+    plot = page.locator(".plot:has(.heatmaplayer image)").first
+    plot.evaluate("plot => plot.scrollIntoView({block: 'center'})")
+    box = plot.locator(".heatmaplayer image").bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 20, box["y"] + box["height"] / 20)
+    page.wait_for_selector(".hoverlayer .hovertext")
+    assert plot.locator(".hoverlayer").text_content().startswith("true class 0, predicted class 0: ")
+
+
+def test_narrow_dark_and_printed(page: Any) -> None:
+    def background() -> str:
+        return str(page.locator(".plot .main-svg").first.evaluate("svg => getComputedStyle(svg).backgroundColor"))
+
+    light = background()
+    page.set_viewport_size({"width": 400, "height": 800})
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function("document.querySelector('.main-svg').clientWidth < 400")
+    assert page.evaluate("document.documentElement.scrollWidth") == 400
+    dark = background()
+    assert light == "rgb(255, 255, 255)" != dark
+    assert len(page.pdf(format="A4")) > 50_000
+    assert background() == dark
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert background() == light
+
+
+def test_numbers_by_hand(tmp_path: Path) -> None:
+    """Of four and five images of two classes 3 and 1 are right, after refining 2 and 5: 75 and 20 %, 50 and 100 %."""
+    confusion = {"selected": [[3, 1], [4, 1]], "refined": [[2, 2], [0, 5]]}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"round": 1, "confusion": confusion, "clients": {}}))
+    partition = {"class_names": ["cat", "</script>"], "digest": "", "class_counts": [[7, 0]], "image_shape": [1, 8, 8]}
+    (tmp_path / "partition.json").write_text(json.dumps(partition))
+    row = {"round": 1, "seconds": {"local": 2.0}, "accuracy": {"selected": 4 / 9, "refined": 7 / 9}}
+    config = {"rounds": 1, "algorithm": {"name": "fedavg"}, "refiner": {"name": "fedftg"}}
+    text = html_page([RunRecord(tmp_path, config, [row], None)])
+    assert "<th scope=row>cat<td>75.0<td>50.0</tr><tr><th scope=row>&lt;/script&gt;<td>20.0<td>100.0</tr>" in text
+    assert "+80.0 points for class &lt;/script&gt;, the largest gain, and -25.0 for class cat" in text
+    assert "7 of 9 images are on the diagonal; most often cat is taken for &lt;/script&gt;, 2 times" in text
+    assert "<th scope=row>0<td>7<td>0</tr>" in text
+    assert "&lt;/script&gt;&lt;/script&gt;" not in text
+
+
+def test_a_run_without_details(tmp_path: Path) -> None:
+    config = {"rounds": 1, "algorithm": {"name": "fedavg"}, "refiner": {"name": "none"}}
+    text = html_page([RunRecord(tmp_path, config, [], None)])
+    assert "To see what a refiner gives" in text
+    assert "Which classes gain?" not in text
