@@ -6,8 +6,8 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "fedftg"
 ORDER = (
-    "augment params seeds errors recipes registry", "distill models data", "algorithms", "engine rundir", "track",
-    "config", "progress", "experiment report oneshot", "build export", "loop", "flower", "cli __init__",
+    "augment params precision seeds errors recipes registry", "distill models data", "algorithms", "engine rundir",
+    "track", "config", "progress", "experiment report oneshot", "build export", "loop", "flower", "cli __init__",
 )  # fmt: skip
 LAYERS = {name: level for level, names in enumerate(ORDER) for name in names.split()}
 ISLANDS = {"distill", "models", "data", "report"}

@@ -1,6 +1,6 @@
 """``make bench``: one table of where the time of a round goes, and how far from the machine's limit it is.
 
-    python benchmarks/speed/bench.py [--tables round,local,refine,teachers,clients,models] [--steps 10] [--json FILE]
+    python benchmarks/speed/bench.py [--tables local,refine,layouts] [--steps 10] [--json FILE]
 
 Times are noisy on a shared machine: what is compared is alternated in one run, and medians are shown. FLOP are torch's
 own count (`torch.utils.flop_counter`), and the peak is a matrix product measured in the same run.
@@ -13,17 +13,20 @@ import json
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe, has_fast_bfloat16, matmul_peak
+from machine import describe, matmul_peak
 from rich.console import Console
 from rich.table import Table
-from workload import BATCH, Refining, bare_loop, bare_loops, images, model, round_config, step_flops
+from workload import BATCH, Refining, bare_loop, bare_loops, client_steps, images, model, round_config, step_flops
 
 import fedftg
 from fedftg.engine.machine import keep_freed_memory, peak_memory_mb, resolve_device
+from fedftg.precision import MemoryFormat, Precision, has_bfloat16
 
 Row = dict[str, Any]
 
@@ -31,7 +34,7 @@ Row = dict[str, Any]
 def main() -> None:
     """Measures what is asked for, shows it, and writes it where ``--json`` says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", default="round,local,refine,teachers,clients,models")
+    parser.add_argument("--tables", default="round,local,refine,teachers,clients,models,layouts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--steps", type=int, default=10, help="training steps, and teachers' passes, per measurement")
     parser.add_argument("--repeats", type=int, default=3)
@@ -45,7 +48,7 @@ def main() -> None:
     bench = Bench(arguments)
     console = Console()
     console.print(describe(bench.device), highlight=False)
-    for dtype in [torch.float32] + [torch.bfloat16] * has_fast_bfloat16(bench.device):
+    for dtype in [torch.float32] + [torch.bfloat16] * has_bfloat16(bench.device):
         peak = matmul_peak(dtype, bench.device)
         console.print(f"matrix product {str(dtype).removeprefix('torch.')}: {peak / 1e9:.0f} GFLOP/s", highlight=False)
     rows = []
@@ -158,6 +161,26 @@ class Bench:
                 "of peak": speed / self._peak(),
             }  # fmt: skip
 
+    def layouts(self) -> Iterator[Row]:
+        """A client's step and a preset's iteration in each layout and precision, alternated; ratio: plain over this."""
+        for name in ("lenet_gn", "cnn", "convnet", "resnet18"):
+            yield from self._layouts(f"local, {name}", client_steps(name, self.steps, self.device))
+        for preset in ("paper", "official", "fedftg"):
+            work = Refining(preset, 10, self.model, self.device)
+            yield from self._layouts(f"{preset}, 10 teachers", partial(work.refine, 1))
+
+    def _layouts(self, what: str, seconds: Callable[[Precision, MemoryFormat], float]) -> Iterator[Row]:
+        precisions: tuple[Precision, ...] = ("float32", "bfloat16")
+        formats: tuple[MemoryFormat, ...] = ("contiguous", "channels_last")
+        ways = [*product(precisions[: 1 + has_bfloat16(self.device)], formats)]
+        times: dict[tuple[Precision, MemoryFormat], list[float]] = {way: [] for way in ways}
+        for _ in range(self.repeats + 1):  # the first is a warm-up
+            for way in ways:
+                times[way].append(seconds(*way))
+        medians = {way: statistics.median(taken[1:]) for way, taken in times.items()}
+        for way, taken in medians.items():
+            yield {"what": f"{what}: {', '.join(way)}", "seconds": taken, "ratio": medians[ways[0]] / taken}
+
     def _refining(self, preset: str, teachers: int) -> Row:
         work, iterations = Refining(preset, teachers, self.model, self.device), 1
         needed, flops = work.necessary(iterations)
@@ -206,7 +229,7 @@ def _line(row: Row) -> str:
 def _table(rows: list[Row]) -> Table:
     caption = (
         "of peak: FLOP/s over the matrix product's. ratio: local: throughput over the best bare loop's; refine: time "
-        "over that of the necessary passes."
+        "over that of the necessary passes; layouts: time in float32 and contiguous over this."
     )
     table = Table(box=None, pad_edge=False, caption=caption, caption_justify="left")
     for name in ("table", "what", *FORMATS):

@@ -26,13 +26,6 @@ def matmul_peak(dtype: torch.dtype, device: torch.device, tries: int = 5) -> flo
     return 2 * SIDE**3 / best
 
 
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 products run on hardware that has them; in software they take a hundred times as long."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 def describe(device: torch.device) -> str:
     """One line: processor or GPU, cores, threads, load, torch."""
     found = environment(torch.get_num_threads(), str(device))

@@ -20,13 +20,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedftg import ImageDataset, RunConfig
 from fedftg import config as configs
+from fedftg.algorithms.base import LocalTask
+from fedftg.algorithms.fedavg import PlainLocal
 from fedftg.distill.config import DistillConfig, preset
 from fedftg.distill.distiller import distil
 from fedftg.distill.generator import Generator
 from fedftg.distill.images import GeneratorImages
 from fedftg.distill.teachers import stack_or_list
+from fedftg.engine.local_train import LocalConfig, train
 from fedftg.models.functional import FunctionalModel, values
 from fedftg.models.registry import ModelConfig, build
+from fedftg.precision import MemoryFormat, Precision
 
 BATCH = 50
 CLASSES = 10
@@ -107,6 +111,26 @@ def bare_loops(name: str, steps: int, processes: int) -> float:
     return max(float(process.communicate()[0]) for process in running)
 
 
+def client_steps(
+    name: str, steps: int, device: torch.device | str = "cpu"
+) -> Callable[[Precision, MemoryFormat], float]:
+    """Returns a function that gives the seconds of that many steps of a client, in a precision and layout."""
+    functional = FunctionalModel(model(name, device=device))
+    params, buffers = functional.init()
+    batch = torch.randn(BATCH, *SHAPE, device=device), torch.arange(BATCH, device=device) % CLASSES
+    task = LocalTask(1, 0, params, buffers, {}, {}, BATCH, 1.0, 0.01, 0)
+
+    def seconds(precision: Precision, memory_format: MemoryFormat) -> float:
+        settings = LocalConfig(precision=precision, memory_format=memory_format)
+        wait(device)
+        start = time.perf_counter()
+        train(functional, PlainLocal(), task, [batch] * steps, torch.full((CLASSES,), 5), settings)
+        wait(device)
+        return time.perf_counter() - start
+
+    return seconds
+
+
 class Refining:
     """A distiller with ``K`` ResNet teachers, and its necessary passes one by one."""
 
@@ -124,9 +148,13 @@ class Refining:
             self.generator = Generator(self.config.noise_dim, CLASSES, SHAPE, self.config.generator_width).to(device)
         self.counts = torch.full((num_teachers, CLASSES), 50.0)
 
-    def refine(self, iterations: int) -> float:
+    def refine(
+        self, iterations: int, precision: Precision = "float32", memory_format: MemoryFormat = "contiguous"
+    ) -> float:
         """Seconds of that many iterations."""
-        config = self.config.model_copy(update={"iterations": iterations})
+        changed = {"iterations": iterations, "precision": precision, "memory_format": memory_format}
+        config = self.config.model_copy(update=changed)
+        self.generator.memory_format = memory_format
         images, rng = GeneratorImages(config, self.generator), torch.Generator().manual_seed(0)
         return self._timed(lambda: distil(config, images, self.student, self.teachers, self.counts, rng=rng))
 

@@ -15,6 +15,7 @@ from fedftg.data.dataset import ImageDataset
 from fedftg.data.federated import FederatedData
 from fedftg.engine import executors
 from fedftg.engine.executors import Executor, RunRecipe, SequentialExecutor
+from fedftg.engine.local_train import local_model
 from fedftg.engine.machine import resolve_device
 from fedftg.errors import InputError, first_line
 from fedftg.experiment import Experiment
@@ -131,9 +132,12 @@ def _check_fit(config: RunConfig, algorithm: Algorithm, model: FunctionalModel, 
     labels = torch.zeros(2, dtype=torch.int64, device=data.device)
     params, buffers = model.init()
     memory = algorithm.local.init_memory(params, buffers)
+    counts = data.class_counts.sum(dim=0).to(data.device)
     task = LocalTask(1, 0, params, buffers, memory, {}, len(labels), 1.0, config.local.lr, config.seed)
     leaves = {name: value.requires_grad_() for name, value in clone(params).items()}
-    loss = algorithm.local.loss(model, leaves, clone(buffers), Batch(images, labels), task)
+    loss = algorithm.local.loss(
+        local_model(model, config.local, counts), leaves, clone(buffers), Batch(images, labels), task
+    )
     try:
         torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     except RuntimeError as error:

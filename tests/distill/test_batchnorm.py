@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from fedftg.distill import images as sources
+from fedftg import precision as precisions
 from fedftg.distill import losses
 from fedftg.distill.config import DistillConfig
 from fedftg.distill.teachers import Ensemble, ListedTeachers, StackedTeachers, _batchnorm, stack_or_list
@@ -105,7 +105,7 @@ def test_the_generator_lowers_it(classifier, generator, counts, config, override
 
 
 def test_bfloat16_measures_in_full_precision(classifier, counts, config, monkeypatch):
-    monkeypatch.setattr(sources, "_has_bfloat16", lambda device: True)
+    monkeypatch.setattr(precisions, "has_bfloat16", lambda device: True)
     teachers, found = [classifier(seed) for seed in (1, 2, 3)], []
     for precision in ("float32", "bfloat16"):
         settings = config(lambda_bn=1.0, precision=precision, iterations=1)

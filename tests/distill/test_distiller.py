@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedftg.distill import images, teachers
+from fedftg import precision as precisions
+from fedftg.distill import teachers
 from fedftg.distill.distiller import distil
 from fedftg.distill.images import GeneratorImages, NoiseAndLabels
 from fedftg.distill.teachers import ListedTeachers
@@ -285,7 +286,7 @@ def test_a_label_that_no_teacher_holds_does_no_harm(bench):
 @pytest.mark.parametrize("name", ["paper", "official"])
 def test_bfloat16_moves_the_same_way_and_keeps_types(bench, counts, monkeypatch, name):
     """A bfloat16 has 8 bits of precision: after one iteration the student has moved within some percent of the same."""
-    monkeypatch.setattr(images, "_has_bfloat16", lambda device: True)
+    monkeypatch.setattr(precisions, "has_bfloat16", lambda device: True)
     full, half = (
         bench(name, iterations=1, student_steps=1, student_lr=1.0, precision=precision)
         for precision in ("float32", "bfloat16")
@@ -302,6 +303,6 @@ def test_bfloat16_moves_the_same_way_and_keeps_types(bench, counts, monkeypatch,
 
 
 def test_bfloat16_without_the_hardware_is_refused(bench, monkeypatch):
-    monkeypatch.setattr(images, "_has_bfloat16", lambda device: False)
+    monkeypatch.setattr(precisions, "has_bfloat16", lambda device: False)
     with pytest.raises(InputError, match="'bfloat16' needs hardware that has it, got cpu"):
         bench("paper", precision="bfloat16")

@@ -4,10 +4,15 @@ import pytest
 import torch
 from torch import nn
 
+from fedftg import params as tree
+from fedftg import precision
 from fedftg.algorithms.base import LocalTask
 from fedftg.algorithms.fedavg import PlainLocal
+from fedftg.algorithms.registry import ALGORITHMS
+from fedftg.config import parse
 from fedftg.engine.local_train import LocalConfig, Sgd, clip, local_model, train
 from fedftg.models.functional import FunctionalModel
+from fedftg.models.small import ConvNet
 from fedftg.params import Params
 
 BATCHES = [
@@ -88,7 +93,26 @@ def test_logits_of_a_loss_by_hand() -> None:
         both = adjusted.with_features(*model.init(), images, train=True)
         assert torch.equal(both[0], logits(adjusted))
         assert torch.equal(both[1], features)
-    assert local_model(model, LocalConfig(), counts) is model
+    assert torch.equal(logits(local_model(model, LocalConfig(), counts)), plain)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "moon"])
+def test_another_precision_and_layout_train_the_same_up_to_rounding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights stay float32 and near those of full precision, in the strides that files are written with."""
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: True)
+    torch.manual_seed(0)
+    model = FunctionalModel(ConvNet(3, (1, 8, 8), width=8))
+    params, buffers = model.init()
+    rule = parse(ALGORITHMS[name], {}).build(2).local
+    task = LocalTask(1, 0, params, buffers, rule.init_memory(params, buffers), {}, 12, 1.0, 0.05, 0)
+    batches = [(torch.randn(12, 1, 8, 8), torch.arange(12) % 3)] * 4
+    found = [
+        train(model, rule, task, batches, torch.tensor([4, 4, 4]), LocalConfig(precision=kind, memory_format=layout))
+        for kind, layout in (("float32", "contiguous"), ("bfloat16", "channels_last"))
+    ]
+    assert all(value.dtype == torch.float32 and value.is_contiguous() for value in found[1].params.values())
+    change, error = (tree.norm(tree.sub(found[0].params, other)) for other in (params, found[1].params))
+    assert 0 < error < 0.1 * change
 
 
 def test_clip_by_hand() -> None:

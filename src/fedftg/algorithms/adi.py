@@ -108,7 +108,7 @@ class AdiImages:
         if self._config.lambda_norm:
             found["norm"] = images.flatten(1).norm(dim=1).mean()
         if self._config.lambda_adversarial:
-            found["adversarial"] = 1 - jensen_shannon(predicted, call.student(shown).log_softmax(dim=1))
+            found["adversarial"] = 1 - jensen_shannon(predicted, call.predict(shown).log_softmax(dim=1))
         return found
 
 

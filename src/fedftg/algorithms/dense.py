@@ -111,4 +111,4 @@ class DenseImages:
         ensemble = call.ensemble
         logits, batchnorm = ensemble.with_batchnorm(images, labels, 0, len(ensemble), self._config.lambda_bn)
         predicted = ensemble.log_probabilities(logits, labels)
-        return {**self._losses(predicted, call.student(images), labels), **batchnorm}
+        return {**self._losses(predicted, call.predict(images), labels), **batchnorm}

@@ -30,8 +30,8 @@ from fedftg.distill.config import GeneratorConfig, LabelSampling
 from fedftg.distill.descent import descend
 from fedftg.distill.generator import Generator
 from fedftg.distill.images import Call, NoiseAndLabels, noise_and_labels
-from fedftg.distill.teachers import autocast
 from fedftg.params import Params, clone, prefixed, unprefixed, weighted_mean
+from fedftg.precision import autocast
 from fedftg.seeds import drawn_seed, forked
 
 _GENERATOR, _AVERAGE = "generator.", "average."
@@ -96,7 +96,9 @@ class LabelledNoise(nn.Module):
     def __init__(self, config: DfrdConfig, context: RefinerContext) -> None:
         super().__init__()
         self.embedding = nn.Embedding(context.num_classes, config.noise_dim)
-        self.generator = Generator(config.noise_dim, 1, context.image_shape, config.generator_width)
+        self.generator = Generator(
+            config.noise_dim, 1, context.image_shape, config.generator_width, config.memory_format
+        )
 
     def forward(
         self, noise: Float[Tensor, "B Z"], labels: Int[Tensor, " B"]
@@ -150,7 +152,7 @@ class DfrdImages:
         return prefixed(values, _GENERATOR) | prefixed(averaged, _AVERAGE)
 
     def _images(self, noise: Tensor, labels: Tensor, values: Params | None = None) -> tuple[Tensor, Tensor]:
-        with autocast(self._config, noise.device):
+        with autocast(self._config.precision, noise.device):
             merged, images = functional_call(self._generator, values or {}, (noise, labels))
         return merged.to(noise.dtype), images.to(noise.dtype)
 
@@ -159,7 +161,7 @@ def terms(
     call: Call, labels: Int[Tensor, " B"], merged: Float[Tensor, "B Z"], images: Float[Tensor, "B D H W"]
 ) -> dict[str, Float[Tensor, ""]]:
     """Returns ``fidelity`` and ``discrepancy``, means over the batch in nats, and ``diversity``."""
-    logits, student = call.ensemble.logits(images, 0, len(call.ensemble)), call.student(images)
+    logits, student = call.ensemble.logits(images, 0, len(call.ensemble)), call.predict(images)
     predicted = call.ensemble.log_probabilities(logits, labels)
     discrepancy = losses.kl_divergence(predicted[None], student)[0]
     return {

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedftg.errors import explain, unknown
+from fedftg.precision import MemoryFormat, Precision
 
 Discrepancy = Literal["kl", "l1_logits"]
 FidelityWeighting = Literal["sample", "batch_mean"]
@@ -64,9 +65,13 @@ class StudentConfig(BaseModel):
         ge=0,
         description="teachers whose graphs are in memory at a time, same numbers up to rounding; 0 means all up to 32",
     )
-    precision: Literal["float32", "bfloat16"] = Field(
+    precision: Precision = Field(
         default="float32",
-        description="arithmetic of the frozen teachers and the generator; bfloat16 needs hardware that has it",
+        description="arithmetic of teachers, student and generator, weights and losses apart; bfloat16 needs hardware "
+        "that has it, auto takes it there",
+    )
+    memory_format: MemoryFormat = Field(
+        default="contiguous", description="layout of images and feature maps; channels_last is faster on many CPUs"
     )
 
     pool_size: int = Field(

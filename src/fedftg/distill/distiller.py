@@ -91,7 +91,7 @@ def student_steps(
         parameter.requires_grad_(True)
     total = torch.zeros((), device=images.device)
     for _ in range(config.student_steps):
-        logits = call.student(images)
+        logits = call.predict(images)
         loss = losses.student_loss(logits, ensemble, kind=config.student_loss, temperature=config.temperature)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

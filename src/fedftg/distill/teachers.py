@@ -16,6 +16,7 @@ from fedftg.distill import losses
 from fedftg.distill.config import StudentConfig
 from fedftg.distill.labels import class_probabilities, ensemble_weights, label_log_prior
 from fedftg.params import Params, copied, stack
+from fedftg.precision import computed
 
 Classifier = Callable[[Tensor], Tensor]
 ClassifierFunction = Callable[[Params, Params, Tensor], Tensor]
@@ -159,17 +160,20 @@ class Ensemble:
 
     def logits(self, images: Float[Tensor, "B D H W"], start: int, stop: int) -> Float[Tensor, "K B C"]:
         """Returns logits of the teachers ``start <= k < stop``, in the type of the images."""
-        with autocast(self._config, images.device):
-            logits = self._teachers(images, start, stop)
-        return self._corrected(logits.to(images.dtype), start, stop)
+        return self._corrected(self._computed(partial(self._teachers, start=start, stop=stop), images), start, stop)
 
     def measured(
         self, measure: Measure, images: Float[Tensor, "B D H W"], weights: Float[Tensor, "K B"], start: int, stop: int
     ) -> tuple[Float[Tensor, "K B C"], Float[Tensor, " K"]]:
         """Returns logits of the teachers ``start <= k < stop``, and the sum of what ``measure`` takes of each one."""
-        with autocast(self._config, images.device):
+        found: list[Tensor] = []
+
+        def teachers(images: Tensor) -> Tensor:
             logits, sums = self._teachers.measured(measure, images, weights, start, stop)
-        return self._corrected(logits.to(images.dtype), start, stop), sums
+            found.append(sums)
+            return logits
+
+        return self._corrected(self._computed(teachers, images), start, stop), found[0]
 
     def with_batchnorm(
         self, images: Float[Tensor, "B D H W"], labels: Int[Tensor, " B"], start: int, stop: int, weight: float = 1.0
@@ -187,6 +191,13 @@ class Ensemble:
         weights = self.weights(labels, start, stop)
         logits, distances = self.measured(_batchnorm, images, weights, start, stop)
         return logits, {"batchnorm": (weights.mean(dim=1) * distances).sum()}
+
+    def predict(self, student: Classifier, images: Float[Tensor, "B D H W"]) -> Float[Tensor, "B C"]:
+        """Returns logits of a student, computed as the teachers' are."""
+        return self._computed(student, images)
+
+    def _computed(self, function: Classifier, images: Tensor) -> Tensor:
+        return computed(function, images, self._config.precision, self._config.memory_format)
 
     def _corrected(self, logits: Float[Tensor, "K B C"], start: int, stop: int) -> Float[Tensor, "K B C"]:
         return logits - self._priors[start:stop] if self._config.teacher_prior_tau else logits
@@ -252,11 +263,6 @@ def _measured(measure: Measure, function: Callable[..., Tensor]) -> Callable[...
 def _batchnorm(terms: list[Tensor], layer: nn.Module, inputs: tuple[Any, ...], weights: Tensor) -> None:
     if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None:
         terms.append(losses.batchnorm_distance(inputs[0], layer.running_mean, layer.running_var, weights))
-
-
-def autocast(config: StudentConfig, device: torch.device) -> torch.autocast:
-    """Returns the precision of the frozen teachers and the generator; student and losses stay in full precision."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
 
 
 def frozen(classifier: Classifier) -> Classifier:

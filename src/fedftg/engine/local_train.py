@@ -14,8 +14,9 @@ from fedftg import params as tree
 from fedftg.algorithms.base import Batch, ClientResult, LocalRule, LocalTask
 from fedftg.data.federated import FederatedData
 from fedftg.distill.labels import label_log_prior
-from fedftg.models.functional import AdjustedModel, FunctionalModel
+from fedftg.models.functional import AdjustedModel, ComputedModel, FunctionalModel
 from fedftg.params import Params
+from fedftg.precision import MemoryFormat, Precision
 
 
 class LocalConfig(BaseModel):
@@ -39,6 +40,15 @@ class LocalConfig(BaseModel):
         "the log of the client's label prior, or those of classes that it does not hold times loss_alpha",
     )
     loss_tau: float = Field(default=1.0, ge=0, description="balanced_softmax: 0 gives cross_entropy (paper: 1)")
+    precision: Precision = Field(
+        default="float32",
+        description="arithmetic of a client's passes, weights and losses apart; bfloat16 needs hardware that has it, "
+        "auto takes it there",
+    )
+    memory_format: MemoryFormat = Field(
+        default="contiguous",
+        description="layout of images and feature maps; channels_last is faster for some models: see docs/speed.md",
+    )
     loss_alpha: float = Field(default=0.5, ge=0, le=1, description="fedrs: 1 gives cross_entropy")
 
     def lr_at(self, round: int) -> float:
@@ -61,11 +71,12 @@ def client_batches(
 
 
 def local_model(model: FunctionalModel, settings: LocalConfig, class_counts: Tensor) -> FunctionalModel:
-    """Returns the model with the logits that a client with these ``(C,)`` class counts trains on; a GPU can record it.
+    """Returns the model as a client with these ``(C,)`` class counts trains it; a GPU can record it.
 
     ``balanced_softmax`` is that of Ren and others, NeurIPS 2020, arXiv 2007.10740, with the client's own prior;
     ``fedrs`` is the restricted softmax of Li and Zhan, KDD 2021. See docs/algorithms/client_losses.md.
     """
+    model = ComputedModel(model, settings.precision, settings.memory_format)
     if settings.loss == "cross_entropy":
         return model
     scale = torch.ones_like(class_counts, dtype=torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from fedftg.errors import InputError
 from fedftg.params import Params, clone, copied
+from fedftg.precision import MemoryFormat, Precision, computed
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -66,7 +68,7 @@ class FunctionalModel:
             logits = self(params, buffers, images, train=train)
         if not seen:
             raise InputError(f"{type(module).__name__} does not use its last nn.Linear; register the classifier last")
-        return logits, seen[-1]
+        return logits, seen[-1].to(logits.dtype)
 
     def module(self, params: Params, buffers: Params) -> nn.Module:
         """Returns a new module, in evaluation mode, with copies of these values; frozen ones stay frozen."""
@@ -77,10 +79,23 @@ class FunctionalModel:
         return module
 
 
-class AdjustedModel(FunctionalModel):
+class ComputedModel(FunctionalModel):
+    """A model in another precision and memory layout; all else is the model's."""
+
+    def __init__(self, model: FunctionalModel, precision: Precision, memory_format: MemoryFormat) -> None:
+        vars(self).update(vars(model))
+        self._precision, self._memory_format = precision, memory_format
+
+    def __call__(self, params: Params, buffers: Params, images: Tensor, *, train: bool) -> Tensor:
+        """Returns logits ``(B, C)``, in the type of the images, of images ``(B, D, H, W)``."""
+        call = partial(super().__call__, params, buffers, train=train)
+        return computed(call, images, self._precision, self._memory_format)
+
+
+class AdjustedModel(ComputedModel):
     """A model whose logits in training mode are ``scale * logits + shift``, both ``(C,)``; all else is the model's."""
 
-    def __init__(self, model: FunctionalModel, scale: Tensor, shift: Tensor) -> None:
+    def __init__(self, model: ComputedModel, scale: Tensor, shift: Tensor) -> None:
         vars(self).update(vars(model))
         self._scale, self._shift = scale, shift
 

@@ -1,0 +1,32 @@
+"""Lower precision and another memory layout: the same answers up to rounding, values in their own type."""
+
+import pytest
+import torch
+from torch import nn
+
+from fedftg import precision as precisions
+from fedftg.errors import InputError
+from fedftg.precision import computed
+
+
+def test_layers_see_the_layout_and_the_precision_and_the_answer_has_the_type_of_the_images(monkeypatch):
+    monkeypatch.setattr(precisions, "has_bfloat16", lambda device: True)
+    seen = []
+    layer = nn.Conv2d(2, 3, 3)
+    layer.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].stride(), output.dtype)))
+    images = torch.randn(4, 2, 5, 5)
+    plain = computed(layer, images, "float32", "contiguous")
+    fast = computed(layer, images, "bfloat16", "channels_last")
+    assert seen == [((50, 25, 5, 1), torch.float32), ((50, 1, 10, 2), torch.bfloat16)]
+    assert fast.dtype == torch.float32
+    torch.testing.assert_close(fast, plain, atol=0.05, rtol=0.05)
+
+
+def test_bfloat16_needs_the_hardware_and_auto_does_without(monkeypatch):
+    layer, images = nn.Linear(3, 2), torch.randn(4, 3)
+    monkeypatch.setattr(precisions, "has_bfloat16", lambda device: False)
+    assert torch.equal(computed(layer, images, "auto", "contiguous"), layer(images))
+    with pytest.raises(InputError, match="'bfloat16' needs hardware that has it, got cpu; set 'float32' or 'auto'"):
+        computed(layer, images, "bfloat16", "contiguous")
+    monkeypatch.setattr(precisions, "has_bfloat16", lambda device: True)
+    assert not torch.equal(computed(layer, images, "auto", "contiguous"), layer(images))
