@@ -134,7 +134,6 @@ fedftg.register_algorithm("mine", MineConfig)
         ("plugins=3", "plugins must be a list"),
         ("name=..", "name must be"),
         ("plugins=['not_there_at_all']", "plugin 'not_there_at_all' cannot be imported"),
-        ("executor.name=vectorized", "executor.name 'vectorized' was removed; take 'sequential'"),
         ("executor.name=ray", "executor.name must be 'auto', 'sequential'"),
     ],
 )  # fmt: skip

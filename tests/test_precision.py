@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import fedftg
 from fedftg import precision as precisions
 from fedftg.errors import InputError
 from fedftg.precision import computed
@@ -20,6 +21,14 @@ def test_layers_see_the_layout_and_the_precision_and_the_answer_has_the_type_of_
     assert seen == [((50, 25, 5, 1), torch.float32), ((50, 1, 10, 2), torch.bfloat16)]
     assert fast.dtype == torch.float32
     torch.testing.assert_close(fast, plain, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("section", ["local", "refiner"])
+def test_a_run_is_refused_before_anything_is_written(section, monkeypatch, tmp_path):
+    monkeypatch.setattr(precisions, "has_bfloat16", lambda device: False)
+    with pytest.raises(InputError, match="precision 'bfloat16' needs hardware that has it"):
+        fedftg.run("default", overrides=["refiner.name=leaves", f"{section}.precision=bfloat16"], out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_bfloat16_needs_the_hardware_and_auto_does_without(monkeypatch):

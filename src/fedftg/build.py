@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from fedftg.algorithms.base import Algorithm, Batch, LocalTask, Refiner, RefinerContext, ServerState
 from fedftg.config import RunConfig
@@ -15,7 +13,6 @@ from fedftg.data.dataset import ImageDataset
 from fedftg.data.federated import FederatedData
 from fedftg.engine import executors
 from fedftg.engine.executors import Executor, RunRecipe, SequentialExecutor
-from fedftg.engine.local_train import local_model
 from fedftg.engine.machine import resolve_device
 from fedftg.errors import InputError, first_line
 from fedftg.experiment import Experiment
@@ -23,6 +20,7 @@ from fedftg.models import registry as models
 from fedftg.models.functional import FunctionalModel
 from fedftg.models.registry import ModelConfig
 from fedftg.params import clone
+from fedftg.precision import autocast
 from fedftg.progress import Progress
 from fedftg.rundir.clients import ClientStore
 from fedftg.rundir.records import Record
@@ -39,8 +37,8 @@ class Parts:
     algorithm: Algorithm
     refiner: Refiner
     state: ServerState
-    shown: deque[tuple[Tensor, Tensor | None]]
-    """Receives the images that the refiner shows."""
+    shown: list[tuple[torch.Tensor, torch.Tensor | None]]
+    """The images that the refiner shows."""
 
 
 def parts(config: RunConfig, data: FederatedData, with_data: int) -> Parts:
@@ -51,6 +49,8 @@ def parts(config: RunConfig, data: FederatedData, with_data: int) -> Parts:
     """
     if config.cohort.size is not None and config.cohort.size > with_data:
         raise InputError(f"cohort.size must be at most {with_data}, the clients with data, got {config.cohort.size}")
+    for section in (config.local, config.refiner):
+        autocast(getattr(section, "precision", "float32"), data.device)  # refuses what the hardware lacks
     named = [config.model, *(ModelConfig(name=name) for name in config.model.clients)]
     seeds = [seed_for(config.seed, 0, SERVER, "model" if one is config.model else one.name) for one in named]
     shape = data.num_classes, data.image_shape
@@ -60,11 +60,8 @@ def parts(config: RunConfig, data: FederatedData, with_data: int) -> Parts:
     algorithm = config.algorithm.build(data.num_clients)
     _check_fit(config, algorithm, model, data)
     normalisation = data.dataset.mean, data.dataset.std
-    shown: deque[tuple[Tensor, Tensor | None]] = deque(maxlen=1)
-    show = lambda images, labels: shown.append((images, labels))  # noqa: E731
-    refiner = config.refiner.build(
-        RefinerContext(model, *shape, data.device, *normalisation, tuple(own), data.unlabelled_images, show)
-    )
+    context = RefinerContext(model, *shape, data.device, *normalisation, tuple(own), data.unlabelled_images)
+    refiner = config.refiner.build(context)
     state = ServerState(
         round=0,
         params=params,
@@ -72,7 +69,7 @@ def parts(config: RunConfig, data: FederatedData, with_data: int) -> Parts:
         server=algorithm.server.init(params),
         refiner=refiner.init(params, torch_rng(config.seed, 0, SERVER, "refiner")),
     )
-    return Parts(model, tuple(own), algorithm, refiner, state, shown)
+    return Parts(model, tuple(own), algorithm, refiner, state, context.shown)
 
 
 def keeps_uploads(config: RunConfig, refiner: Refiner) -> bool:
@@ -132,12 +129,9 @@ def _check_fit(config: RunConfig, algorithm: Algorithm, model: FunctionalModel, 
     labels = torch.zeros(2, dtype=torch.int64, device=data.device)
     params, buffers = model.init()
     memory = algorithm.local.init_memory(params, buffers)
-    counts = data.class_counts.sum(dim=0).to(data.device)
     task = LocalTask(1, 0, params, buffers, memory, {}, len(labels), 1.0, config.local.lr, config.seed)
     leaves = {name: value.requires_grad_() for name, value in clone(params).items()}
-    loss = algorithm.local.loss(
-        local_model(model, config.local, counts), leaves, clone(buffers), Batch(images, labels), task
-    )
+    loss = algorithm.local.loss(model, leaves, clone(buffers), Batch(images, labels), task)
     try:
         torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     except RuntimeError as error:

@@ -132,13 +132,15 @@ def compare(
 
 @cli.command(name="track")
 @click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
-@click.option("--to", "names", required=True, multiple=True, help="tensorboard, mlflow, wandb, trackio; or by comma.")
+@click.option(
+    "--to", "names", required=True, multiple=True, help="tensorboard, mlflow, wandb or trackio; again for more."
+)
 def track_run(folder: Path, names: Sequence[str]) -> None:
     """Send the rounds of a run to trackers, each round once."""
     from fedftg import config as configs
     from fedftg import track
 
-    to = configs.parse(track.TrackConfig, {"to": ",".join(names)}, "track").to
+    to = configs.parse(track.TrackConfig, {"to": names}, "track").to
     track.check(to)
     failed: list[str] = []
     track.Sink(folder, to, failed.append).close()

@@ -56,9 +56,6 @@ def unknown(kind: str, got: str, allowed: Iterable[str]) -> InputError:
     return InputError(f"unknown {kind} {got!r}; {hint}allowed: {', '.join(names)}")
 
 
-_REMOVED = {("executor.name", "vectorized"): "sequential"}
-
-
 def explain(error: ValidationError, cls: type[BaseModel], prefix: str = "") -> InputError:
     """Returns the first problem that pydantic found, as one line with got, allowed and what to do."""
     problems = error.errors(include_url=False)
@@ -69,8 +66,6 @@ def explain(error: ValidationError, cls: type[BaseModel], prefix: str = "") -> I
         return cause
     if isinstance(cause, Exception):
         return InputError(str(cause) if not first["loc"] else f"{path}: {cause}")
-    if now := _REMOVED.get((path, str(first["input"]))):
-        return InputError(f"{path} {first['input']!r} was removed; take {now!r}")
     owner, field = _owner(cls, first["loc"])
     if first["type"] == "extra_forbidden":
         parent = path.rpartition(".")[0]

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fedftg.algorithms.base import (
@@ -57,7 +55,7 @@ class Experiment:
     partition_record: Record = field(repr=False)
     min_results: int = 1
     """With fewer usable updates a round leaves the global model unchanged."""
-    shown: deque[tuple[Tensor, Tensor | None]] = field(default_factory=lambda: deque(maxlen=1), repr=False)
+    shown: list[tuple[Tensor, Tensor | None]] = field(default_factory=list, repr=False)
     """The images that the refiner showed last, and their labels; whoever reads them takes them out."""
     evaluation: Record | None = field(default=None, init=False, repr=False)
     """What the last round measured in detail: the content of ``evaluation.json``."""
@@ -203,17 +201,10 @@ class Experiment:
             size = self.config.evaluation.batch_size
             for done, (kind, values) in enumerate(models.items()):
                 progress.phase(number, "evaluate", done, len(models))
-                confusion = None
-                if number == self.config.rounds:
-                    square = self.data.num_classes, self.data.num_classes
-                    confusion = measured.confusion[kind] = torch.zeros(
-                        *square, dtype=torch.int64, device=self.data.device
-                    )
-                found = evaluate(self.model, *values, self.data, size, confusion)
-                measured.accuracy[kind], measured.loss[kind] = found
+                measured.add(kind, evaluate(self.model, *values, self.data, size))
             if self.config.evaluation.ensemble and results:
                 for kind, found in evaluate_ensemble(self.models or (self.model,), results, self.data, size).items():
-                    measured.accuracy[kind], measured.loss[kind] = found
+                    measured.add(kind, found)
         self._evaluate_clients(number, models, measured)
         by_kinds: tuple[dict[str, Any], ...] = (measured.accuracy, measured.loss, measured.confusion, measured.clients)
         for by_kind in by_kinds:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -40,11 +41,9 @@ def write_model(folder: Path, to: Path) -> int:
     metadata = {"model": json.dumps(config["model"]), "round": str(state.round)}
     data = RunFolder(folder).read_partition()
     params, buffers = state.model
-    values = {**params, **buffers}
-    if "image_shape" in data:  # runs of 0.1 have none
-        model = registry.ModelConfig(**config["model"])
-        module = registry.build(model, len(data["class_names"]), tuple(data["image_shape"]), seed=0)
-        values = FunctionalModel(module).module(params, buffers).state_dict()
+    model = registry.ModelConfig(**config["model"])
+    module = registry.build(model, len(data["class_names"]), tuple(data["image_shape"]), seed=0)
+    values = FunctionalModel(module).module(params, buffers).state_dict()
     if odd := [name for name, value in values.items() if not hasattr(value, "dtype")]:
         raise InputError(f"{odd[0]} is no tensor, so the file cannot hold it; leave it out of the model's state_dict")
     try:
@@ -58,7 +57,7 @@ def write_hub_folder(folder: Path, to: Path) -> int:
     """Writes what a model hub shows and `load` reads to a new folder; returns the round that the model is from.
 
     ``model.safetensors``, ``config.json`` (model, classes, image shape, normalisation), ``recipe.toml`` (the settings
-    without the data's path) and ``README.md``, a model card with the front matter of the HuggingFace hub.
+    without paths) and ``README.md``, a model card with the front matter of the HuggingFace hub.
 
     Raises:
         InputError: no run, no checkpoint yet, or ``to`` is not empty.
@@ -72,7 +71,10 @@ def write_hub_folder(folder: Path, to: Path) -> int:
     except OSError as error:
         raise InputError(f"cannot write to {to}: {error.strerror}; choose another by --hub-folder") from None
     number = write_model(folder, to / "model.safetensors")
-    recipe = {**run.config, "data": {k: v for k, v in run.config["data"].items() if k not in ("root", "cache")}}
+    recipe = copy.deepcopy(run.config)
+    for section in (recipe["data"], recipe["partition"], recipe["refiner"].get("proxy", {})):
+        for key in ("root", "cache", "file"):
+            section.pop(key, None)
     about = {"fedftg": __version__, "model": run.config["model"]}
     about |= {key: data.get(key, session.get(key)) for key in ("class_names", "image_shape", "mean", "std")}
     law, table = describe(PartitionConfig(**run.config["partition"])), markdown_table([run])

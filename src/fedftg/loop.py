@@ -24,7 +24,7 @@ from fedftg.engine.machine import cpu_threads, environment, peak_memory_mb
 from fedftg.errors import InputError
 from fedftg.experiment import Experiment
 from fedftg.progress import Progress, chosen
-from fedftg.report.load import RunViews
+from fedftg.report.load import RunViews, load_run
 from fedftg.rundir import checkpoint, pictures, records
 from fedftg.rundir.folder import RunFolder, summarise
 from fedftg.rundir.records import PUT_BACK, Record
@@ -171,8 +171,7 @@ def execute(
         sink = stack.enter_context(closing(track.Sink(folder, config.track.to, logging.getLogger("fedftg").warning)))
         _run_rounds(experiment, run_folder, progress, sink)
     if not run_folder.finished:
-        preset = getattr(config.refiner, "preset", None)
-        refiner = f"{config.refiner.name} ({preset})" if preset else config.refiner.name
+        refiner = load_run(folder).refiner
         header = {"name": config.name, "algorithm": config.algorithm.name, "refiner": refiner, "seed": config.seed}
         rows = records.read(run_folder.rounds_file)
         summary = summarise(header, rows, config.evaluation.targets, peak_memory_mb())
@@ -213,6 +212,7 @@ def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress, s
     except KeyboardInterrupt:
         # A completed round is kept; an unfinished one is run again.
         if record is not None and record["round"] == experiment.state.round > saved:
+            _write_details(experiment, folder)
             if len(records.read(folder.rounds_file)) < experiment.state.round:
                 records.append(folder.rounds_file, record)
             checkpoint.save(experiment.state, experiment.clients)
@@ -222,13 +222,13 @@ def _run_rounds(experiment: Experiment, folder: RunFolder, progress: Progress, s
 def _write_details(experiment: Experiment, folder: RunFolder) -> None:
     """Writes what the refiner showed, in few rounds, and what the last round measured in detail."""
     done, last, data = experiment.state.round, experiment.config.rounds, experiment.data
+    if experiment.evaluation is not None:
+        records.write_json(folder.evaluation_file, experiment.evaluation, indent=None)
     if experiment.shown:
         images, labels = experiment.shown.pop()
         if done == last or pictures.due(folder.images, done):
             mosaic = pictures.mosaic(images, labels, data.num_classes, data.dataset.mean, data.dataset.std)
             pictures.write(folder.images, done, mosaic)
-    if experiment.evaluation is not None:
-        records.write_json(folder.evaluation_file, experiment.evaluation, indent=None)
 
 
 def _restore(experiment: Experiment, folder: RunFolder, session: Record) -> None:

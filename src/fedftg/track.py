@@ -32,7 +32,7 @@ class TrackConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    to: Annotated[tuple[Name, ...], BeforeValidator(lambda to: to.split(",") if isinstance(to, str) else to)] = Field(
+    to: Annotated[tuple[Name, ...], BeforeValidator(lambda to: [to] if isinstance(to, str) else to)] = Field(
         default=(), description="where each round is sent: tensorboard, mlflow, wandb, trackio"
     )
 

@@ -13,7 +13,6 @@ from fedftg.distill import teachers
 from fedftg.distill.distiller import distil
 from fedftg.distill.images import GeneratorImages, NoiseAndLabels
 from fedftg.distill.teachers import ListedTeachers
-from fedftg.errors import InputError
 from fedftg.params import clone, prefixed
 
 
@@ -300,9 +299,3 @@ def test_bfloat16_moves_the_same_way_and_keeps_types(bench, counts, monkeypatch,
         moved += float((parameter.detach() - start[key]).square().sum())
         differs += float((parameter - half.student.get_parameter(key)).detach().square().sum())
     assert 0 < differs < 0.05 * moved
-
-
-def test_bfloat16_without_the_hardware_is_refused(bench, monkeypatch):
-    monkeypatch.setattr(precisions, "has_bfloat16", lambda device: False)
-    with pytest.raises(InputError, match="'bfloat16' needs hardware that has it, got cpu"):
-        bench("paper", precision="bfloat16")

@@ -1,6 +1,5 @@
 """Models that people bring: frozen parts, shared weights, booleans; or one line that says what to do."""
 
-import json
 import os
 import signal
 import subprocess
@@ -252,18 +251,6 @@ def test_models_of_many_kinds_run_and_their_export_loads(nets, tiny_settings, na
     assert all(torch.equal(run.model.get_parameter(key), before[key]) for key in frozen)
     assert frozen == (["embedding.weight", "norm.weight", "norm.bias", "one.weight"] if name == "Embedded" else [])
     assert any(not torch.equal(value, before[key]) for key, value in run.model.named_parameters())
-
-
-def test_a_run_of_0_1_is_exported_without_its_model(nets, tiny_settings):
-    """Its partition.json has no image_shape, so the model cannot be built: what the checkpoint holds is written."""
-    run = fedftg.run("default", overrides=[*tiny_settings, "rounds=1"], out=nets / "run")
-    file = nets / "run" / "partition.json"
-    about = json.loads(file.read_text())
-    del about["image_shape"]
-    file.write_text(json.dumps(about))
-    assert export.write_model(nets / "run", nets / "model.safetensors") == 1
-    run.model.load_state_dict(found := load_file(nets / "model.safetensors"))
-    assert all(torch.equal(found[name], value) for name, value in {**run.state.params, **run.state.buffers}.items())
 
 
 def test_a_state_that_is_no_tensor_is_not_exported(nets, tiny_settings):

@@ -77,33 +77,6 @@ def test_noise_follows_the_number_of_classes_unless_it_is_given() -> None:
     assert configs.from_mapping(kept.model_dump(mode="json", exclude_none=True)) == kept
 
 
-@pytest.mark.parametrize(
-    ("old", "now"),
-    [
-        ("recipes/cifar10_cnn_dir03_moon.toml", "cifar10_cnn_base --set algorithm.name=moon"),
-        ("cifar10_cnn_dir03_fedavg_fedftg", "cifar10_cnn"),
-        ("paper/cifar10_dir06_fedavg", "paper_base --set partition.alpha=0.6"),
-        (
-            "paper/cifar100_iid_moon_fedftg",
-            "paper --set data.name=cifar100 --set partition.law=iid --set algorithm.name=moon",
-        ),
-        ("datasets/tiny_imagenet_dir03_10_fedavg_fedftg", "ten_clients"),
-        ("datasets/compcars_dir03_10_fedavg", "ten_clients_base --set data.name=compcars --set data.image_size=128"),
-        ("datasets/svhn_dir03_100_fedavg_fedftg", "paper --set data.name=svhn --set refiner.preset=fedftg"),
-        (
-            "datasets/fashion_mnist_dir03_100_fedavg",
-            "paper_base --set data.name=fashion_mnist --set model.name=lenet_gn",
-        ),
-    ],
-)
-def test_an_old_name_answers_with_the_new_command(old: str, now: str) -> None:
-    with pytest.raises(InputError) as caught:
-        recipes.find(old)
-    assert str(caught.value) == f"recipe {old} is now: {now}"
-    name, *words = now.split()
-    configs.load(recipes.find(name), [word for word in words if word != "--set"])
-
-
 def test_what_is_no_recipe_is_one_line(tmp_path: Path) -> None:
     for given, message in (
         (str(tmp_path), "is a folder, not a recipe"),

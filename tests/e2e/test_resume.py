@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import fedftg as package
 from fedftg.params import Params
-from fedftg.rundir import checkpoint
+from fedftg.rundir import checkpoint, records
 from fedftg.rundir.clients import ClientStore
 from fedftg.rundir.tensors import read_tensors
 
@@ -28,7 +28,7 @@ def die():
         os.kill(os.getpid(), signal.SIGKILL)
 
 from fedftg.engine import executors
-from fedftg.rundir import checkpoint, clients, tensors
+from fedftg.rundir import checkpoint, records, clients, tensors
 
 seen = dict(round=0, calls=0)
 train, write_row = executors.train, clients._Rows.write
@@ -163,6 +163,27 @@ def test_interrupted_while_the_state_is_written(
     again = package.run("default", overrides=settings, out=tmp_path / "stopped", resume=True)
     assert read_records(tmp_path / "stopped") == read_records(tmp_path / "whole")
     assert_same(again.state.params, whole.state.params)
+
+
+def test_interrupted_in_the_last_round(no_refiner: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the last round measured in detail is written although the first try to write it was interrupted."""
+    settings = [*no_refiner[1::2], "rounds=2"]
+    package.run("default", overrides=settings, out=tmp_path / "whole")
+
+    real = records.write_json
+
+    def interrupted(path: Path, *rest: Any, **named: Any) -> None:
+        if path.name == "evaluation.json":
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        real(path, *rest, **named)
+
+    monkeypatch.setattr(records, "write_json", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        package.run("default", overrides=settings, out=tmp_path / "stopped")
+    package.run("default", overrides=settings, out=tmp_path / "stopped", resume=True)
+    whole, stopped = ((tmp_path / name / "evaluation.json").read_bytes() for name in ("whole", "stopped"))
+    assert whole == stopped
 
 
 def test_four_rounds_are_two_and_two(fedftg: Any, tiny: list[str], read_records: Read, tmp_path: Path) -> None:

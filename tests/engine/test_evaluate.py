@@ -50,8 +50,8 @@ def test_accuracy_over_clients_by_hand() -> None:
     found = evaluate_clients(model, *model.init(), data, 7)
     assert found == {**dict.fromkeys(range(10), 1.0), 10: 0.5, 11: 0.0}
     assert over_clients(found) == pytest.approx({"mean": 10.5 / 12, "worst_10": 0.25, "std": 0.0885416**0.5}, rel=1e-4)
-    confusion = torch.zeros(2, 2, dtype=torch.int64)
-    assert evaluate(model, *model.init(), data, 7, confusion)[0] == pytest.approx(54 / 60)
+    accuracy, _, confusion = evaluate(model, *model.init(), data, 7)
+    assert accuracy == pytest.approx(54 / 60)
     assert confusion.tolist() == [[27, 3], [3, 27]]  # labels alternate: 1 and 2 wrong of each class
 
 
@@ -92,5 +92,6 @@ def test_ensemble_by_hand() -> None:
     first = 1 / (1 + exp(-0.75 * log(4 / 7) + 0.25 * log(3)))
     for size in (3, 4):
         found = evaluate_ensemble(models, clients, data, size)
-        assert found["ensemble"] == pytest.approx((0.75, -(3 * log(0.625) + log(0.375)) / 4), rel=1e-6)
-        assert found["ensemble_prior"] == pytest.approx((0.25, -(3 * log(first) + log(1 - first)) / 4), rel=1e-6)
+        assert found["ensemble"][2].tolist() == [[3, 0], [1, 0]]
+        assert found["ensemble"][:2] == pytest.approx((0.75, -(3 * log(0.625) + log(0.375)) / 4), rel=1e-6)
+        assert found["ensemble_prior"][:2] == pytest.approx((0.25, -(3 * log(first) + log(1 - first)) / 4), rel=1e-6)

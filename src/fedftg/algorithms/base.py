@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -191,10 +191,6 @@ class AlgorithmConfig(BaseModel):
         raise TypeError(f"{type(self).__name__} does not define build(num_clients) -> Algorithm")
 
 
-def _ignore(images: Tensor, labels: Tensor | None) -> None:
-    """Does nothing."""
-
-
 @dataclass(frozen=True)
 class RefinerContext:
     """What a refiner may know of the experiment."""
@@ -210,8 +206,12 @@ class RefinerContext:
     """Where clients have models of their own: client k the k-th, over and over."""
     unlabelled: Tensor = field(default_factory=lambda: torch.empty(0, 1, 1, 1, dtype=torch.uint8))
     """Training images ``(N, D, H, W)``, as bytes, that no client holds."""
-    show: Callable[[Tensor, Tensor | None], None] = _ignore
-    """Called by a refiner with the last images ``(B, D, H, W)`` that it made, and their labels ``(B,)`` if known."""
+    shown: list[tuple[Tensor, Tensor | None]] = field(default_factory=list, repr=False)
+    """What `show` took last."""
+
+    def show(self, images: Tensor, labels: Tensor | None = None) -> None:
+        """Takes the last images ``(B, D, H, W)`` that a refiner made, and their labels ``(B,)`` if known."""
+        self.shown[:] = [(images, labels)]
 
     def model_of(self, client: int) -> FunctionalModel:
         """Returns the model that a client's parameters belong to."""

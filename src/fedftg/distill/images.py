@@ -39,7 +39,7 @@ class Call:
 
     def predict(self, images: Float[Tensor, "B D H W"]) -> Float[Tensor, "B C"]:
         """Returns the student's logits."""
-        return self.ensemble.predict(self.student, images)
+        return self.ensemble.computed(self.student, images)
 
 
 class Images(Protocol[Draw]):
@@ -95,7 +95,6 @@ class GeneratorImages:
     def __init__(self, config: DistillConfig, generator: Generator) -> None:
         parameter = next(generator.parameters())
         self._device, self._dtype = parameter.device, parameter.dtype
-        autocast(config.precision, self._device)  # refuses what the hardware lacks
         self._config, self._generator = config, generator
         self._optimizer = self._new_optimizer()
 

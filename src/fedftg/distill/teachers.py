@@ -160,7 +160,7 @@ class Ensemble:
 
     def logits(self, images: Float[Tensor, "B D H W"], start: int, stop: int) -> Float[Tensor, "K B C"]:
         """Returns logits of the teachers ``start <= k < stop``, in the type of the images."""
-        return self._corrected(self._computed(partial(self._teachers, start=start, stop=stop), images), start, stop)
+        return self._corrected(self.computed(partial(self._teachers, start=start, stop=stop), images), start, stop)
 
     def measured(
         self, measure: Measure, images: Float[Tensor, "B D H W"], weights: Float[Tensor, "K B"], start: int, stop: int
@@ -173,7 +173,7 @@ class Ensemble:
             found.append(sums)
             return logits
 
-        return self._corrected(self._computed(teachers, images), start, stop), found[0]
+        return self._corrected(self.computed(teachers, images), start, stop), found[0]
 
     def with_batchnorm(
         self, images: Float[Tensor, "B D H W"], labels: Int[Tensor, " B"], start: int, stop: int, weight: float = 1.0
@@ -192,11 +192,8 @@ class Ensemble:
         logits, distances = self.measured(_batchnorm, images, weights, start, stop)
         return logits, {"batchnorm": (weights.mean(dim=1) * distances).sum()}
 
-    def predict(self, student: Classifier, images: Float[Tensor, "B D H W"]) -> Float[Tensor, "B C"]:
-        """Returns logits of a student, computed as the teachers' are."""
-        return self._computed(student, images)
-
-    def _computed(self, function: Classifier, images: Tensor) -> Tensor:
+    def computed(self, function: Classifier, images: Float[Tensor, "B D H W"]) -> Tensor:
+        """Returns ``function(images)`` in the config's precision and memory layout."""
         return computed(function, images, self._config.precision, self._config.memory_format)
 
     def _corrected(self, logits: Float[Tensor, "K B C"], start: int, stop: int) -> Float[Tensor, "K B C"]:

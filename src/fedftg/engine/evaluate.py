@@ -37,36 +37,34 @@ class EvaluationConfig(BaseModel):
     )
 
 
+Result = tuple[float, float, Tensor]
+"""Accuracy in [0, 1], mean cross-entropy, and how often each class (rows) is predicted as each: ``(C, C)`` int64."""
+
+
 @dataclass(frozen=True)
 class Measured:
     """The results of an evaluation, by kind of model; empty in rounds without one."""
 
     accuracy: dict[str, float] = field(default_factory=dict)
     loss: dict[str, float] = field(default_factory=dict)
-    confusion: dict[str, Tensor] = field(default_factory=dict)  # of the last round
+    confusion: dict[str, Tensor] = field(default_factory=dict)
     clients: dict[str, dict[int, float]] = field(default_factory=dict)  # `evaluate_clients`
     not_measured: list[dict[str, int | str]] = field(default_factory=list)
     """Clients that hold samples back and are not in ``clients``: ``{client, reason}``."""
 
+    def add(self, kind: str, found: Result) -> None:
+        """Takes the result of a kind of model."""
+        self.accuracy[kind], self.loss[kind], self.confusion[kind] = found
 
-def evaluate(
-    model: FunctionalModel,
-    params: Params,
-    buffers: Params,
-    data: FederatedData,
-    batch_size: int,
-    confusion: Tensor | None = None,
-) -> tuple[float, float]:
-    """Returns accuracy in [0, 1] and mean cross-entropy over the whole test set, in evaluation mode.
 
-    To ``confusion`` ``(C, C)`` int64, if given, the images of each class (rows) are added by their predicted class.
-    """
-    return _evaluate(lambda images: [model(params, buffers, images, train=False)], data, batch_size, confusion)[0]
+def evaluate(model: FunctionalModel, params: Params, buffers: Params, data: FederatedData, batch_size: int) -> Result:
+    """Returns accuracy, loss and confusion over the whole test set, in evaluation mode."""
+    return _evaluate(lambda images: [model(params, buffers, images, train=False)], data, batch_size)[0]
 
 
 def evaluate_ensemble(
     models: Sequence[FunctionalModel], clients: Sequence[ClientResult], data: FederatedData, batch_size: int
-) -> dict[str, tuple[float, float]]:
+) -> dict[str, Result]:
     """Returns what `evaluate` does for a round's clients together, each weighted by its samples.
 
     ``ensemble`` predicts the mean of their probabilities; ``ensemble_prior`` the softmax of the mean of their logits,
@@ -86,24 +84,21 @@ def evaluate_ensemble(
 
 
 @torch.no_grad()
-def _evaluate(
-    predict: Callable[[Tensor], Sequence[Tensor]],
-    data: FederatedData,
-    batch_size: int,
-    confusion: Tensor | None = None,
-) -> list[tuple[float, float]]:
-    """Returns accuracy and mean cross-entropy of each of the logits ``(B, C)`` that a function returns."""
-    correct, loss, total = [], [], 0
+def _evaluate(predict: Callable[[Tensor], Sequence[Tensor]], data: FederatedData, batch_size: int) -> list[Result]:
+    """Returns what `evaluate` does for each of the logits ``(B, C)`` that a function returns."""
+    true, predicted, losses = [], [], []
     for images, labels in data.test_batches(batch_size):
-        predicted = predict(images)
-        correct.append([(logits.argmax(dim=1) == labels).sum() for logits in predicted])
-        loss.append([F.cross_entropy(logits, labels, reduction="sum").double() for logits in predicted])
-        total += len(labels)
-        if confusion is not None:
-            pairs = labels * len(confusion) + predicted[0].argmax(dim=1)
-            confusion += torch.bincount(pairs, minlength=confusion.numel()).view_as(confusion)
-    sums = [[float(torch.stack(part).sum()) / total for part in zip(*of, strict=True)] for of in (correct, loss)]
-    return list(zip(*sums, strict=True))
+        found = predict(images)
+        true.append(labels)
+        predicted.append(torch.stack([logits.argmax(dim=1) for logits in found]))
+        losses.append([F.cross_entropy(logits, labels, reduction="sum").double() for logits in found])
+    labels, columns = torch.cat(true), found[0].shape[1]
+    results = []
+    for chosen, parts in zip(torch.cat(predicted, dim=1), zip(*losses, strict=True), strict=True):
+        confusion = torch.bincount(labels * columns + chosen, minlength=data.num_classes * columns)
+        right, loss = (chosen == labels).sum(), torch.stack(parts).sum()
+        results.append((float(right) / len(labels), float(loss) / len(labels), confusion.view(-1, columns)))
+    return results
 
 
 def evaluate_clients(

@@ -18,7 +18,7 @@ from fedftg.config import RunConfig
 PARTITION_FILE = "partition.json"
 """A saved partition that an app carries beside its recipe."""
 LOCAL_KEYS: dict[str, Any] = {"data": {"root", "cache"}, "partition": {"file"}} | dict.fromkeys(
-    ("name", "rounds", "device", "threads", "checkpoint", "evaluation", "executor"), True
+    ("name", "rounds", "device", "threads", "checkpoint", "evaluation", "executor", "track"), True
 )
 """Settings of a recipe that may differ between server and nodes."""
 
