@@ -226,7 +226,7 @@ def _write_details(experiment: Experiment, folder: RunFolder) -> None:
         images, labels = experiment.shown.pop()
         if done == last or pictures.due(folder.images, done):
             mosaic = pictures.mosaic(images, labels, data.num_classes, data.dataset.mean, data.dataset.std)
-            pictures.write(folder.images, done, mosaic)
+            pictures.write(folder.images, done, mosaic, labelled=labels is not None)
     if experiment.evaluation is not None:
         records.write_json(folder.evaluation_file, experiment.evaluation, indent=None)
 
