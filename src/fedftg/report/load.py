@@ -138,13 +138,14 @@ class Group:
 
 
 def _settings(run: RunRecord, besides: Sequence[str] = ()) -> dict[str, Any]:
-    return flat({key: value for key, value in run.config.items() if key not in (*_NO_SETTINGS, *besides)})
+    found, out = flat(run.config), {*_NO_SETTINGS, *besides}
+    return {key: value for key, value in found.items() if not out & {key, key.split(".")[0]}}
 
 
 def differing(runs: Sequence[RunRecord], besides: Sequence[str] = ()) -> dict[str, list[Any]]:
     """Returns the settings in which runs differ, with each run's value, None where it has none.
 
-    The sections ``besides`` are left out, and what does not make runs different, such as the seed.
+    Sections and keys ``besides`` are left out, as is what does not make a setting, such as the seed.
     """
     settings = [_settings(run, besides) for run in runs]
     values = {key: [one.get(key) for one in settings] for one in settings for key in one}

@@ -17,18 +17,8 @@ import tomli_w
 from numpy.typing import NDArray
 
 from fedftg.errors import flat
+from fedftg.report import table
 from fedftg.report.load import Group, RunRecord, differing, grouped
-from fedftg.report.table import (
-    Row,
-    comparison_rows,
-    cut,
-    interval,
-    mean_of,
-    order_of_clients,
-    percent,
-    table_cells,
-    table_notes,
-)
 from fedftg.rundir import pictures
 from fedftg.rundir.records import PHASES, finite
 
@@ -55,7 +45,7 @@ def html_page(runs: Sequence[RunRecord]) -> str:
     """
     from plotly.offline import get_plotlyjs
 
-    groups, rows = grouped(runs), comparison_rows(runs)
+    groups, rows = grouped(runs), table.comparison_rows(runs)
     title = f"{groups[0].name}: {groups[0].first.method}" if len(groups) == 1 else f"{len(groups)} settings compared"
     title = " and ".join(group.name for group in groups) if len(groups) == 2 else title
     sections = {
@@ -87,20 +77,20 @@ def _about(groups: Sequence[Group]) -> str:
     return ", ".join(f"{key.removesuffix('.name')} {' or '.join(found)}" for key, found in values.items() if found)
 
 
-def _verdict(rows: Sequence[Row]) -> Iterator[str]:
+def _verdict(rows: Sequence[table.Row]) -> Iterator[str]:
     """Yields a sentence for each row that has a base, and the table."""
     for row, gain in ((row, row.gain) for row in rows if row.gain):
         means, proof = gain.means, "of one seed, which proves little: add <code>--seeds 0,1,2</code>"
         if len(means) > 1:
-            low, high = interval(means)
-            proof = f"paired over {len(means)} seeds, 95 % interval {percent(low, '+')} to {percent(high, '+')}"
+            low, high = ends = table.interval(means)
+            proof = f"paired over {len(means)} seeds, 95 % interval {' to '.join(table.percent(e, '+') for e in ends)}"
             proof += "" if low * high > 0 else "; that includes 0, so it takes more seeds to know"
-        points = f"<strong>{percent(fmean(means), '+')} points</strong> over {escape(gain.base)}"
+        points = f"<strong>{table.percent(fmean(means), '+')} points</strong> over {escape(gain.base)}"
         yield f"<p class=verdict><b>{escape(row.name)}</b>: {points}, {proof}.</p>"
     if not any(row.gain for row in rows):
         yield "<p class=verdict>To see what a refiner gives, <code>fedftg compare</code> a run with one without it.</p>"
-    header, *body = table_cells(rows, "{}")
-    notes = " ".join(table_notes(rows, below="in brackets the final one"))
+    header, *body = table.table_cells(rows, "{}")
+    notes = " ".join(table.table_notes(rows, below="in brackets the final one"))
     yield f"{_table(header, body)}<p class=notes>{escape(notes)}</p>"
 
 
@@ -153,7 +143,7 @@ def _lines(groups: Sequence[Group], part: str, kind: str, scale: float = 1.0) ->
     """Yields a line per group, the mean over its seeds, and where there are several a band and a line per seed."""
     for place, group in enumerate(groups):
         series = [run.series(part, kind) for run in group.runs]
-        numbers, *both = mean_of(series)
+        numbers, *both = table.mean_of(series)
         if not numbers or (kind == "selected" and group.first.refiner == "none"):  # that is the deployed model
             continue
         name = f"{group.name}, {KINDS[kind]}" if kind in KINDS else group.name
@@ -199,7 +189,7 @@ def _metrics(groups: Sequence[Group]) -> Iterator[str]:
 
 
 def _names(group: Group) -> Names:
-    return tuple(cut(name, 18) for name in group.first.read("partition.json").get("class_names", []))
+    return tuple(table.cut(name, 18) for name in group.first.read("partition.json").get("class_names", []))
 
 
 def _kinds(group: Group) -> tuple[str, ...]:
@@ -291,7 +281,7 @@ def _partitions(groups: Sequence[Group]) -> Iterator[str]:
         if record := group.first.read("partition.json"):
             found.setdefault(record["digest"], (group, np.array(record["class_counts"])))
     for group, counts in found.values():
-        order, note = order_of_clients(counts)
+        order, note = table.order_of_clients(counts)
         caption = f"Samples of each class at each client{note}, seed {group.first.seed}"
         rows = ("client", tuple(map(str, order)))
         yield _heatmap(caption, counts[order], counts[order], rows, ("class", _names(group)))
@@ -329,7 +319,7 @@ def _seconds(groups: Sequence[Group]) -> Iterator[str]:
     caption = "Seconds of a round, mean over rounds"
     body = [[name, *(f"{s:.3f}" for s in (*row, sum(row)))] for name, row in zip(names, rows, strict=True)]
     axes = {
-        "yaxis": {"autorange": "reversed", **_ticks(tuple(cut(name, 24) for name in names))},
+        "yaxis": {"autorange": "reversed", **_ticks(tuple(table.cut(name, 24) for name in names))},
         "height": 80 + 44 * len(rows),
     }
     yield _figure(caption, traces, ["run", *PHASES, "total"], body, {"barmode": "stack", **axes}, keys)

@@ -150,16 +150,10 @@ def comparison_rows(runs: Sequence[RunRecord]) -> list[Row]:
     differ least, the first of equals.
     """
     groups = grouped(runs)
-    bases = [_base_of(group.first, [other.first for other in groups]) for group in groups]
+    bases = [_base_of(group.first, groups) for group in groups]
     return [
-        Row(
-            name=group.name,
-            runs=group.runs,
-            deployed=_scores(group.runs, "refined"),
-            is_base=place in bases,
-            gain=None if base is None else _gain(group, groups[base]),
-        )
-        for place, (group, base) in enumerate(zip(groups, bases, strict=True))
+        Row(one.name, one.runs, _scores(one.runs, "refined"), one in bases, _gain(one, base) if base else None)
+        for one, base in zip(groups, bases, strict=True)
     ]
 
 
@@ -188,11 +182,8 @@ def terminal_table(runs: Sequence[RunRecord], chosen: Sequence[str] = ()) -> Tab
     for column in columns:
         table.add_column(column.header, justify="right", no_wrap=True)
     for row in rows:
-        cells = [
-            Text.assemble(
-                row.name, "\n", (row.runs[0].method + (f", {len(row.runs)} seeds" if len(row.runs) > 1 else ""), "dim")
-            )
-        ]
+        seeds = f", {len(row.runs)} seeds" if len(row.runs) > 1 else ""
+        cells = [Text.assemble(row.name, "\n", (row.runs[0].method + seeds, "dim"))]
         for column in columns:
             value, smaller = column.cell(row)
             below = ("\n" + column.below.format(smaller), "dim") if smaller else ""
@@ -227,8 +218,8 @@ def csv_table(runs: Sequence[RunRecord], chosen: Sequence[str] = ()) -> str:
 
     A ``chosen`` accuracy is four columns, a gain is two; () is all that a run has.
     """
-    settings = {key: values for key, values in differing(runs).items() if None not in values}
-    settings = {key: values for key, values in settings.items() if key not in ("algorithm.name", "refiner.name")}
+    differ = differing(runs, ["algorithm.name", "refiner.name"])
+    settings = {key: values for key, values in differ.items() if None not in values}
     kinds = [kind for kind in ACCURACIES if any(run.accuracy(kind)[0] for run in runs)]
     gains = {run.folder: row.gain for row in comparison_rows(runs) for run in row.runs}
     rows: list[dict[str, object]] = []
@@ -317,11 +308,11 @@ def partition_table(
     return table
 
 
-def _base_of(run: RunRecord, runs: Sequence[RunRecord]) -> int | None:
-    """Returns the place of a run's base; None where it is a base itself or has none."""
-    others = [(i, base) for i, base in enumerate(runs) if base.refiner == "none" and base.algorithm == run.algorithm]
-    far = {i: len(differing([run, base], ["refiner"])) for i, base in others}
-    return None if run.refiner == "none" else min(far, key=far.__getitem__, default=None)
+def _base_of(run: RunRecord, groups: Sequence[Group]) -> Group | None:
+    """Returns a run's base; None where it is a base itself or has none."""
+    found = [one for one in groups if one.first.refiner == "none" and one.first.algorithm == run.algorithm]
+    nearest = min(found, key=lambda one: len(differing([run, one.first], ["refiner"])), default=None)
+    return None if run.refiner == "none" else nearest
 
 
 def _gain(group: Group, base: Group) -> Gain | None:
