@@ -40,14 +40,13 @@ _MEASURES = {
 
 @dataclass(frozen=True)
 class Gain:
-    """Deployed accuracy minus the base's of the same seed, in rounds (up to ``until``) that both evaluated."""
+    """Deployed accuracy minus the base's of the same seed, in rounds that both evaluated."""
 
     base: str
     scores: dict[int, Record]
     """`score` of the differences, by each seed that both have; of two single runs by ours, whatever the base's."""
-    until: int
-    whole: bool
-    """Neither was evaluated later than ``until``."""
+    until: int | None
+    """The last round that both evaluated, where one of them was evaluated later."""
     differs: list[str]
     """Settings besides the refiner in which the two differ."""
 
@@ -317,7 +316,7 @@ def _base_of(run: RunRecord, groups: Sequence[Group]) -> Group | None:
 
 def _gain(group: Group, base: Group) -> Gain | None:
     scores: dict[int, Record] = {}
-    untils, whole = [], True
+    untils = []
     # A single run has a base of another seed rather than none.
     single = len(group.runs) == len(base.runs) == 1
     by_seed = {group.first.seed if single else run.seed: run for run in base.runs}
@@ -326,13 +325,12 @@ def _gain(group: Group, base: Group) -> Gain | None:
         common = sorted(ours.keys() & theirs.keys())
         if gain := score((common, [ours[number] - theirs[number] for number in common])):
             scores[run.seed] = gain
-            untils.append(common[-1])
-            whole = whole and common[-1] == max(*ours, *theirs)
+            untils += common[-1:] if common[-1] < max(*ours, *theirs) else []
     if not scores:
         return None
     differs = ["seed"] if single and group.first.seed != base.first.seed else []
     differs += differing([group.first, base.first], ["refiner"])
-    return Gain(base.name, scores, min(untils), whole, differs)
+    return Gain(base.name, scores, min(untils, default=None), differs)
 
 
 def _columns(rows: Sequence[Row], chosen: Sequence[str]) -> list[Column]:
@@ -371,7 +369,7 @@ def table_notes(rows: Sequence[Row], below: str) -> list[str]:
         if len(gain.scores) > 1:
             low, high = (percent(end, "+") for end in interval(gain.means))
             notes.append(f"{versus}: 95 % interval {low} to {high} (t, {len(gain.scores)} seeds).")
-        if not gain.whole:
+        if gain.until:
             notes.append(f"{versus}: up to round {gain.until}, the last that both evaluated.")
         if differs:
             more = "" if len(differs) <= 4 else f" and {len(differs) - 4} more"
