@@ -228,7 +228,7 @@ def _write_details(experiment: Experiment, folder: RunFolder) -> None:
         images, labels = experiment.shown.pop()
         if done == last or pictures.due(folder.images, done):
             mosaic = pictures.mosaic(images, labels, data.num_classes, data.dataset.mean, data.dataset.std)
-            pictures.write(folder.images, done, mosaic)
+            pictures.write(folder.images, done, mosaic, labelled=labels is not None)
 
 
 def _restore(experiment: Experiment, folder: RunFolder, session: Record) -> None:

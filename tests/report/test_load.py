@@ -5,11 +5,12 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from PIL import Image
 
 from fedftg.errors import InputError
-from fedftg.report.load import RunRecord, grouped, load_run
+from fedftg.report.load import RunRecord, differing, grouped, load_run
+from fedftg.rundir import pictures
 
 CONFIG = 'name = "a"\nrounds = 3\n[algorithm]\nname = "fedavg"\n[refiner]\nname = "fedftg"\npreset = "paper"\n'
 
@@ -78,6 +79,14 @@ def test_groups_by_all_but_the_seed(tmp_path: Path) -> None:
     assert groups[0].runs == (runs[2], runs[0])
 
 
+def test_settings_that_differ() -> None:
+    """Names and seeds are none, and of what only one run has the other's value is None."""
+    configs = ({"name": "a", "x": {"y": 1, "z": 2}}, {"name": "b", "seed": 1, "x": {"y": 1, "z": 3}, "k": {"v": 4}})
+    runs = [RunRecord(Path(), config, [], None) for config in configs]
+    assert differing(runs) == {"x.z": [2, 3], "k.v": [None, 4]}
+    assert differing(runs, ["k"]) == {"x.z": [2, 3]}
+
+
 def test_table_of_rounds(tmp_path: Path) -> None:
     """A row a round, and NaN where a round has no such value."""
     pytest.importorskip("pandas")
@@ -87,6 +96,8 @@ def test_table_of_rounds(tmp_path: Path) -> None:
     assert table.index.tolist() == [1, 2]
     assert table.at[1, "accuracy.refined"] == 0.25
     assert math.isnan(table.at[2, "accuracy.refined"])
+    empty = load_run(write(tmp_path / "new")).table()
+    assert (len(empty), empty.index.name) == (0, "round")
 
 
 def test_table_without_pandas_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,17 +107,17 @@ def test_table_without_pandas_is_one_line(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_figures_for_notebooks(tmp_path: Path) -> None:
-    """Six of eight grids, each titled by its round; classes are named on the first."""
+    """Six of eight grids, each titled by its round; classes are named on the first, if its rows are classes."""
     run = load_run(write(tmp_path / "a", line(1, accuracy={"refined": 0.25, "selected": 0.2})))
     assert run.plot()._repr_png_().startswith(b"\x89PNG")
-    with pytest.raises(InputError, match="has no images; fedftg, leaves, "):
+    with pytest.raises(InputError, match=r"/a has no images: its refiner showed none$"):
         run.images()
-    (run.folder / "images").mkdir()
     (run.folder / "partition.json").write_text('{"class_names": ["cat", "$dog"]}')
     for number in (1, 2, 3, 5, 8, 12, 18, 20):
-        Image.new("L", (16, 4)).save(run.folder / "images" / f"{number:05}.png")
+        pictures.write(run.folder / "images", number, np.zeros((4, 16, 1), dtype=np.uint8), labelled=number < 20)
     figure = run.images()
     assert [axes.get_title() for axes in figure.axes] == [f"round {number}" for number in (1, 2, 5, 8, 18, 20)]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["cat", "$dog"]
     assert figure.axes[0].get_yticks().tolist() == [0.5, 2.5]
+    assert [len(axes.get_yticks()) for axes in figure.axes] == [2] * 5 + [0]
     assert figure._repr_png_().startswith(b"\x89PNG")

@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import fedftg
 from fedftg.report.load import RunRecord, load_run
-from fedftg.report.page import html_page
+from fedftg.report.page import KINDS, html_page
+from fedftg.rundir import pictures
+from fedftg.rundir.records import ACCURACIES
 
 TINY = [
     "data.name=digits", "data.max_train=200", "data.max_test=60", "partition.num_clients=5", "cohort.size=3",
@@ -62,15 +65,16 @@ def test_every_figure_is_drawn_and_said(page: Any) -> None:
     plots = page.locator(".plot")
     captions = page.locator("figure:has(.plot) figcaption").all_inner_texts()
     for caption in (
-        "Test accuracy in %", "Test loss", "refine: discrepancy", "Accuracy of each class", "Samples of each class",
-        "Accuracy of each client", "Seconds of a round", "base, deployed", "<b>&amp;, deployed",
+        "Test accuracy in %", "Test loss", "refine: discrepancy", "Accuracy of each class after round 2 in %",
+        "Samples of each class", "Accuracy of each client on what it holds back after round 2 in %",
+        "Seconds of a round", "base, deployed", "<b>&amp;, deployed",
     ):  # fmt: skip
         assert any(text.startswith(caption) for text in captions), caption
     for place in range(plots.count()):
         plot, label = plots.nth(place), plots.nth(place).get_attribute("aria-label")
         assert plot.locator(DRAWN).count() > 0, label
         assert plot.get_attribute("role") == "img"
-        assert len(label) > 40
+        assert label.endswith("the numbers are below")
         assert plot.locator("xpath=../details//td").count() > 0, label
     assert page.locator(".mosaic img").count() == 2
     assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth == 64 && image.alt)")
@@ -122,12 +126,16 @@ def test_numbers_by_hand(tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text(json.dumps({"round": 1, "confusion": confusion, "clients": {}}))
     partition = {"class_names": ["cat", "</script>"], "digest": "", "class_counts": [[7, 0]], "image_shape": [1, 8, 8]}
     (tmp_path / "partition.json").write_text(json.dumps(partition))
+    for number in (1, 2):
+        pictures.write(tmp_path / "images", number, np.zeros((4, 8, 1), dtype=np.uint8), labelled=number == 2)
     row = {"round": 1, "seconds": {"local": 2.0}, "accuracy": {"selected": 4 / 9, "refined": 7 / 9}}
     config = {"rounds": 1, "algorithm": {"name": "fedavg"}, "refiner": {"name": "fedftg"}}
     text = html_page([RunRecord(tmp_path, config, [row], None)])
+    assert "in round 1, without labels" in text
+    assert "in round 2, a row a class, from cat to &lt;/script&gt;" in text
     assert "<th scope=row>cat<td>75.0<td>50.0</tr><tr><th scope=row>&lt;/script&gt;<td>20.0<td>100.0</tr>" in text
     assert "+80.0 points for class &lt;/script&gt;, the largest gain, and -25.0 for class cat" in text
-    assert "7 of 9 images are on the diagonal; most often cat is taken for &lt;/script&gt;, 2 times" in text
+    assert "Accuracy of each class after round 1 in %" in text
     assert "<th scope=row>0<td>7<td>0</tr>" in text
     assert "&lt;/script&gt;&lt;/script&gt;" not in text
 
@@ -137,3 +145,29 @@ def test_a_run_without_details(tmp_path: Path) -> None:
     text = html_page([RunRecord(tmp_path, config, [], None)])
     assert "To see what a refiner gives" in text
     assert "Which classes gain?" not in text
+
+
+def test_data_sets_and_groups_of_one_name_stay_apart(tmp_path: Path) -> None:
+    """Run `a` and group `a` of seeds 0 and 1, extended since round 5, have two classes; run `b` has others."""
+    rights = {"a": (2, 1, 9), "a-s0": (2, 2, 5), "a-s1": (4, 2, 9), "b": (1, 2, 9)}
+    runs = []
+    for name, (first, second, number) in rights.items():
+        (folder := tmp_path / name).mkdir()
+        confusion = {"refined": [[first, 4 - first], [4 - second, second]]}
+        (folder / "evaluation.json").write_text(json.dumps({"round": number, "confusion": confusion}))
+        classes = ["cat", "dog"] if name < "b" else ["car", "bus"]
+        partition = {"class_names": classes, "digest": name, "class_counts": [[7, 0]]}
+        (folder / "partition.json").write_text(json.dumps(partition))
+        config = {"rounds": 9, "algorithm": {"name": "fedavg"}, "refiner": {"name": "none"}, "x": {"y": len(name)}}
+        row = {"round": 1, "seconds": {}, "accuracy": {}}
+        runs.append(RunRecord(folder, {**config, "seed": int(name == "a-s1"), "data": name[:1]}, [row], None))
+    text = html_page(runs)
+    assert "Accuracy of each class after round 5 or 9 in %" in text
+    assert "<th scope=row>cat<td>50.0<td>75.0</tr><tr><th scope=row>dog<td>25.0<td>50.0</tr>" in text
+    assert "Accuracy of each class after round 9 in %" in text
+    assert "<th scope=row>car<td>25.0</tr><tr><th scope=row>bus<td>50.0</tr>" in text
+    assert "Confusion after round 5 or 9, sum over seeds" in text
+
+
+def test_each_kind_of_accuracy_has_a_label() -> None:
+    assert set(KINDS) == set(ACCURACIES)

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from fedftg.report.table import (
     latex_table,
     markdown_table,
     partition_table,
-    score,
     terminal_table,
 )
 
@@ -69,18 +67,6 @@ def rendered(table: Table, width: int = 80) -> list[str]:
     return capture.get().splitlines()
 
 
-def test_score_by_hand() -> None:
-    """Twelve values 0.00, 0.01, ..., 0.11: the last ten are 0.02 to 0.11 with mean 0.065; best is the last."""
-    result = score((list(range(1, 13)), [index / 100 for index in range(12)]))
-    assert result is not None
-    assert result.mean_last == pytest.approx(0.065)
-    assert (result.final, result.best, result.best_round, result.evaluations) == (0.11, 0.11, 12, 12)
-    assert score(([], [])) is None
-    with_nan = score(([1, 2], [0.5, math.nan]))
-    assert with_nan is not None
-    assert (math.isnan(with_nan.mean_last), with_nan.best, with_nan.best_round) == (True, 0.5, 1)
-
-
 def test_gain_over_the_base(tmp_path: Path) -> None:
     """Base .50 .60, deployed .52 .66: gains .02 and .06, mean .04."""
     base = run_of(tmp_path / "base", [0.5, 0.6])
@@ -90,9 +76,9 @@ def test_gain_over_the_base(tmp_path: Path) -> None:
     assert first.gain is None
     assert second.gain is not None
     assert second.gain.base == "base"
-    assert second.gain.final == pytest.approx((0.06,))
-    assert second.gain.mean_last == pytest.approx((0.04,))
-    assert (second.gain.until, second.gain.whole, second.gain.differs) == (2, True, ())
+    assert second.gain.scores[0]["final"] == pytest.approx(0.06)
+    assert second.gain.means == pytest.approx([0.04])
+    assert (second.gain.until, second.gain.differs) == (None, [])
     assert (second.runs[0].refiner, second.runs[0].seconds) == ("fedftg (paper)", 1.0)
 
 
@@ -105,7 +91,7 @@ def test_each_algorithm_has_its_own_base(tmp_path: Path) -> None:
         run_of(tmp_path / "alone", [0.1], [0.7], algorithm="feddyn"),
     ]
     rows = comparison_rows(runs)
-    assert [row.gain and round(row.gain.final[0], 6) for row in rows] == [0.2, None, None, 0.2, None]
+    assert [row.gain and round(row.gain.means[0], 6) for row in rows] == [0.2, None, None, 0.2, None]
     assert [row.is_base for row in rows] == [False, True, True, False, False]
 
 
@@ -115,10 +101,10 @@ def test_of_several_bases_the_nearest_settings_count(tmp_path: Path) -> None:
     ours = run_of(tmp_path / "ours", [0.3], [0.5], settings="[partition]\nalpha = 0.3\n")
     gain = comparison_rows([far, near, ours])[2].gain
     assert gain is not None
-    assert (gain.base, gain.differs) == ("near", ())
+    assert (gain.base, gain.differs) == ("near", [])
     gain = comparison_rows([far, ours])[1].gain
     assert gain is not None
-    assert gain.differs == ("partition.alpha",)
+    assert gain.differs == ["partition.alpha"]
     assert "ours and its base far differ also in partition.alpha." in markdown_table([far, ours])
 
 
@@ -127,8 +113,8 @@ def test_unfinished_run_is_compared_where_both_were_evaluated(tmp_path: Path) ->
     ours = run_of(tmp_path / "ours", [0.1, 0.1], [0.2, 0.3], planned=4, finished=False)
     gain = comparison_rows([base, ours])[1].gain
     assert gain is not None
-    assert gain.mean_last == pytest.approx((0.1,))
-    assert (gain.until, gain.whole) == (2, False)
+    assert gain.means == pytest.approx([0.1])
+    assert gain.until == 2
     text = markdown_table([base, ours])
     assert "ours vs base: up to round 2, the last that both evaluated." in text
     assert "Unfinished: ours." in text
@@ -137,7 +123,7 @@ def test_unfinished_run_is_compared_where_both_were_evaluated(tmp_path: Path) ->
 
 def test_no_evaluation_at_all(tmp_path: Path) -> None:
     runs = [run_of(tmp_path / "a", []), run_of(tmp_path / "b", [], [])]
-    assert all(row.deployed == () for row in comparison_rows(runs))
+    assert all(row.deployed == [] for row in comparison_rows(runs))
     assert "| a | fedavg | none | 0 | base | 0.0 |" in markdown_table(runs)
     assert rendered(terminal_table(runs))
 
@@ -269,9 +255,27 @@ def test_seeds_are_one_row_and_gains_are_paired(tmp_path: Path) -> None:
     base_row, row = comparison_rows(runs)
     assert (base_row.name, row.name, len(row.runs)) == ("base", "ours", 2)
     assert row.gain is not None
-    assert row.gain.mean_last == pytest.approx((0.04, 0.08))
-    assert interval(row.gain.mean_last) == pytest.approx((-0.19412, 0.31412), abs=1e-5)
+    assert row.gain.means == pytest.approx([0.04, 0.08])
+    assert interval(row.gain.means) == pytest.approx((-0.19412, 0.31412), abs=1e-5)
     text = markdown_table(runs)
     assert "| **61.00** (± 9.90) | +6.00 (± 2.83) |" in text
     assert "ours vs base: 95 % interval -19.41 to +31.41 (t, 2 seeds)." in text
     assert "fedavg + fedftg" in "\n".join(rendered(terminal_table(runs)))
+
+
+def test_csv_pairs_no_other_seeds(tmp_path: Path) -> None:
+    """The base has seed 0 only, so .9 of seed 1 has no gain; nor is the seed a setting in which the two differ."""
+    runs = [run_of(tmp_path / name, [value], *more) for name, value, *more in (
+        ("base-s0", 0.5), ("ours-s0", 0.1, [0.6]), ("ours-s1", 0.1, [0.9])
+    )]  # fmt: skip
+    runs[2].config["seed"] = 1
+    lines = list(csv.DictReader(csv_table(runs).splitlines()))
+    assert [line["seed"] for line in lines] == ["0", "0", "1"]
+    assert [line["gain_final"] and round(float(line["gain_final"]), 6) for line in lines] == ["", 0.1, ""]
+    assert lines[2]["gain_mean_last"] == ""
+    other = run_of(tmp_path / "base-s1", [0.7])
+    other.config["seed"] = 1
+    assert "differ also" not in markdown_table([runs[0], other, runs[2]])
+    gain = comparison_rows([runs[0], runs[2]])[1].gain
+    assert gain is not None
+    assert (gain.scores[1]["final"], gain.differs) == (pytest.approx(0.4), ["seed"])

@@ -28,7 +28,7 @@ def folder(path: Path, rounds: int) -> Path:
 
 
 def add(path: Path, number: int, **more: Any) -> None:
-    accuracy = {"selected": 0.1 * number, "refined": None if number == 1 else 0.2 * number} if number % 2 else {}
+    accuracy = {"selected": 0.1 * number, "refined": 0.2 * number} if number % 2 else {}
     record = {"round": number, "seconds": {"local": 10.0, "evaluate": 2.0}, "accuracy": accuracy, **more}
     with (path / "rounds.jsonl").open("a") as file:
         file.write(json.dumps(record) + "\n")
@@ -46,12 +46,14 @@ def test_where_there_is_no_terminal_it_is_shown_once(tmp_path: Path) -> None:
     path = folder(tmp_path / "a", rounds=0)
     assert shown(path) == ["a: fedavg, round 0 of 4, running"]
     add(path, 1)
-    add(path, 2, rejected=[{"client": 3, "reason": "late"}, {"client": 5, "reason": "NaN"}])
+    rejected = [{"client": 3, "reason": "late"}, {"client": 5, "reason": "NaN"}]
+    add(path, 2, accuracy={"refined": 0.4}, rejected=rejected)
     assert shown(path) == [
         "a: fedavg, round 2 of 4, running, 0:00:24 left",
         " round  selected  refined  seconds",
-        "     1     10.00        -     12.0",
-        "refined",
+        "     1     10.00    20.00     12.0",
+        "     2         -    40.00     12.0",
+        "refined ▁█",
         "2 rejected, the last: client 5 in round 2: NaN",
     ]
 
@@ -68,9 +70,9 @@ def test_states(tmp_path: Path) -> None:
 
 
 def test_sparkline() -> None:
-    assert watch.sparkline([0.0, 0.5, float("nan"), 1.0, 0.0]) == "▁▅█▁"
+    assert watch.sparkline([0.0, 0.5, 1.0, 0.0]) == "▁▅█▁"
     assert watch.sparkline([0.5, 0.5]) == "▁▁"
-    assert watch.sparkline([float("nan")]) == watch.sparkline([]) == ""
+    assert watch.sparkline([]) == ""
     assert watch.sparkline([0.0, 1.0, 0.0, 1.0, 0.5], width=3) == "▁▁█", "every second one, with the last"
 
 

@@ -39,21 +39,24 @@ def test_rounds_that_are_written(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     for number in range(1, 101):
         if pictures.due(folder, number):
-            pictures.write(folder, number, np.full((2, 4, 3), number, dtype=np.uint8))
+            pictures.write(folder, number, np.full((2, 4, 3), number, dtype=np.uint8), labelled=number < 9)
     rounds = [1, 2, 3, 5, 8, 12, 18, 27, 41, 62, 93]
     assert sorted(path.name for path in folder.iterdir()) == [f"{number:05}.png" for number in rounds]
+    assert list(pictures.found(folder)) == [(number, folder / f"{number:05}.png", number < 9) for number in rounds]
     with Image.open(folder / "00027.png") as image:
         assert (image.size, image.mode, image.getpixel((3, 1))) == ((4, 2), "RGB", (27, 27, 27))
 
 
-@pytest.mark.parametrize("refiner", ["leaves", "dfrd"])
+@pytest.mark.parametrize("refiner", ["leaves", "dfrd", "feddf"])
 def test_refiners_show_what_they_distil_on(tmp_path: Path, refiner: str) -> None:
-    """Two images of a batch of 2 in the last round, or, with a generator's average beside it, 3."""
+    """A batch of 2 in the last round, with a generator's average beside it 3; proxy images have no labels."""
     settings = [
         "data.name=digits", "data.max_train=100", "data.max_test=20", "partition.num_clients=2", "cohort.size=2",
         "rounds=2", "local.epochs=1", f"refiner.name={refiner}", "refiner.iterations=1", "refiner.batch_size=2",
     ]  # fmt: skip
+    settings += ["refiner.proxy.name=digits"] if refiner == "feddf" else []
     fedftg.run("default_base", overrides=settings, out=tmp_path / "run")
+    assert [labelled for _, _, labelled in pictures.found(tmp_path / "run" / "images")] == [refiner != "feddf"] * 2
     with Image.open(tmp_path / "run" / "images" / "00002.png") as image:
         cells = np.asarray(image).reshape(10, 8, 8, 8).swapaxes(1, 2).reshape(80, 64)
-    assert (cells != 255).any(axis=1).sum() == (2 if refiner == "leaves" else 3)
+    assert (cells != 255).any(axis=1).sum() == (3 if refiner == "dfrd" else 2)

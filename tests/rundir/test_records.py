@@ -38,12 +38,21 @@ def test_summary_by_hand() -> None:
     for number in range(1, 13):
         accuracy = {"selected": number / 20, "refined": number / 10} if number % 2 == 0 else {}
         rows.append({"round": number, "accuracy": accuracy, "seconds": {"local": 1.0, "refine": 0.5}})
+    rows[11]["accuracy"]["sent"] = 0.5
     rows[3]["rejected"] = [{"client": 1, "reason": "x"}]
     summary = summarise({"name": "n"}, rows, [0.35, 5.0], 12.5)
     assert summary["accuracy"]["refined"] == {
         "final": 1.2, "best": 1.2, "best_round": 12, "mean_last_10": pytest.approx(0.7),
     }  # fmt: skip
-    assert "all" not in summary["accuracy"]
+    assert list(summary["accuracy"]) == ["selected", "refined", "sent"]
     assert summary["rounds_to"] == {"0.35": 4, "5.0": None}
     assert summary["seconds"]["total"] == 18.0
     assert (summary["rounds"], summary["rejected_updates"], summary["name"]) == (12, 1, "n")
+
+
+def test_score_by_hand() -> None:
+    """Twelve values 0.00, 0.01, ..., 0.11: the last ten are 0.02 to 0.11 with mean 0.065; of equal ones the first."""
+    found = records.score((list(range(2, 26, 2)), [index / 100 for index in range(12)]))
+    assert found == {"final": 0.11, "best": 0.11, "best_round": 24, "mean_last_10": pytest.approx(0.065)}
+    assert records.score(([1, 2, 3], [0.5, 0.75, 0.75]))["best_round"] == 2
+    assert records.score(([], [])) == {}

@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedftg.errors import InputError, first_line, flat
-from fedftg.rundir import records
+from fedftg.rundir import pictures, records
 from fedftg.rundir.folder import RunFolder
+from fedftg.rundir.records import Series
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Series = tuple[list[int], list[float]]
-"""Round numbers and values."""
-
-_NOT_IN_A_GROUP = ("name", "seed", "device", "threads", "executor", "checkpoint", "track")
-"""Sections in which the runs of a group may differ."""
+_NO_SETTINGS = ("name", "seed", "device", "threads", "plugins", "executor", "checkpoint", "track")
+"""Sections of a config that do not make two runs different settings."""
 
 
 class RunViews:
@@ -40,17 +38,17 @@ class RunViews:
             import pandas
         except ImportError:
             raise InputError("table() needs pandas, which is not installed; pip install pandas") from None
-        return pandas.DataFrame([flat(record) for record in load_run(self.folder).rounds]).set_index("round")
+        rows = [flat(record) for record in load_run(self.folder).rounds]
+        return pandas.DataFrame(rows, columns=None if rows else ["round"]).set_index("round")
 
     def images(self) -> Figure:
-        """Returns images that the refiner made, a grid a round and a row a class; `InputError` where there are none."""
+        """Returns images that the refiner showed, a grid a round, by class if labelled; `InputError` without any."""
         from fedftg.report.plots import images_figure
 
-        files = sorted((self.folder / "images").glob("*.png"))
-        if not files:
-            makers = "fedftg, leaves, dafl, adi, dfrd, dense and coboosting"
-            raise InputError(f"{self.folder} has no images; {makers} make some, other refiners none")
-        return images_figure(files, RunFolder(self.folder).read_partition()["class_names"])
+        files = RunFolder(self.folder)
+        if found := [*pictures.found(files.images)]:
+            return images_figure(found, files.read_partition()["class_names"])
+        raise InputError(f"{self.folder} has no images: its refiner showed none")
 
 
 @dataclass(frozen=True)
@@ -69,8 +67,7 @@ class RunRecord(RunViews):
 
     def series(self, part: str, name: str) -> Series:
         """Returns ``record[part][name]`` of the rounds that have it; null becomes NaN."""
-        found = [(row["round"], row[part][name]) for row in self.rounds if name in row.get(part, {})]
-        return [number for number, _ in found], [math.nan if value is None else value for _, value in found]
+        return records.series(self.rounds, part, name)
 
     def read(self, file: str) -> dict[str, Any]:
         """Returns the object in a JSON file of the folder; empty where there is no such file."""
@@ -83,6 +80,11 @@ class RunRecord(RunViews):
     def name(self) -> str:
         """Returns the folder's name."""
         return self.folder.resolve().name
+
+    @property
+    def seed(self) -> int:
+        """Returns the seed."""
+        return int(self.config.get("seed", 0))
 
     @property
     def algorithm(self) -> str:
@@ -135,16 +137,30 @@ class Group:
         return self.runs[0]
 
 
+def _settings(run: RunRecord, besides: Sequence[str] = ()) -> dict[str, Any]:
+    found, out = flat(run.config), {*_NO_SETTINGS, *besides}
+    return {key: value for key, value in found.items() if not out & {key, key.split(".")[0]}}
+
+
+def differing(runs: Sequence[RunRecord], besides: Sequence[str] = ()) -> dict[str, list[Any]]:
+    """Returns the settings in which runs differ, with each run's value, None where it has none.
+
+    Sections and keys ``besides`` are left out, as is what does not make a setting, such as the seed.
+    """
+    settings = [_settings(run, besides) for run in runs]
+    values = {key: [one.get(key) for one in settings] for one in settings for key in one}
+    return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
+
+
 def grouped(runs: Sequence[RunRecord]) -> list[Group]:
     """Returns groups in the order of their first runs; a run whose seed is there already is a group of its own."""
     names = [run.name for run in runs]
-    found: dict[tuple[object, ...], dict[int, RunRecord]] = {}
+    found: dict[str, dict[int, RunRecord]] = {}
     for run in runs:
-        settings = flat({key: value for key, value in run.config.items() if key not in _NOT_IN_A_GROUP})
-        key: tuple[object, ...] = tuple(sorted((name, repr(value)) for name, value in settings.items()))
-        if int(run.config.get("seed", 0)) in found.get(key, {}):
-            key = (*key, run.folder)
-        found.setdefault(key, {})[int(run.config.get("seed", 0))] = run
+        key = repr(sorted(_settings(run).items()))
+        if run.seed in found.get(key, {}):
+            key += str(run.folder)
+        found.setdefault(key, {})[run.seed] = run
     groups = []
     for by_seed in found.values():
         ordered = tuple(by_seed[seed] for seed in sorted(by_seed))

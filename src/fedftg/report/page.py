@@ -9,7 +9,6 @@ import shlex
 from collections.abc import Iterator, Sequence
 from html import escape
 from importlib import resources
-from itertools import zip_longest
 from statistics import fmean
 from typing import Any
 
@@ -18,11 +17,12 @@ import tomli_w
 from numpy.typing import NDArray
 
 from fedftg.errors import flat
-from fedftg.report.load import Group, RunRecord, grouped
-from fedftg.report.table import Row, comparison_rows, interval, mean_of, percent, table_cells, table_notes
+from fedftg.report import table
+from fedftg.report.load import Group, RunRecord, differing, grouped
+from fedftg.rundir import pictures
 from fedftg.rundir.records import PHASES, finite
 
-Names = Sequence[str]
+Names = tuple[str, ...]
 Trace = dict[str, Any]
 """A trace of plotly whose look the page chooses by ``meta``: ``run`` (its place), ``kind``, ``part``, ``phase``."""
 
@@ -36,9 +36,6 @@ KINDS = {
 }
 """Label of each kind of model; the first two are shown at first."""
 
-MOST_CELLS = 20_000
-"""Larger tables of numbers are left out of the page."""
-
 
 def html_page(runs: Sequence[RunRecord]) -> str:
     """Returns one HTML file that needs no network: about 5 MB, most of it plotly.
@@ -48,14 +45,14 @@ def html_page(runs: Sequence[RunRecord]) -> str:
     """
     from plotly.offline import get_plotlyjs
 
-    groups, rows = grouped(runs), comparison_rows(runs)
+    groups, rows = grouped(runs), table.comparison_rows(runs)
     title = f"{groups[0].name}: {groups[0].first.method}" if len(groups) == 1 else f"{len(groups)} settings compared"
     title = " and ".join(group.name for group in groups) if len(groups) == 2 else title
     sections = {
         "Does distillation help?": [*_verdict(rows), *_accuracies(groups)],
         "Which classes gain?": _classes(groups),
         "What the refiner did": [*_metrics(groups), *_images(groups)],
-        "What the clients told the server": _partitions(groups),
+        "Who holds what": _partitions(groups),
         "How clients fare": _clients(groups),
         "Where the time goes": _seconds(groups),
         "Run it again": _settings(groups),
@@ -80,20 +77,20 @@ def _about(groups: Sequence[Group]) -> str:
     return ", ".join(f"{key.removesuffix('.name')} {' or '.join(found)}" for key, found in values.items() if found)
 
 
-def _verdict(rows: Sequence[Row]) -> Iterator[str]:
+def _verdict(rows: Sequence[table.Row]) -> Iterator[str]:
     """Yields a sentence for each row that has a base, and the table."""
     for row, gain in ((row, row.gain) for row in rows if row.gain):
-        means, proof = gain.mean_last, "of one seed, which proves little: add <code>--seeds 0,1,2</code>"
+        means, proof = gain.means, "of one seed, which proves little: add <code>--seeds 0,1,2</code>"
         if len(means) > 1:
-            low, high = interval(means)
-            proof = f"paired over {len(means)} seeds, 95 % interval {percent(low, '+')} to {percent(high, '+')}"
+            low, high = ends = table.interval(means)
+            proof = f"paired over {len(means)} seeds, 95 % interval {' to '.join(table.percent(e, '+') for e in ends)}"
             proof += "" if low * high > 0 else "; that includes 0, so it takes more seeds to know"
-        points = f"<strong>{percent(fmean(means), '+')} points</strong> over {escape(gain.base)}"
+        points = f"<strong>{table.percent(fmean(means), '+')} points</strong> over {escape(gain.base)}"
         yield f"<p class=verdict><b>{escape(row.name)}</b>: {points}, {proof}.</p>"
     if not any(row.gain for row in rows):
         yield "<p class=verdict>To see what a refiner gives, <code>fedftg compare</code> a run with one without it.</p>"
-    header, *body = table_cells(rows, "{}")
-    notes = " ".join(table_notes(rows, below="in brackets the final one"))
+    header, *body = table.table_cells(rows, "{}")
+    notes = " ".join(table.table_notes(rows, below="in brackets the final one"))
     yield f"{_table(header, body)}<p class=notes>{escape(notes)}</p>"
 
 
@@ -120,9 +117,12 @@ def _toggles(groups: Sequence[Group]) -> Iterator[str]:
 
 
 def _figure(
-    caption: str, seen: str, traces: Sequence[Trace], header: Any, rows: Any, layout: dict[str, Any], keys: str = ""
+    caption: str, traces: Sequence[Trace], header: Any, rows: Any, layout: dict[str, Any], keys: str = ""
 ) -> str:
-    """Returns a figure that the page's script draws, and its numbers; ``seen`` says what it shows."""
+    """Returns a figure that the page's script draws, and its numbers; of lines the first three are described."""
+    lines = [one for one in traces if "type" not in one and one["meta"].get("part", "mean") == "mean"]
+    ends = [f"{one['name']} from {one['y'][0]:.4g} to {one['y'][-1]:.4g}" for one in lines[:3]]
+    seen = f"{'; '.join([caption, *ends])}; the numbers are below"
     spec = json.dumps(finite({"data": traces, "layout": layout}), allow_nan=False).replace("<", r"\u003c")
     return (
         f"<figure><figcaption>{escape(caption)}{keys}</figcaption>"
@@ -133,8 +133,6 @@ def _figure(
 
 
 def _table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
-    if len(header) * len(rows) > MOST_CELLS:
-        return f"<p>{len(rows)} rows and {len(header)} columns: see the files of the run.</p>"
     head = "".join(f"<th scope=col>{escape(str(cell))}</th>" for cell in header)
     lines = [[escape(str(cell)) for cell in row] for row in rows]
     body = "".join(f"<tr><th scope=row>{'<td>'.join(line)}</tr>" for line in lines)
@@ -145,7 +143,7 @@ def _lines(groups: Sequence[Group], part: str, kind: str, scale: float = 1.0) ->
     """Yields a line per group, the mean over its seeds, and where there are several a band and a line per seed."""
     for place, group in enumerate(groups):
         series = [run.series(part, kind) for run in group.runs]
-        numbers, *both = mean_of(series)
+        numbers, *both = table.mean_of(series)
         if not numbers or (kind == "selected" and group.first.refiner == "none"):  # that is the deployed model
             continue
         name = f"{group.name}, {KINDS[kind]}" if kind in KINDS else group.name
@@ -155,14 +153,10 @@ def _lines(groups: Sequence[Group], part: str, kind: str, scale: float = 1.0) ->
             edges = [*(means + spreads), *(means - spreads)[::-1]]
             yield {"x": numbers + numbers[::-1], "y": edges, "name": name, "meta": {**meta, "part": "band"}}
             for run, (rounds, values) in zip(group.runs, series, strict=True):
-                own = {"x": rounds, "y": [scale * value for value in values], "name": f"{name}, {_seed(run)}"}
+                own = {"x": rounds, "y": [scale * value for value in values], "name": f"{name}, seed {run.seed}"}
                 yield {**own, "meta": {**meta, "part": "seed"}}
         text = [f" ± {spread:.3g}" if len(group.runs) > 1 else "" for spread in spreads]
         yield {"x": numbers, "y": [*means], "text": text, "name": name, "meta": {**meta, "part": "mean"}}
-
-
-def _seed(run: RunRecord) -> str:
-    return f"seed {run.config.get('seed', 0)}"
 
 
 def _over_rounds(caption: str, groups: Sequence[Group], traces: Sequence[Trace], height: int) -> str:
@@ -173,12 +167,10 @@ def _over_rounds(caption: str, groups: Sequence[Group], traces: Sequence[Trace],
     rounds = sorted({number for trace in means for number in trace["x"]})
     cells = [{x: f"{y:.4g}{sd}" for x, y, sd in zip(t["x"], t["y"], t["text"], strict=True)} for t in means]
     header = ["round", *(t["name"] for t in means)]
-    ends = "; ".join(f"{t['name']}, from {t['y'][0]:.4g} to {t['y'][-1]:.4g}" for t in means)
-    seen = f"Lines over rounds {rounds[0]} to {rounds[-1]}: {caption}: {ends}."
     last = max(row["round"] for group in groups for run in group.runs for row in run.rounds)
     axis = {"title": {"text": "round"}, "dtick": 1 if last <= 12 else None, "range": [1 - last / 50, last * 1.02]}
     body = [[number, *(column.get(number, "") for column in cells)] for number in rounds]
-    return _figure(caption, seen, traces, header, body, {"height": height, "xaxis": axis})
+    return _figure(caption, traces, header, body, {"height": height, "xaxis": axis})
 
 
 def _accuracies(groups: Sequence[Group]) -> Iterator[str]:
@@ -196,9 +188,8 @@ def _metrics(groups: Sequence[Group]) -> Iterator[str]:
     yield f"<div class=grid>{''.join(found)}</div>" if found else ""
 
 
-def _names(group: Group) -> list[str]:
-    names = group.first.read("partition.json").get("class_names", [])
-    return [name if len(name) <= 18 else f"{name[:16]}…" for name in names]
+def _names(group: Group) -> Names:
+    return tuple(table.cut(name, 18) for name in group.first.read("partition.json").get("class_names", []))
 
 
 def _kinds(group: Group) -> tuple[str, ...]:
@@ -210,77 +201,76 @@ def _ticks(names: Names) -> dict[str, Any]:
     return {"tickvals": [*range(len(names))], "ticktext": names, "showgrid": False}
 
 
+def _evaluated(groups: Sequence[Group]) -> str:
+    """Returns the round of ``evaluation.json``, an earlier one where a run was extended; where runs differ, all."""
+    files = [run.read("evaluation.json") for group in groups for run in group.runs]
+    return f"after round {' or '.join(map(str, sorted({file['round'] for file in files if file})))}"
+
+
 def _classes(groups: Sequence[Group]) -> Iterator[str]:
-    bars: list[Trace] = []
-    heatmaps, columns, seen = [], {}, ""
-    for place, group in enumerate(groups):
-        names, before = _names(group), None
-        for kind in _kinds(group):
-            found = [run.read("evaluation.json").get("confusion", {}).get(kind) for run in group.runs]
-            counts = sum(np.array(one) for one in found if one)
-            if not isinstance(counts, np.ndarray):
-                continue
-            name = f"{group.name}, {KINDS[kind]}"
-            share = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-            columns[name] = right = np.diag(share).round(2)
-            bar = {"type": "bar", "x": [*range(len(names))], "y": right.tolist(), "text": names}
-            bars.append({**bar, "name": name, "meta": {"run": place, "kind": kind}})
-            heatmaps.append(_heatmap(name, counts, share, names, names))
-            if before is not None and (right != before).any():
-                best, worst = (int(at(right - before)) for at in (np.argmax, np.argmin))
-                gain, loss = right[best] - before[best], right[worst] - before[worst]
-                seen += f"{group.name}, refining: {gain:+.1f} points for class {names[best]}, the largest gain, "
-                seen += f"and {loss:+.1f} for class {names[worst]}.\n"
-            before = right
-    if bars:
-        yield "".join(f"<p>{escape(line)}</p>" for line in seen.splitlines())
-        names = max(map(_names, groups), key=len)
-        cells = zip_longest(names, *columns.values(), fillvalue="")
-        axes = {"xaxis": {"title": {"text": "class"}, **_ticks(names)}, "height": 320}
-        caption = "Accuracy of each class after the last round in % (pale: before refining)"
-        yield _figure(caption, f"Bars: {caption}. {seen}", bars, ["class", *columns], [*cells], axes)
-        several = ", sum over seeds" if any(len(group.runs) > 1 for group in groups) else ""
-        yield f"<h3>Confusion{several}</h3><div class=grid>{''.join(heatmaps)}</div>"
+    """Yields accuracies of classes and confusions, for each data set that groups have."""
+    for names in dict.fromkeys(map(_names, groups)):
+        own = {place: group for place, group in enumerate(groups) if _names(group) == names}
+        bars, heatmaps = [], []
+        for place, group in own.items():
+            before = None
+            for kind in _kinds(group):
+                found = [run.read("evaluation.json").get("confusion", {}).get(kind) for run in group.runs]
+                counts = np.array([one for one in found if one]).sum(axis=0)
+                if not counts.any():
+                    continue
+                name = f"{group.name}, {KINDS[kind]}"
+                share = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+                right = np.diag(share).round(2)
+                bar = {"type": "bar", "x": [*range(len(names))], "y": right.tolist(), "text": names}
+                bars.append({**bar, "name": name, "meta": {"run": place, "kind": kind}})
+                heatmaps.append(_heatmap(name, counts, share, ("true class", names), ("predicted class", names)))
+                if before is not None and (right != before).any():
+                    best, worst = (int(at(right - before)) for at in (np.argmax, np.argmin))
+                    gain, loss = right[best] - before[best], right[worst] - before[worst]
+                    said = f"{group.name}, refining: {gain:+.1f} points for class {names[best]}, the largest gain, "
+                    yield f"<p>{escape(f'{said}and {loss:+.1f} for class {names[worst]}.')}</p>"
+                before = right
+        if bars:
+            axes = {"xaxis": {"title": {"text": "class"}, **_ticks(names)}, "height": 320}
+            after = _evaluated([*own.values()])
+            caption = f"Accuracy of each class {after} in % (pale: before refining)"
+            cells = [*zip(names, *(bar["y"] for bar in bars), strict=True)]
+            yield _figure(caption, bars, ["class", *(bar["name"] for bar in bars)], cells, axes)
+            several = ", sum over seeds" if any(len(group.runs) > 1 for group in own.values()) else ""
+            yield f"<h3>Confusion {after}{several}</h3><div class=grid>{''.join(heatmaps)}</div>"
 
 
-def _heatmap(caption: str, counts: NDArray[Any], shades: NDArray[Any], rows: Names, names: Names) -> str:
-    """Returns a heatmap of rows and classes whose numbers are ``counts``; where rows are classes, it is a confusion."""
-    axis, other = ("true class", "predicted class") if rows is names else ("client", "class")
+def _heatmap(
+    caption: str, counts: NDArray[Any], shades: NDArray[Any], rows: tuple[str, Names], columns: tuple[str, Names]
+) -> str:
+    """Returns a heatmap whose numbers are ``counts``; rows and columns have a title and names."""
+    (axis, lines), (other, names) = rows, columns
     text = [[str(count) if count else "" for count in line] for line in counts.tolist()]
     trace = {"type": "heatmap", "z": shades.round(2).tolist(), "text": text, "zmin": 0}
-    if max(len(rows), len(names)) <= 60:
+    if max(counts.shape) <= 60:
         trace |= {"xgap": 1, "ygap": 1} | ({"texttemplate": "%{text}"} if len(names) <= 20 else {})
-    seen = f"{len(rows)} clients, {len(names)} classes; {100 * (counts == 0).mean():.0f} % of the cells are empty"
-    if rows is names:
-        off = counts * (1 - np.eye(len(names), dtype=np.int64))
-        row, column = divmod(int(off.argmax()), len(names))
-        seen = f"{np.trace(counts)} of {counts.sum()} images are on the diagonal; most often {names[row]} is taken for "
-        seen += f"{names[column]}, {off.max()} times"
-    axes = {"xaxis": {"title": {"text": other}, **_ticks(names)}, "height": min(110 + 22 * max(len(rows), 7), 500)}
-    axes["yaxis"] = {"title": {"text": axis}, "autorange": "reversed", **_ticks(rows)}
-    body = [[row, *line] for row, line in zip(rows, counts.tolist(), strict=True)]
-    return _figure(caption, f"Heatmap of {axis} and {other}: {caption}: {seen}.", [trace], [axis, *names], body, axes)
+    axes = {"xaxis": {"title": {"text": other}, **_ticks(names)}, "height": min(110 + 22 * max(len(counts), 7), 500)}
+    axes["yaxis"] = {"title": {"text": axis}, "autorange": "reversed", **_ticks(lines)}
+    body = [[name, *line] for name, line in zip(lines, counts.tolist(), strict=True)]
+    return _figure(caption, [trace], [axis, *names], body, axes)
 
 
 def _images(groups: Sequence[Group]) -> Iterator[str]:
     """Yields, for the first seed of each group, the images of each round that has some."""
     for group in groups:
         mosaics, names = [], _names(group)[:20]
-        labelled = {row["round"] for row in group.first.rounds if "teacher_agreement" in row.get("refine", {})}
-        for file in sorted((group.first.folder / "images").glob("*.png")):
-            number, data = int(file.stem), file.read_bytes()
-            width = int.from_bytes(data[16:20])  # of a PNG file
-            classes = "".join(f"<span>{escape(name)}</span>" for name in names) if number in labelled else ""
+        for number, file, labelled in pictures.found(group.first.folder / "images"):
+            classes = "".join(f"<span>{escape(name)}</span>" for name in names) if labelled else ""
             what = f"a row a class, from {names[0]} to {names[-1]}" if classes else "without labels"
             mosaics.append(
                 f"<figure class=mosaic><figcaption>round {number}</figcaption><div><div class=names>{classes}</div>"
                 f'<img alt="{escape(f"Images of {group.name} in round {number}, {what}")}" '
-                f"width={width * max(1, round(256 / width))} "
-                f'src="data:image/png;base64,{base64.b64encode(data).decode()}"></div></figure>'
+                f'src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"></div></figure>'
             )
         if mosaics:
-            yield f"<h3>Images that {escape(group.name)} distils on, {_seed(group.first)}</h3>"
-            yield "<p class=notes>The last batch of a round, at most 8 images of a class.</p>"
+            yield f"<h3>Images that {escape(group.name)} distils on, seed {group.first.seed}</h3>"
+            yield "<p class=notes>The last batch of a round, at most 8 images a row.</p>"
             yield f"<div class=mosaics>{''.join(mosaics)}</div>"
 
 
@@ -291,10 +281,10 @@ def _partitions(groups: Sequence[Group]) -> Iterator[str]:
         if record := group.first.read("partition.json"):
             found.setdefault(record["digest"], (group, np.array(record["class_counts"])))
     for group, counts in found.values():
-        caption, order = f"Samples of each class at each client, {_seed(group.first)}", np.arange(len(counts))
-        if len(counts) > 400:
-            caption, order = f"{caption}, by biggest class", np.lexsort((-counts.max(axis=1), counts.argmax(axis=1)))
-        yield _heatmap(caption, counts[order], counts[order], [*map(str, order)], _names(group))
+        order, note = table.order_of_clients(counts)
+        caption = f"Samples of each class at each client{note}, seed {group.first.seed}"
+        rows = ("client", tuple(map(str, order)))
+        yield _heatmap(caption, counts[order], counts[order], rows, ("class", _names(group)))
 
 
 def _clients(groups: Sequence[Group]) -> Iterator[str]:
@@ -303,7 +293,7 @@ def _clients(groups: Sequence[Group]) -> Iterator[str]:
     for place, group in enumerate(groups):
         for kind in _kinds(group):
             values = [
-                (100 * value, f"client {client}, {_seed(run)}")
+                (100 * value, f"client {client}, seed {run.seed}")
                 for run in group.runs
                 for client, value in run.read("evaluation.json").get("clients", {}).get(kind, {}).items()
             ]
@@ -313,10 +303,9 @@ def _clients(groups: Sequence[Group]) -> Iterator[str]:
             line = {"y": [value for value, _ in ordered], "text": [f" {client}" for _, client in ordered]}
             traces += [{"name": name, "x": share, **line, "meta": {"run": place, "kind": kind}}] if values else []
     if traces:
-        caption = "Accuracy of each client on what it holds back in %, from worst to best"
-        seen = "; ".join(f"{t['name']}: {t['y'][0]:.1f} to {t['y'][-1]:.1f}" for t in traces)
+        caption = f"Accuracy of each client on what it holds back {_evaluated(groups)} in %, from worst to best"
         axes = {"xaxis": {"title": {"text": "share of clients in %"}}, "yaxis": {"range": [-3, 103]}, "height": 320}
-        yield _figure(caption, f"Lines: {caption}. {seen}.", traces, ["run", "client", "accuracy"], rows, axes)
+        yield _figure(caption, traces, ["run", "client", "accuracy"], rows, axes)
 
 
 def _seconds(groups: Sequence[Group]) -> Iterator[str]:
@@ -329,12 +318,11 @@ def _seconds(groups: Sequence[Group]) -> Iterator[str]:
     keys = "".join(f'<i class=key style="background:var(--p{i})"></i>{phase}' for i, phase in enumerate(PHASES))
     caption = "Seconds of a round, mean over rounds"
     body = [[name, *(f"{s:.3f}" for s in (*row, sum(row)))] for name, row in zip(names, rows, strict=True)]
-    seen = f"Bars by phase: {caption}: {'; '.join(f'{line[0]}, {line[-1]}' for line in body)}."
     axes = {
-        "yaxis": {"autorange": "reversed", **_ticks([name if len(name) <= 24 else f"…{name[-22:]}" for name in names])},
+        "yaxis": {"autorange": "reversed", **_ticks(tuple(table.cut(name, 24) for name in names))},
         "height": 80 + 44 * len(rows),
     }
-    yield _figure(caption, seen, traces, ["run", *PHASES, "total"], body, {"barmode": "stack", **axes}, keys)
+    yield _figure(caption, traces, ["run", *PHASES, "total"], body, {"barmode": "stack", **axes}, keys)
 
 
 def _settings(groups: Sequence[Group]) -> Iterator[str]:
@@ -347,9 +335,8 @@ def _settings(groups: Sequence[Group]) -> Iterator[str]:
     again = shlex.join(["fedftg", "run" if len(files) == 1 else "compare", *files, "--out", "again"])
     yield "<p>From the settings kept in the run folders; on the same machine, the same numbers</p>"
     yield f"<pre tabindex=0>{escape(again)}</pre>"
-    flats = [flat(group.first.config) for group in groups]
-    common = [key for key in flats[0] if all(key in one for one in flats) and key not in ("name", "seed")]
-    differ = [[key, *(one[key] for one in flats)] for key in common if any(one[key] != flats[0][key] for one in flats)]
+    settings = differing([group.first for group in groups])
+    differ = [[key, *values] for key, values in settings.items() if None not in values]
     yield _table(["settings that differ", *(group.name for group in groups)], differ) if differ else ""
     for group in groups:
         yield f"<details class=settings><summary>All settings of {escape(group.name)}</summary>"

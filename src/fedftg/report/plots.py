@@ -18,17 +18,15 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from fedftg.errors import InputError
-from fedftg.report.load import RunRecord, Series, grouped
-from fedftg.report.table import LAST, mean_of, score
+from fedftg.report.load import RunRecord, grouped
+from fedftg.report.table import cut, mean_of, order_of_clients, percent
+from fedftg.rundir.records import LAST, score
 
 DPI = 100
 WIDTH = 12.0
 """Inches: 1200 px."""
 
 COLUMN = 3.3  # inches: one of two columns of a paper, with text of 8 pt that stays text
-
-SORTED_FROM = 401
-"""From this many clients on, a heatmap's rows are thinner than three pixels, and are sorted."""
 
 # Okabe and Ito's colours without yellow and black: told apart with any colour vision, readable on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -84,15 +82,19 @@ def accuracy_figure(runs: Sequence[RunRecord], *, paper: bool = False) -> Figure
         for kind in _KINDS:
             numbers, means, spreads = mean_of([run.accuracy(kind) for run in group.runs])
             if numbers and not (kind == "selected" and group.first.refiner == "none"):  # that is the deployed model
-                _draw_line(axes, (numbers, means), kind, colour, marker if kind == "refined" else "")
+                *_, style, width = _KINDS[kind]
+                (line,) = axes.plot(numbers, [100 * m for m in means], color=colour, linestyle=style, linewidth=width)
+                mark = marker if kind == "refined" else "." if len(numbers) == 1 else ""
+                line.set(marker=mark, markersize=4.5, markevery=max(1, len(numbers) // 15))
+                line.set_alpha(1.0 if kind == "refined" else 0.7)
                 shown.add(kind)
                 if kind == "refined" and len(group.runs) > 1:
                     low, high = ([100 * (m + way * s) for m, s in zip(means, spreads, strict=True)] for way in (-1, 1))
                     axes.fill_between(numbers, low, high, color=colour, alpha=0.15, linewidth=0)
         result = score(mean_of([run.accuracy("refined") for run in group.runs])[:2])
         # The value comes first: matplotlib leaves out labels that start with an underscore.
-        shown_name = _cut(name, 38 if paper else 110)
-        label = f"{'no evaluation' if result is None else f'{100 * result.mean_last:.2f}'}   {shown_name}"
+        shown_name = cut(name, 38 if paper else 110)
+        label = f"{percent(result['mean_last_10']) if result else 'no evaluation'}   {shown_name}"
         handles.append(Line2D([], [], color=colour, linewidth=2, marker=marker, markersize=4.5, label=label))
     legend = figure.legend(
         handles=handles,
@@ -110,7 +112,7 @@ def accuracy_figure(runs: Sequence[RunRecord], *, paper: bool = False) -> Figure
     ]
     axes.legend(handles=styles, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, borderaxespad=0.2)
     title = f"{runs[0].name}: {runs[0].method}" if len(runs) == 1 else f"{len(runs)} runs"
-    axes.set_title("" if paper else _cut(title, 60), loc="left", parse_math=False)
+    axes.set_title("" if paper else cut(title, 60), loc="left", parse_math=False)
     axes.set(xlabel="round", ylabel="test accuracy (%)")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6 if paper else 12, steps=[1, 2, 5, 10], integer=True))
     axes.margins(x=0.015)
@@ -122,16 +124,20 @@ def accuracy_figure(runs: Sequence[RunRecord], *, paper: bool = False) -> Figure
     return figure
 
 
-def images_figure(files: Sequence[Path], class_names: Sequence[str]) -> Figure:
-    """Returns grids of images side by side, a row for each of the first 20 classes; at most 6, the last one too."""
+def images_figure(files: Sequence[tuple[int, Path, bool]], class_names: Sequence[str]) -> Figure:
+    """Returns grids of `fedftg.rundir.pictures.found` side by side, at most 6, the last one too.
+
+    Where rows are classes, the first 20, their names are beside the first grid.
+    """
     places, names = sorted({round(place) for place in np.linspace(0, len(files) - 1, 6)}), class_names[:20]
     figure = _Figure(figsize=(WIDTH, 3.2), dpi=DPI, layout="constrained")
     for place, axes in zip(places, np.atleast_1d(figure.subplots(1, len(places))), strict=True):
-        grid = imread(files[place])
+        number, file, labelled = files[place]
+        grid = imread(file)
         axes.imshow(grid, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axes.set_title(f"round {int(files[place].stem)}")
+        axes.set_title(f"round {number}")
         rows = (np.arange(len(names)) + 0.5) * len(grid) / len(names) - 0.5
-        axes.set_yticks(rows, [_cut(name, 18) if place == 0 else "" for name in names])
+        axes.set_yticks(*((rows, [cut(name, 18) if place == 0 else "" for name in names]) if labelled else ([],)))
         axes.tick_params(bottom=False, labelbottom=False, left=False)
     return figure
 
@@ -141,13 +147,13 @@ def partition_heatmap(
 ) -> Path:
     """Writes clients x classes as PNG, with each client's size as a bar; returns ``path``.
 
-    Classes that a client has no sample of are white. Counts are written into the cells while they are readable. From
-    `SORTED_FROM` clients on, clients are sorted by their biggest class.
+    Classes that a client has no sample of are white. Counts are written into the cells while they are readable.
+    From 401 clients on, rows are thinner than three pixels, and are sorted by their biggest class.
     """
     counts = np.asarray(class_counts, dtype=np.float64)
     clients, classes = counts.shape
-    if clients >= SORTED_FROM:
-        counts = counts[np.lexsort((-counts.max(axis=1), counts.argmax(axis=1)))]
+    order, note = order_of_clients(counts)
+    counts = counts[order]
     height = min(max(4.0, 1.8 + 0.26 * clients), 13.0)
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     grid = figure.add_gridspec(1, 2, width_ratios=(5, 1))
@@ -164,7 +170,7 @@ def partition_heatmap(
             colour = "white" if float(norm(counts[client, klass])) > 0.55 else "#222222"
             axes.text(klass, client, f"{counts[client, klass]:.0f}", ha="center", va="center", fontsize=8, color=colour)
     _label_classes(axes, class_names)
-    axes.set(xlabel="class", ylabel="clients, sorted by their biggest class" if clients >= SORTED_FROM else "client")
+    axes.set(xlabel="class", ylabel=f"clients{note}" if note else "client")
     axes.yaxis.set_major_locator(MaxNLocator(nbins=45 if clients <= 45 else 20, integer=True))
     sizes = counts.sum(axis=1)
     bars.stairs(sizes, np.arange(clients + 1) - 0.5, orientation="horizontal", fill=True, color="#5A6B7B")
@@ -173,22 +179,8 @@ def partition_heatmap(
     bars.tick_params(labelleft=False, left=False)
     bars.spines[["top", "right"]].set_visible(False)
     axes.set_ylim(clients - 0.5, -0.5)
-    figure.suptitle(_cut(title, 120), parse_math=False)
+    figure.suptitle(cut(title, 120), parse_math=False)
     return _save(figure, path)
-
-
-def _draw_line(axes: Axes, series: Series, kind: str, colour: str, marker: str) -> None:
-    rounds, percent = series[0], [100 * value for value in series[1]]
-    *_, style, width = _KINDS[kind]
-    (line,) = axes.plot(rounds, percent, color=colour, linestyle=style, linewidth=width)
-    mark = marker or ("." if len(rounds) == 1 else "")
-    line.set(marker=mark, markersize=4.5, markevery=max(1, len(rounds) // 15), alpha=1.0 if kind == "refined" else 0.7)
-
-
-def _cut(text: str, length: int) -> str:
-    """Returns a text without its middle where it is longer: runs of a sweep differ at the end of their names."""
-    start = (length - 3) // 2
-    return text if len(text) <= length else f"{text[:start]}...{text[3 + start - length :]}"
 
 
 def _label_classes(axes: Axes, names: Sequence[str]) -> None:
@@ -196,7 +188,7 @@ def _label_classes(axes: Axes, names: Sequence[str]) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=20, integer=True))
         axes.set_xlim(-0.5, len(names) - 0.5)
         return
-    short = [_cut(name, 18) for name in names]
+    short = [cut(name, 18) for name in names]
     turned = sum(len(name) + 2 for name in short) > 100
     axes.set_xticks(range(len(names)), short, rotation=90 if turned else 0, fontsize=8 if turned else 10)
     for label in axes.get_xticklabels():

@@ -9,19 +9,24 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fedftg.errors import flat, unknown
-from fedftg.report.load import Group, RunRecord, Series, grouped
-
-LAST = 10
-"""How many evaluations the reported mean covers."""
+from fedftg.errors import unknown
+from fedftg.report.load import Group, RunRecord, differing, grouped
+from fedftg.rundir.records import ACCURACIES, LAST, Record, Series, score
 
 SHOWN_CLIENTS = 20
 """How many clients a partition's table has a row for."""
+
+SORTED_FROM = 401
+"""From this many clients on, a heatmap's rows are sorted."""
 
 _MEASURES = {
     "total_variation": "mean total variation, 0 if IID",
@@ -32,35 +37,23 @@ _MEASURES = {
     "empty_clients": "clients without samples",
 }
 
-_NOT_COMPARED = ("name", "refiner", "device", "threads", "plugins", "executor", "checkpoint", "track")
-"""Sections in which a run and its base may differ without a note."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """One accuracy of a run, as fractions; NaN where a value is missing in the record."""
-
-    final: float
-    mean_last: float
-    """Mean of the last `LAST` evaluations, or of all where there are fewer."""
-    best: float
-    best_round: int
-    evaluations: int
-
 
 @dataclass(frozen=True)
 class Gain:
-    """Deployed accuracy minus the base's of the same seed, in rounds (up to ``until``) that both evaluated."""
+    """Deployed accuracy minus the base's of the same seed, in rounds that both evaluated."""
 
     base: str
-    final: tuple[float, ...]
-    """One number a seed that both have."""
-    mean_last: tuple[float, ...]
-    until: int
-    whole: bool
-    """Neither was evaluated later than ``until``."""
-    differs: tuple[str, ...]
+    scores: dict[int, Record]
+    """`score` of the differences, by each seed that both have; of two single runs by ours, whatever the base's."""
+    until: int | None
+    """The last round that both evaluated, where one of them was evaluated later."""
+    differs: list[str]
     """Settings besides the refiner in which the two differ."""
+
+    @property
+    def means(self) -> list[float]:
+        """Returns the mean gain of the last evaluations, one a seed."""
+        return [one["mean_last_10"] for one in self.scores.values()]
 
 
 @dataclass(frozen=True)
@@ -69,8 +62,8 @@ class Row:
 
     name: str
     runs: tuple[RunRecord, ...]
-    deployed: tuple[Score, ...]
-    """Of `refined`, or without refiner of the aggregate; one a seed, or empty where a run has none."""
+    deployed: list[Record]
+    """`score` of `refined`, or without refiner of the aggregate; one a seed, or empty where a run has none."""
     is_base: bool
     gain: Gain | None
 
@@ -98,25 +91,22 @@ def _rounds(row: Row) -> tuple[str, str]:
 
 def _accuracy(row: Row, kind: str) -> tuple[str, str]:
     hidden = kind == "refined" and row.runs[0].refiner == "none"
-    found = () if hidden else _scores(row.runs, kind)
-    return _pair([one.mean_last for one in found], [one.final for one in found])
+    return _pair([] if hidden else _scores(row.runs, kind))
 
 
 def _versus(row: Row) -> tuple[str, str]:
     if row.gain is None:
         return "base" if row.is_base else "", ""
-    return _pair(row.gain.mean_last, row.gain.final, "+")
+    return _pair([*row.gain.scores.values()], sign="+")
 
 
 def _best(row: Row) -> tuple[str, str]:
-    if not row.deployed:
-        return "", ""
-    value, smaller = _pair([one.best for one in row.deployed], [])
-    return value, smaller or f"@{row.deployed[0].best_round}"
+    value, smaller = _pair(row.deployed, "best")
+    return value, f"@{row.deployed[0]['best_round']}" if len(row.deployed) == 1 else smaller
 
 
 def _seconds(row: Row) -> tuple[str, str]:
-    seconds = math.fsum(run.seconds for run in row.runs) / len(row.runs)
+    seconds = fmean(run.seconds for run in row.runs)
     return f"{seconds:.{1 if seconds < 100 else 0}f}", ""
 
 
@@ -132,8 +122,7 @@ COLUMNS = (
 )
 """What is shown of each run beside its name and method; a new column is an entry here."""
 
-_KINDS = ("selected", "all", "refined", "sent", "ensemble", "ensemble_prior")
-_NAMED = {kind: Column(kind, partial(_accuracy, kind=kind)) for kind in _KINDS}
+_NAMED = {kind: Column(kind, partial(_accuracy, kind=kind)) for kind in ACCURACIES}
 _NAMED |= {column.name or column.header: column for column in COLUMNS}
 
 
@@ -145,24 +134,12 @@ def chosen_columns(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def score(series: Series) -> Score | None:
-    """Returns the numbers that a table shows of a series of accuracies; None where nothing was evaluated."""
-    rounds, values = series
-    if not values:
-        return None
-    last = values[-LAST:]
-    valid = [(value, round) for value, round in zip(values, rounds, strict=True) if not math.isnan(value)]
-    best, best_round = max(valid, key=lambda pair: pair[0], default=(math.nan, rounds[-1]))
-    return Score(values[-1], math.fsum(last) / len(last), best, best_round, len(values))
-
-
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Returns the 95 % confidence interval of the mean of two or more values (Student's t)."""
     from scipy.stats import t
 
     half = float(t.ppf(0.975, len(values) - 1)) * deviation(values) / math.sqrt(len(values))
-    mean = math.fsum(values) / len(values)
-    return mean - half, mean + half
+    return fmean(values) - half, fmean(values) + half
 
 
 def comparison_rows(runs: Sequence[RunRecord]) -> list[Row]:
@@ -172,22 +149,16 @@ def comparison_rows(runs: Sequence[RunRecord]) -> list[Row]:
     differ least, the first of equals.
     """
     groups = grouped(runs)
-    bases = [_base_of(group.first, [other.first for other in groups]) for group in groups]
+    bases = [_base_of(group.first, groups) for group in groups]
     return [
-        Row(
-            name=group.name,
-            runs=group.runs,
-            deployed=_scores(group.runs, "refined"),
-            is_base=place in bases,
-            gain=None if base is None else _gain(group, groups[base]),
-        )
-        for place, (group, base) in enumerate(zip(groups, bases, strict=True))
+        Row(one.name, one.runs, _scores(one.runs, "refined"), one in bases, _gain(one, base) if base else None)
+        for one, base in zip(groups, bases, strict=True)
     ]
 
 
-def _scores(runs: Sequence[RunRecord], kind: str) -> tuple[Score, ...]:
+def _scores(runs: Sequence[RunRecord], kind: str) -> list[Record]:
     found = [score(run.accuracy(kind)) for run in runs]
-    return tuple(one for one in found if one is not None) if None not in found else ()
+    return found if all(found) else []
 
 
 def terminal_table(runs: Sequence[RunRecord], chosen: Sequence[str] = ()) -> Table:
@@ -210,11 +181,8 @@ def terminal_table(runs: Sequence[RunRecord], chosen: Sequence[str] = ()) -> Tab
     for column in columns:
         table.add_column(column.header, justify="right", no_wrap=True)
     for row in rows:
-        cells = [
-            Text.assemble(
-                row.name, "\n", (row.runs[0].method + (f", {len(row.runs)} seeds" if len(row.runs) > 1 else ""), "dim")
-            )
-        ]
+        seeds = f", {len(row.runs)} seeds" if len(row.runs) > 1 else ""
+        cells = [Text.assemble(row.name, "\n", (row.runs[0].method + seeds, "dim"))]
         for column in columns:
             value, smaller = column.cell(row)
             below = ("\n" + column.below.format(smaller), "dim") if smaller else ""
@@ -249,17 +217,16 @@ def csv_table(runs: Sequence[RunRecord], chosen: Sequence[str] = ()) -> str:
 
     A ``chosen`` accuracy is four columns, a gain is two; () is all that a run has.
     """
-    settings = [flat(run.config) for run in runs]
-    names = ("name", "device", "threads", "executor", "checkpoint", "track", "algorithm.name", "refiner.name", "seed")
-    keys = [key for key in settings[0] if all(key in one for one in settings) and not key.startswith(names)]
-    keys = [key for key in keys if any(one[key] != settings[0][key] for one in settings)]
-    kinds = [kind for kind in _KINDS if any(run.accuracy(kind)[0] for run in runs)]
+    differ = differing(runs, ["algorithm.name", "refiner.name"])
+    settings = {key: values for key, values in differ.items() if None not in values}
+    kinds = [kind for kind in ACCURACIES if any(run.accuracy(kind)[0] for run in runs)]
+    gains = {run.folder: row.gain for row in comparison_rows(runs) for run in row.runs}
     rows: list[dict[str, object]] = []
-    for run, one in zip(runs, settings, strict=True):
-        about = {"run": run.name, "algorithm": run.algorithm, "refiner": run.refiner, "seed": run.config.get("seed")}
-        rows.append({**about, **{key: one[key] for key in keys}})
+    for place, run in enumerate(runs):
+        about = {"run": run.name, "algorithm": run.algorithm, "refiner": run.refiner, "seed": run.seed}
+        rows.append({**about, **{key: values[place] for key, values in settings.items()}})
         for name in chosen or ("rounds", "seconds", "gain", *kinds):
-            rows[-1] |= _numbers(run, runs, name)
+            rows[-1] |= _numbers(run, gains[run.folder], name)
     text = io.StringIO()
     lines = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     lines.writeheader()
@@ -267,17 +234,16 @@ def csv_table(runs: Sequence[RunRecord], chosen: Sequence[str] = ()) -> str:
     return text.getvalue()
 
 
-def _numbers(run: RunRecord, runs: Sequence[RunRecord], name: str) -> dict[str, object]:
+def _numbers(run: RunRecord, gain: Gain | None, name: str) -> dict[str, object]:
     if name in ("rounds", "seconds"):
         return {name: run.seconds if name == "seconds" else len(run.rounds)}
-    if name == "gain":
-        groups = grouped(runs)
-        base = _base_of(run, [group.first for group in groups])
-        gain = None if base is None else _gain(Group(run.name, (run,)), groups[base])
-        return {f"gain_{part}": getattr(gain, part)[0] if gain else "" for part in ("mean_last", "final")}
     found = score(run.accuracy("refined" if name == "best" else name))
-    parts = ("best", "best_round") if name == "best" else ("mean_last", "final", "best", "best_round")
-    return {part if name == "best" else f"{name}_{part}": getattr(found, part, "") for part in parts}
+    if name == "best":
+        return {part: found.get(part, "") for part in ("best", "best_round")}
+    parts = ["mean_last_10", "final", "best", "best_round"]
+    if name == "gain":
+        found, parts = gain.scores.get(run.seed, {}) if gain else {}, parts[:2]
+    return {f"{name}_{part.removesuffix('_10')}": found.get(part, "") for part in parts}
 
 
 def table_cells(rows: Sequence[Row], bold: str, chosen: Sequence[str] = ()) -> list[list[str]]:
@@ -341,40 +307,30 @@ def partition_table(
     return table
 
 
-def _base_of(run: RunRecord, runs: Sequence[RunRecord]) -> int | None:
-    """Returns the place of a run's base; None where it is a base itself or has none."""
-    bases = [i for i, base in enumerate(runs) if base.refiner == "none" and base.algorithm == run.algorithm]
-    return None if run.refiner == "none" else min(bases, key=lambda i: len(_differences(run, runs[i])), default=None)
+def _base_of(run: RunRecord, groups: Sequence[Group]) -> Group | None:
+    """Returns a run's base; None where it is a base itself or has none."""
+    found = [one for one in groups if one.first.refiner == "none" and one.first.algorithm == run.algorithm]
+    nearest = min(found, key=lambda one: len(differing([run, one.first], ["refiner"])), default=None)
+    return None if run.refiner == "none" else nearest
 
 
 def _gain(group: Group, base: Group) -> Gain | None:
-    final, last, untils, whole = [], [], [], True
-    theirs_by_seed = {run.config.get("seed"): run for run in base.runs}
+    scores: dict[int, Record] = {}
+    untils = []
     # A single run has a base of another seed rather than none.
-    pairs = [(run, theirs_by_seed.get(run.config.get("seed"))) for run in group.runs]
-    if len(group.runs) == len(base.runs) == 1:
-        pairs = [(group.first, base.first)]
-    for run, other in pairs:
-        if other is None:
-            continue
-        ours, theirs = (dict(zip(*each.accuracy("refined"), strict=True)) for each in (run, other))
+    single = len(group.runs) == len(base.runs) == 1
+    by_seed = {group.first.seed if single else run.seed: run for run in base.runs}
+    for run in (run for run in group.runs if run.seed in by_seed):
+        ours, theirs = (dict(zip(*one.accuracy("refined"), strict=True)) for one in (run, by_seed[run.seed]))
         common = sorted(ours.keys() & theirs.keys())
-        if common:
-            gains = [ours[number] - theirs[number] for number in common]
-            final.append(gains[-1])
-            last.append(math.fsum(gains[-LAST:]) / len(gains[-LAST:]))
-            untils.append(common[-1])
-            whole = whole and common[-1] == max(*ours, *theirs)
-    if not last:
+        if gain := score((common, [ours[number] - theirs[number] for number in common])):
+            scores[run.seed] = gain
+            untils += common[-1:] if common[-1] < max(*ours, *theirs) else []
+    if not scores:
         return None
-    differs = tuple(key for key in _differences(group.first, base.first) if key != "seed" or len(pairs) == 1)
-    return Gain(base.name, tuple(final), tuple(last), min(untils), whole, differs)
-
-
-def _differences(run: RunRecord, base: RunRecord) -> tuple[str, ...]:
-    ours, theirs = flat(run.config), flat(base.config)
-    keys = [key for key in {**ours, **theirs} if key.split(".")[0] not in _NOT_COMPARED]
-    return tuple(key for key in keys if ours.get(key) != theirs.get(key))
+    differs = ["seed"] if single and group.first.seed != base.first.seed else []
+    differs += differing([group.first, base.first], ["refiner"])
+    return Gain(base.name, scores, min(untils, default=None), differs)
 
 
 def _columns(rows: Sequence[Row], chosen: Sequence[str]) -> list[Column]:
@@ -387,17 +343,16 @@ def _is_best(row: Row, column: Column, rows: Sequence[Row]) -> bool:
     kind = "selected" if row.runs[0].refiner == "none" else "refined"
     if len(rows) == 1 or not row.deployed or column.header != kind:
         return False
-    means = [_deployed_mean(other) for other in rows if other.deployed]
-    return _deployed_mean(row) == max((mean for mean in means if not math.isnan(mean)), default=math.nan)
+    return _deployed_mean(row) == max(_deployed_mean(other) for other in rows if other.deployed)
 
 
 def _deployed_mean(row: Row) -> float:
-    return math.fsum(one.mean_last for one in row.deployed) / len(row.deployed)
+    return fmean(one["mean_last_10"] for one in row.deployed)
 
 
 def table_notes(rows: Sequence[Row], below: str) -> list[str]:
     """Returns what a reader of a table must know, a sentence a line; ``below`` says where the smaller value is."""
-    counts = [one.evaluations for row in rows for one in row.deployed]
+    counts = [len(run.accuracy("refined")[0]) for row in rows if row.deployed for run in row.runs]
     fewer = f" (of all {min(counts)} where fewer)" if counts and min(counts) < LAST else ""
     notes = [f"Test accuracy in %: mean of the last {LAST} evaluations{fewer}, {below}."]
     if any(row.gain for row in rows):
@@ -409,48 +364,39 @@ def table_notes(rows: Sequence[Row], below: str) -> list[str]:
             "ensemble: of the round's clients, not deployed: by the mean of their probabilities; second, by that of "
             "their logits without label priors."
         )
+    for row, gain in ((row, row.gain) for row in rows if row.gain):
+        versus, differs = f"{row.name} vs {gain.base}", gain.differs
+        if len(gain.scores) > 1:
+            low, high = (percent(end, "+") for end in interval(gain.means))
+            notes.append(f"{versus}: 95 % interval {low} to {high} (t, {len(gain.scores)} seeds).")
+        if gain.until:
+            notes.append(f"{versus}: up to round {gain.until}, the last that both evaluated.")
+        if differs:
+            more = "" if len(differs) <= 4 else f" and {len(differs) - 4} more"
+            notes.append(f"{row.name} and its base {gain.base} differ also in {', '.join(differs[:4])}{more}.")
     for row in rows:
-        if row.gain and len(row.gain.mean_last) > 1:
-            low, high = (percent(end, "+") for end in interval(row.gain.mean_last))
-            notes.append(
-                f"{row.name} vs {row.gain.base}: 95 % interval {low} to {high} (t, {len(row.gain.mean_last)} seeds)."
-            )
-        if row.gain and not row.gain.whole:
-            notes.append(f"{row.name} vs {row.gain.base}: up to round {row.gain.until}, the last that both evaluated.")
-        if row.gain and row.gain.differs:
-            more = "" if len(row.gain.differs) <= 4 else f" and {len(row.gain.differs) - 4} more"
-            notes.append(
-                f"{row.name} and its base {row.gain.base} differ also in {', '.join(row.gain.differs[:4])}{more}."
-            )
-    for row in rows:
-        measured = [record for record in row.runs[0].rounds if "client_accuracy" in record]
-        if measured:
-            found = measured[-1]["client_accuracy"]["refined"]
-            mean, worst, spread = (percent(found[key]) for key in ("mean", "worst_10", "std"))
-            number = measured[-1]["round"]
-            notes.append(
-                f"{row.name}, per client (round {number}): mean {mean}, worst 10 % {worst}, "
-                f"standard deviation {spread}."
-            )
+        if measured := [record for record in row.runs[0].rounds if "client_accuracy" in record]:
+            last = measured[-1]["client_accuracy"]["refined"]
+            mean, worst, spread = (percent(last[key]) for key in ("mean", "worst_10", "std"))
+            about = f"mean {mean}, worst 10 % {worst}, standard deviation {spread}"
+            notes.append(f"{row.name}, per client (round {measured[-1]['round']}): {about}.")
     unfinished = [run.name for row in rows for run in row.runs if run.summary is None]
     if unfinished:
         notes.append(f"Unfinished: {', '.join(unfinished)}.")
     return notes
 
 
-def _pair(values: Sequence[float], of_one: Sequence[float], sign: str = "") -> tuple[str, str]:
-    """Returns the mean over seeds and its standard deviation; of one seed its value, and that of ``of_one``."""
-    if not values:
-        return "", ""
-    if len(values) == 1:
-        return percent(values[0], sign), percent(of_one[0], sign) if of_one else ""
-    return percent(math.fsum(values) / len(values), sign), f"± {percent(deviation(values))}"
+def _pair(scores: Sequence[Record], part: str = "mean_last_10", sign: str = "") -> tuple[str, str]:
+    """Returns the mean over seeds and its standard deviation; of one seed its value and the final one."""
+    values = [one[part] for one in scores]
+    if len(values) <= 1:
+        return (percent(values[0], sign), percent(scores[0]["final"], sign)) if values else ("", "")
+    return percent(fmean(values), sign), f"± {percent(deviation(values))}"
 
 
 def deviation(values: Sequence[float]) -> float:
-    """Returns the standard deviation (n - 1), NaN where a value is."""
-    mean = math.fsum(values) / len(values)
-    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1))
+    """Returns the standard deviation (n - 1), 0 of one value, NaN where a value is."""
+    return float(np.std(values, ddof=min(len(values) - 1, 1)))
 
 
 def mean_of(series: Sequence[Series]) -> tuple[list[int], list[float], list[float]]:
@@ -458,13 +404,25 @@ def mean_of(series: Sequence[Series]) -> tuple[list[int], list[float], list[floa
     values = [dict(zip(*one, strict=True)) for one in series]
     numbers = sorted(set.intersection(*(set(one) for one in values)))
     columns = [[one[number] for one in values] for number in numbers]
-    means = [math.fsum(column) / len(column) for column in columns]
-    return numbers, means, [deviation(column) for column in columns]
+    return numbers, [fmean(column) for column in columns], [deviation(column) for column in columns]
+
+
+def order_of_clients(counts: NDArray[Any]) -> tuple[NDArray[np.intp], str]:
+    """Returns the order of a heatmap's rows (clients x classes), and what to call it where it is not their own."""
+    if len(counts) < SORTED_FROM:
+        return np.arange(len(counts)), ""
+    return np.lexsort((-counts.max(axis=1), counts.argmax(axis=1))), ", sorted by their biggest class"
+
+
+def cut(text: str, length: int) -> str:
+    """Returns a text without its middle where it is longer: runs of a sweep differ at the end of their names."""
+    start = (length - 3) // 2
+    return text if len(text) <= length else f"{text[:start]}...{text[3 + start - length :]}"
 
 
 def percent(value: float, sign: str = "") -> str:
     """Returns a fraction as percent with two digits."""
-    return "nan" if math.isnan(value) else f"{100 * value:{sign}.2f}"
+    return f"{100 * value:{sign}.2f}"
 
 
 def _measure(value: float) -> str:

@@ -56,7 +56,6 @@ def view(run: RunRecord) -> Group:
 
 def sparkline(values: list[float], width: int = 60) -> str:
     """Returns a block a value, from the lowest to the highest; of more than ``width`` values every n-th."""
-    finite = [value for value in values if math.isfinite(value)]
-    shown = finite[:: -max(1, math.ceil(len(finite) / width))][::-1]
+    shown = values[:: -max(1, math.ceil(len(values) / width))][::-1]
     span = max(shown) - min(shown) or 1 if shown else 1
     return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - min(shown)) / span)] for value in shown)

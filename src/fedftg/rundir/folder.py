@@ -107,28 +107,17 @@ def summarise(header: Record, rows: Sequence[Record], targets: Sequence[float], 
 
     ``rounds_to`` is, for each target, the first round whose ``refined`` accuracy reached it, or None.
     """
-    evaluated = [row for row in rows if row.get("accuracy")]
-    accuracy: Record = {}
-    for kind in ("selected", "all", "refined", "ensemble", "ensemble_prior"):
-        if series := {row["round"]: value for row in evaluated if (value := row["accuracy"].get(kind)) is not None}:
-            best_round = max(series, key=series.__getitem__)
-            last = list(series.values())[-10:]
-            accuracy[kind] = {
-                "final": last[-1],
-                "best": series[best_round],
-                "best_round": best_round,
-                "mean_last_10": sum(last) / len(last),
-            }
+    scores = {kind: records.score(records.series(rows, "accuracy", kind)) for kind in records.ACCURACIES}
+    refined = list(zip(*records.series(rows, "accuracy", "refined"), strict=True))
     clients: Record = next((row["client_accuracy"] for row in reversed(rows) if "client_accuracy" in row), {})
     reached = {
-        str(target): next((row["round"] for row in evaluated if row["accuracy"]["refined"] >= target), None)
-        for target in targets
+        str(target): next((number for number, accuracy in refined if accuracy >= target), None) for target in targets
     }
     seconds = {phase: sum(row["seconds"].get(phase, 0.0) for row in rows) for phase in records.PHASES}
     return {
         **header,
         "rounds": len(rows),
-        "accuracy": accuracy,
+        "accuracy": {kind: score for kind, score in scores.items() if score},
         **({"client_accuracy": clients} if clients else {}),
         "rounds_to": reached,
         "seconds": {**seconds, "total": sum(seconds.values())},

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fedftg.rundir import records
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 COLUMNS, ROWS = 8, 20
-"""Images in a row, and at most so many classes."""
+"""Images in a row, and at most this many classes."""
 
 
 def mosaic(
@@ -25,6 +27,8 @@ def mosaic(
     Normalised images ``(B, D, H, W)`` are brought back to 0..1, clipped, and put in the row of their label; without
     labels they fill the rows in order. Cells that stay blank are white.
     """
+    import torch
+
     rows, (depth, height, width) = min(num_classes, ROWS), images.shape[1:]
     scale, shift = (torch.tensor(values).view(-1, 1, 1) for values in (std, mean))
     pixels = (images.detach().float().cpu() * scale + shift).clamp(0, 1).nan_to_num()
@@ -41,11 +45,21 @@ def due(folder: Path, number: int) -> bool:
     return number >= 1.5 * max((int(path.stem) for path in folder.glob("*.png")), default=0)
 
 
-def write(folder: Path, number: int, pixels: NDArray[np.uint8]) -> None:
-    """Writes what `mosaic` returned, as the file of a round."""
-    from PIL import Image
+def write(folder: Path, number: int, pixels: NDArray[np.uint8], *, labelled: bool) -> None:
+    """Writes what `mosaic` returned, as the file of a round, and as PNG text ``rows`` whether rows are classes."""
+    from PIL import Image, PngImagePlugin
 
     folder.mkdir(exist_ok=True)
-    file = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(file, "PNG")
+    file, about = io.BytesIO(), PngImagePlugin.PngInfo()
+    about.add_text("rows", "classes" if labelled else "images")
+    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(file, "PNG", pnginfo=about)
     records.write_atomically(folder / f"{number:05}.png", file.getvalue())
+
+
+def found(folder: Path) -> Iterator[tuple[int, Path, bool]]:
+    """Yields the round of each file, the file, and whether its rows are classes, in the order of rounds."""
+    from PIL import Image
+
+    for path in sorted(folder.glob("*.png")):
+        with Image.open(path) as image:
+            yield int(path.stem), path, image.info.get("rows") == "classes"

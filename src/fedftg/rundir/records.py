@@ -5,14 +5,41 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 Record = dict[str, Any]
+Series = tuple[list[int], list[float]]
+"""Round numbers and values."""
+
+ACCURACIES = ("selected", "all", "refined", "sent", "ensemble", "ensemble_prior")
+"""Kinds of models whose test accuracy a record may have."""
+LAST = 10
+"""How many evaluations the reported mean covers."""
 
 PHASES = ("local", "aggregate", "refine", "evaluate", "checkpoint")
 """What a record's ``seconds`` are split into; aggregate includes clients' rows, checkpoint is writing the state."""
 PUT_BACK = "put the file back, or start a new run with another --out"
+
+
+def series(rows: Sequence[Record], part: str, name: str) -> Series:
+    """Returns ``record[part][name]`` of the records that have it; null becomes NaN."""
+    found = [(row["round"], row[part][name]) for row in rows if name in row.get(part, {})]
+    return [number for number, _ in found], [math.nan if value is None else value for _, value in found]
+
+
+def score(accuracies: Series) -> Record:
+    """Returns ``final``, ``best``, ``best_round`` and ``mean_last_10`` of accuracies, or {} without an evaluation.
+
+    The mean is that of the last `LAST`, or of all where there are fewer; of equal rounds the first is best.
+    """
+    if not accuracies[1]:
+        return {}
+    (rounds, values), best = accuracies, max(accuracies[1])
+    mean = fmean(values[-LAST:])
+    return {"final": values[-1], "best": best, "best_round": rounds[values.index(best)], "mean_last_10": mean}
 
 
 def finite(value: Any) -> Any:
