@@ -84,24 +84,28 @@ SKIPPING = [
 def test_all_by_hand():
     """(1 * 4 + 3 * 8) / 4 = 7, then (1 * 0 + 3 * 8 + 4 * 1) / 8; halved for its age, client 1 weighs 1.5 of 6.5."""
     assert numbers(built("all"), SKIPPING) == [7, 3.5]
-    assert numbers(built("all", recency=0.5), SKIPPING) == pytest.approx([7, (1.5 * 8 + 4 * 1) / 6.5])
+    assert numbers(built("all", recency=1), SKIPPING) == pytest.approx([7, (1.5 * 8 + 4 * 1) / 6.5])
 
 
-def test_exchanging_uploads_is_the_mean_over_the_last_ones():
+@pytest.mark.parametrize("recency", [0, 2])
+def test_exchanging_uploads_is_the_mean_over_the_last_ones(recency):
     rng = torch.Generator().manual_seed(0)
     last: dict[int, tuple[int, float]] = {}
+    since: dict[int, int] = {}
     rounds, expected = [], []
-    for _ in range(30):
+    for number in range(1, 31):
         cohort = torch.randperm(6, generator=rng)[:3].tolist()
         given = [(client, float(torch.randn((), generator=rng))) for client in cohort]
         results = [
             result(client, value, (client, 2), last[client][1] if client in last else None) for client, value in given
         ]
         last |= {client: (client + 2, value) for client, value in given}
+        since |= dict.fromkeys(cohort, number)
         rounds.append((0.0, results))
         trees = [{"w": torch.tensor(value)} for _, value in last.values()]
-        expected.append(float(weighted_mean(trees, [size for size, _ in last.values()])["w"]))
-    assert numbers(built("all"), rounds) == pytest.approx(expected, abs=1e-7)
+        weights = [size * (since[client] / number) ** recency for client, (size, _) in last.items()]
+        expected.append(float(weighted_mean(trees, weights)["w"]))
+    assert numbers(built("all", recency=recency), rounds) == pytest.approx(expected, abs=1e-7)
 
 
 def test_rows_of_the_head_by_class():
@@ -147,7 +151,7 @@ LOG19 = math.log(19)
         ({"prior_tau": 1, "target_prior": (9.5, 0.5)}, 0),
         ({"prior_tau": 1, "target_prior": (1, 3)}, -LOG19 - math.log(3)),
         # Round 1 had a client of (0, 4), half as heavy for its age: (9 log 19 - 2 log 9) / 11.
-        ({"prior_tau": 1, "prior_of": "all", "recency": 0.5}, -(9 * LOG19 - 2 * math.log(9)) / 11),
+        ({"prior_tau": 1, "prior_of": "all", "recency": 1}, -(9 * LOG19 - 2 * math.log(9)) / 11),
     ],
 )
 def test_the_bias_that_is_deployed_by_hand(settings, gap):
@@ -284,7 +288,7 @@ def test_fedftg_deploys_the_average_beside_the_model_it_sends():
     """It deploys what the average alone does; a student that does not move leaves the aggregate as it is."""
     module = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
     still = {"student_lr": 0, "iterations": 1, "batch_size": 4, "generator_width": 4, "noise_dim": 4}
-    average = {"average": "all", "prior_tau": 0.7, "recency": 0.9}
+    average = {"average": "all", "prior_tau": 0.7, "recency": 2.0}
     ends = []
     for name, more in (("fedftg", still), ("all", {})):
         refiner = parse(REFINERS[name], {"name": name, **average, **more}).build(context(module))

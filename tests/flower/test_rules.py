@@ -146,7 +146,7 @@ def test_equals_the_simulator(algorithm: str, refined: bool, same_cohorts: Calla
     "refiner",
     [
         {"name": "head_prior"},
-        {"name": "all", "prior_tau": 0.5, "recency": 0.9},
+        {"name": "all", "prior_tau": 0.5, "recency": 2.0},
         {"name": "ema"},
         {"name": "wima", "window": 2, "broadcast": 0.5, "when": "round"},
         {

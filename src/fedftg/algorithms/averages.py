@@ -2,7 +2,8 @@
 
     ema:   m <- b m + (1 - b) w                            w the round's aggregate
     wima:  m = mean of the last W aggregates               arXiv 2310.01366
-    all:   m = sum_k v_k w_k / sum_k v_k                   w_k client k's last upload, v_k = n_k recency^age_k
+    all:   m = sum_k v_k w_k / sum_k v_k                   w_k client k's last upload, of round r_k,
+                                                           and v_k = n_k (r_k / t)^recency
     head:  b_c <- b_c + tau (log q_c - sum_k v_k log((n_k^c + 1/2) / (n_k + C/2)) / sum_k v_k)
 
 b_c is the bias of class c in the last layer, q the class distribution to expect, uniform unless given. A client's
@@ -57,7 +58,9 @@ class AverageConfig(RefinerConfig):
     )
     window: int = Field(default=5, ge=1, description="wima: W, how many aggregates; 1 gives the aggregate")
     recency: float = Field(
-        default=1.0, gt=0, le=1, description="all: factor on an upload's weight per round since it came; 1 ignores age"
+        default=0.0,
+        ge=0,
+        description="all: in round t an upload of round r counts (r / t)^recency times its samples; 0 ignores age",
     )
     class_rows: bool = Field(
         default=False,
@@ -114,9 +117,9 @@ class Averaged(NoRefiner):
     def observe(self, state: ServerState, results: Sequence[ClientResult]) -> Memory:
         """Takes a round's aggregate and uploads into the average."""
         results = [result for result in results if result.num_samples > 0]
-        seen = {
-            client: (share * self.config.recency, counts) for client, (share, counts) in _seen(state.refiner).items()
-        }
+        # Weights by the power of a round keep their ratio from round to round, so the sum is scaled as a whole.
+        aged = (state.round / (state.round + 1)) ** self.config.recency
+        seen = {client: (share * aged, counts) for client, (share, counts) in _seen(state.refiner).items()}
         model = {**state.params, **state.buffers}
         memory: Memory = {}
         if self.config.average == "ema":
@@ -128,7 +131,7 @@ class Averaged(NoRefiner):
             for age, one in enumerate(window):
                 memory |= prefixed(one, f"{_WINDOW}{age}.")
         elif self.config.average == "all":
-            memory = prefixed(self._exchanged(state, results, seen), _SUM)
+            memory = prefixed(self._exchanged(state, results, seen, aged), _SUM)
         seen |= {result.client: (1.0, result.class_counts.cpu().double()) for result in results}
         return memory | _seen_memory(seen)
 
@@ -155,11 +158,11 @@ class Averaged(NoRefiner):
         params, buffers = ({name: values[name] for name in of} for of in (state.params, state.buffers))
         return replace(state, params=params, buffers=buffers), {}
 
-    def _exchanged(self, state: ServerState, results: Sequence[ClientResult], seen: Seen) -> Params:
+    def _exchanged(self, state: ServerState, results: Sequence[ClientResult], seen: Seen, aged: float) -> Params:
         """Returns the weighted sum of last uploads, with those of this round's clients exchanged."""
         model = {**state.params, **state.buffers}
         zeros = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in model.items()}
-        total = {name: value * self.config.recency for name, value in unprefixed(state.refiner, _SUM).items()} or zeros
+        total = {name: value * aged for name, value in unprefixed(state.refiner, _SUM).items()} or zeros
         for result in sorted(results, key=lambda result: result.client):
             uploads = [(1.0, result.class_counts, {**result.params, **result.buffers})]
             if result.client in seen:

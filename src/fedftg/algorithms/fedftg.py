@@ -39,10 +39,12 @@ from fedftg.seeds import drawn_seed
 _MODEL, _CLIENTS, _COUNTS, _AVERAGE, _POOL = "past.model.", "past.clients", "past.counts", "average.", "pool."
 
 WITH_PRESET: dict[str, dict[str, Any]] = {
-    "fedftg": {"absent_weight": 1.0, "lacking": 0.1, "last_round": 20, "average": "all", "prior_tau": 0.75},
-}
+    "fedftg": {
+        "absent_weight": 1.0, "lacking": 0.1, "last_round": 20, "average": "all", "recency": 2.0, "prior_tau": 0.75,
+    },
+}  # fmt: skip
 """What goes with a preset in a federation. Chosen by pilots: benchmarks/results/deployed.md."""
-WITH_SCAFFOLD: dict[str, Any] = {"average": "ema", "prior_tau": 0.25}
+WITH_SCAFFOLD: dict[str, Any] = {"average": "ema", "recency": 0.0, "prior_tau": 0.25}
 """Instead, with SCAFFOLD: its control variates take most of the clients' label priors out of what they upload."""
 
 
