@@ -126,7 +126,11 @@ def compare(
     name = "+".join(dict.fromkeys(re.sub(r"-s\d+$", "", path.name) for path in found))
     if name != (whole := "+".join(path.name for path in found)) or len(name) > 120:  # other seeds, another folder
         name = f"{name[:110]}-{hashlib.sha256(whole.encode()).hexdigest()[:6]}"
-    for record in _report(console, folders, out / "comparisons" / name, page=True, **printed):
+    records = _report(console, folders, out / "comparisons" / name, page=True, **printed)
+    if len(records) > 6:
+        _print(console, f"{len(records)} run folders in {out}")
+        return
+    for record in records:
         _print(console, f"run folder: {record.folder}")
 
 

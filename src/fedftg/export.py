@@ -95,6 +95,8 @@ def load(folder: Path | str, model: nn.Module | None = None) -> nn.Module:
     Raises:
         InputError: the folder holds no such model, or ``model`` is needed or does not fit.
     """
+    if (Path(folder) / "config.toml").exists():
+        raise InputError(f"{folder} is a run; fedftg export {folder} --hub-folder DIR, and load DIR")
     try:
         about = records.read_json(Path(folder) / "config.json")
         settings = registry.ModelConfig(**about["model"])

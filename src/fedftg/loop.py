@@ -69,6 +69,7 @@ def run(
         InputError: wrong input; nothing was written.
         ClientError: a client's training failed; the run can be resumed.
     """
+    overrides = [overrides] if isinstance(overrides, str) else overrides
     folder = Path(out) if out is not None else None
     if resume and folder is not None and recipe is None:
         recipe = RunFolder(folder).read_config()

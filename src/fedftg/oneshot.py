@@ -119,7 +119,7 @@ def refine(
     *,
     method: str | StudentConfig = "leaves",
     generator: Generator | None = None,
-    image_shape: Sequence[int] = (3, 32, 32),
+    image_shape: Sequence[int] | None = None,
     seed: int = 0,
     progress: Progress | bool | None = None,
 ) -> RefineResult:
@@ -140,15 +140,16 @@ def refine(
             `preset` with changes. Settings of a federation (``broadcast``, ``when``, ``lr_decay``) have no effect.
         generator: FedFTG only: where to start from, such as ``result.generator`` of an earlier call; None: a new one.
             Its noise length and image shape go before ``noise_dim`` and ``image_shape``.
-        image_shape: ``(D, H, W)`` of the classifiers' images: 1 or 3 channels, 8 to 224 pixels a side.
+        image_shape: ``(D, H, W)`` of the classifiers' images: 1 or 3 channels, 8 to 224 pixels a side. Needed unless a
+            ``generator`` is given.
         progress: called as ``progress(batches done, batches in all)``; True shows a bar, None does where it is watched
             (on a terminal or in a notebook), False is silent.
     """
-    settings, shape = _settings(method), tuple(image_shape if generator is None else generator.image_shape)
+    settings, shape = _settings(method), tuple((image_shape if generator is None else generator.image_shape) or ())
     if generator is not None and not isinstance(settings, DistillConfig):
         raise InputError(f"generator goes with FedFTG's presets ({', '.join(PRESETS)}), got {type(settings).__name__}")
     if len(shape) != 3:
-        raise InputError(f"image_shape must be (D, H, W), got {shape}")
+        raise InputError(f"image_shape must be (D, H, W), such as (3, 32, 32), got {shape or None}")
     several = isinstance(teachers, Iterable) and not isinstance(teachers, Mapping | nn.Module)
     if not several and not isinstance(teachers, nn.ModuleList):
         raise InputError(f"teachers must be a list, got {type(teachers).__name__}; pass [teacher] or list(x.values())")

@@ -352,7 +352,11 @@ def test_wrong_inputs(models, counts, classifier, generator):
         ),
         ((student, teachers, counts), {"method": FedDFConfig()}, "method must be one of leaves, .*, got FedDFConfig"),
         ((student, teachers, counts), {"generator": generator()}, "goes with FedFTG's presets .* got LeavesConfig"),
-        ((student, teachers, counts), {"image_shape": (64,)}, r"must be \(D, H, W\), got \(64,\)"),
+        (
+            (student, teachers, counts),
+            {"image_shape": (64,)},
+            r"must be \(D, H, W\), such as \(3, 32, 32\), got \(64,\)",
+        ),
         ((None, [lambda images: images.flatten(1)[:, :3]] * 3, counts), {}, "no teacher is a module .* pass a student"),
         ((Pair(), teachers, counts), {}, r"student must return logits .* got tuple"),
         (

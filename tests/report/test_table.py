@@ -190,6 +190,9 @@ def test_columns_by_name(tmp_path: Path) -> None:
     assert list(line)[4:] == ["sent_mean_last", "sent_final", "sent_best", "sent_best_round", "rounds"]
     line = list(csv.DictReader(csv_table([base, ours], ["best"]).splitlines()))[1]
     assert (float(line["best"]), line["best_round"]) == (pytest.approx(0.66), "2")
+    header, _, first, second = markdown_table([base, ours], ["deployed", "local.lr"]).splitlines()[:4]
+    assert header.endswith("| deployed | local.lr |")
+    assert (first.split("|")[4].strip(), second.split("|")[4].strip()) == ("55.00 (60.00)", "**59.00** (66.00)")
     assert chosen_columns("gain, sent,gain,") == ["gain", "sent"]
     with pytest.raises(InputError, match="unknown column 'gian'; did you mean 'gain'"):
         chosen_columns("gian")

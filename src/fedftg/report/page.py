@@ -282,7 +282,8 @@ def _partitions(groups: Sequence[Group]) -> Iterator[str]:
             found.setdefault(record["digest"], (group, np.array(record["class_counts"])))
     for group, counts in found.values():
         order, note = table.order_of_clients(counts)
-        caption = f"Samples of each class at each client{note}, seed {group.first.seed}"
+        of = f"{group.name}, " if len(found) > 1 else ""
+        caption = f"Samples of each class at each client{note}: {of}seed {group.first.seed}"
         rows = ("client", tuple(map(str, order)))
         yield _heatmap(caption, counts[order], counts[order], rows, ("class", _names(group)))
 

@@ -29,7 +29,7 @@ WIDTH = 12.0
 COLUMN = 3.3  # inches: one of two columns of a paper, with text of 8 pt that stays text
 
 # Okabe and Ito's colours without yellow and black: told apart with any colour vision, readable on white.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#B8578F", "#B87700", "#3D94C7", "#7B5AB0", "#7D6A4F")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _KINDS: dict[str, tuple[str, str, Literal["-", "--", ":"], float]] = {
     "refined": ("deployed", " (refined)", "-", 2.0),

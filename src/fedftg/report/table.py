@@ -18,7 +18,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from fedftg.errors import unknown
+from fedftg.errors import flat, unknown
 from fedftg.report.load import Group, RunRecord, differing, grouped
 from fedftg.rundir.records import ACCURACIES, LAST, Record, Series, score
 
@@ -124,12 +124,16 @@ COLUMNS = (
 
 _NAMED = {kind: Column(kind, partial(_accuracy, kind=kind)) for kind in ACCURACIES}
 _NAMED |= {column.name or column.header: column for column in COLUMNS}
+_NAMED["deployed"] = Column("deployed", lambda row: _pair(row.deployed))
 
 
 def chosen_columns(text: str) -> list[str]:
-    """Returns the names in ``"refined,gain"``; raises `InputError` for one that no table has."""
+    """Returns the names in ``"deployed,gain,partition.alpha"``; raises `InputError` for one that no table has.
+
+    ``deployed`` is `refined`, of runs without refiner too; any setting is a column by its key, which has a point.
+    """
     names = [name.strip() for name in text.split(",") if name.strip()]
-    if wrong := [name for name in names if name not in _NAMED]:
+    if wrong := [name for name in names if name not in _NAMED and "." not in name]:
         raise unknown("column", wrong[0], _NAMED)
     return list(dict.fromkeys(names))
 
@@ -237,7 +241,9 @@ def csv_table(runs: Sequence[RunRecord], chosen: Sequence[str] = ()) -> str:
 def _numbers(run: RunRecord, gain: Gain | None, name: str) -> dict[str, object]:
     if name in ("rounds", "seconds"):
         return {name: run.seconds if name == "seconds" else len(run.rounds)}
-    found = score(run.accuracy("refined" if name == "best" else name))
+    if name not in _NAMED:
+        return {name: flat(run.config).get(name, "")}
+    found = score(run.accuracy("refined" if name in ("best", "deployed") else name))
     if name == "best":
         return {part: found.get(part, "") for part in ("best", "best_round")}
     parts = ["mean_last_10", "final", "best", "best_round"]
@@ -263,6 +269,7 @@ def table_cells(rows: Sequence[Row], bold: str, chosen: Sequence[str] = ()) -> l
 def _escaped(text: str) -> str:
     """Returns a cell for LaTeX; control characters are where it is bold."""
     text = re.sub(r"([&%$#_{}])", r"\\\1", text.replace("\\", r"\textbackslash "))
+    text = re.sub(r"(?<![\w.])-(?=\d)", "$-$", text)
     for plain, command in (("±", r"$\pm$"), ("|", r"\textbar "), ("\x02", r"\textbf{"), ("\x03", "}")):
         text = text.replace(plain, command)
     return text
@@ -335,13 +342,17 @@ def _gain(group: Group, base: Group) -> Gain | None:
 
 def _columns(rows: Sequence[Row], chosen: Sequence[str]) -> list[Column]:
     found = [column for column in COLUMNS if any(column.cell(row)[0] for row in rows)]
-    return [_NAMED[name] for name in chosen] or found
+    return [_NAMED.get(name) or Column(name, partial(_setting, name)) for name in chosen] or found
+
+
+def _setting(key: str, row: Row) -> tuple[str, str]:
+    return str(flat(row.runs[0].config).get(key, "")), ""
 
 
 def _is_best(row: Row, column: Column, rows: Sequence[Row]) -> bool:
     """Returns whether the column has the row's deployed accuracy, and no run's is higher."""
-    kind = "selected" if row.runs[0].refiner == "none" else "refined"
-    if len(rows) == 1 or not row.deployed or column.header != kind:
+    kinds = "deployed", "selected" if row.runs[0].refiner == "none" else "refined"
+    if len(rows) == 1 or not row.deployed or column.header not in kinds:
         return False
     return _deployed_mean(row) == max(_deployed_mean(other) for other in rows if other.deployed)
 
@@ -354,11 +365,12 @@ def table_notes(rows: Sequence[Row], below: str) -> list[str]:
     """Returns what a reader of a table must know, a sentence a line; ``below`` says where the smaller value is."""
     counts = [len(run.accuracy("refined")[0]) for row in rows if row.deployed for run in row.runs]
     fewer = f" (of all {min(counts)} where fewer)" if counts and min(counts) < LAST else ""
-    notes = [f"Test accuracy in %: mean of the last {LAST} evaluations{fewer}, {below}."]
+    several = any(len(row.runs) > 1 for row in rows)
+    spread = ", of several seeds the standard deviation of the mean over seeds" if several else ""
+    notes = [f"Test accuracy in %: mean of the last {LAST} evaluations{fewer}, {below}{spread}."]
     if any(row.gain for row in rows):
-        notes.append("vs base: deployed minus the same algorithm without refiner, in points.")
-    if any(len(row.runs) > 1 for row in rows):
-        notes.append("Of several seeds: the mean and its standard deviation over seeds; vs base is paired by seed.")
+        paired = ", paired by seed" if several else ""
+        notes.append(f"vs base: deployed minus the same algorithm without refiner, in points{paired}.")
     if any(row.runs[0].accuracy("ensemble")[0] for row in rows):
         notes.append(
             "ensemble: of the round's clients, not deployed: by the mean of their probabilities; second, by that of "
