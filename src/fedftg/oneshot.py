@@ -55,6 +55,8 @@ class RefineResult:
     """The refined copy of the student, in the student's mode; in evaluation mode where there was none."""
     start: str
     """What it started from: ``given``, ``average``, ``average without priors`` or ``teacher 2``."""
+    before: nn.Module = field(repr=False)
+    """That model itself, to compare with."""
     generator: Generator | None
     """FedFTG's; None with another method."""
     metrics: dict[str, Float[Tensor, " batches"]]
@@ -194,6 +196,7 @@ def refine(
     return RefineResult(
         model=copied(student) if broken else refined,
         start=start,
+        before=student,
         generator=before and before.eval() if broken else new and new.eval(),
         metrics=metrics,
         rolled_back=f"{broken} is not finite; lower student_lr{' or generator_lr' if new else ''}" if broken else None,

@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -44,6 +48,26 @@ def test_a_round_from_scratch_ends_better_than_its_average() -> None:
     clients = [value for label, value in rows.items() if label.startswith("client")]
     assert rows["refined by FedFTG"] > rows["average of the weights"] + 0.02
     assert rows["average of the weights"] > max(clients) + 0.1
+
+
+def test_images_in_class_folders_become_one_model(tmp_path: Path) -> None:
+    digits = load_digits()
+    for place, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        folder = tmp_path / ("test" if place % 4 == 0 else "train") / f"digit{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image * 15).astype(np.uint8)).save(folder / f"{place}.png")
+    options = ["--size", "8", "--epochs", "3", "--iterations", "2"]
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "refine_folders.py"), str(tmp_path), *options],
+        capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = dict(re.findall(r"^(site \d|start|refined|all sites).*?([\d.]+)$", done.stdout, re.MULTILINE))
+    assert len(rows) == 8
+    assert all(0 <= float(value) <= 100 for value in rows.values())
+    assert len(load_file(tmp_path / "better.safetensors")) == 14
+    with Image.open(tmp_path / "synthetic.png") as grid:
+        assert grid.size == (64, 80)
 
 
 def test_lesson_runs_and_is_saved_with_its_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
