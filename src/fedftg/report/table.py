@@ -366,7 +366,7 @@ def table_notes(rows: Sequence[Row], below: str) -> list[str]:
     counts = [len(run.accuracy("refined")[0]) for row in rows if row.deployed for run in row.runs]
     fewer = f" (of all {min(counts)} where fewer)" if counts and min(counts) < LAST else ""
     several = any(len(row.runs) > 1 for row in rows)
-    spread = ", of several seeds the standard deviation of the mean over seeds" if several else ""
+    spread = ", of several seeds the standard deviation over seeds" if several else ""
     notes = [f"Test accuracy in %: mean of the last {LAST} evaluations{fewer}, {below}{spread}."]
     if any(row.gain for row in rows):
         paired = ", paired by seed" if several else ""
