@@ -24,7 +24,7 @@ from fedftg.algorithms.base import (
 from fedftg.config import RunConfig
 from fedftg.data.federated import FederatedData
 from fedftg.engine import sampling
-from fedftg.engine.evaluate import Measured, evaluate, evaluate_clients, evaluate_ensemble, over_clients
+from fedftg.engine.evaluate import Measured, evaluate_all, evaluate_clients, evaluate_ensemble, over_clients
 from fedftg.engine.executors import Executor, Rejected
 from fedftg.models.functional import FunctionalModel
 from fedftg.params import Params, first_non_finite, to_device
@@ -199,12 +199,12 @@ class Experiment:
         measured = Measured()
         if self.data.has_test_data:
             size = self.config.evaluation.batch_size
-            for done, (kind, values) in enumerate(models.items()):
-                progress.phase(number, "evaluate", done, len(models))
-                measured.add(kind, evaluate(self.model, *values, self.data, size))
+            progress.phase(number, "evaluate", 0, 1)
+            found = evaluate_all(self.model, models, self.data, size)
             if self.config.evaluation.ensemble and results:
-                for kind, found in evaluate_ensemble(self.models or (self.model,), results, self.data, size).items():
-                    measured.add(kind, found)
+                found |= evaluate_ensemble(self.models or (self.model,), results, self.data, size)
+            for kind, result in found.items():
+                measured.add(kind, result)
         self._evaluate_clients(number, models, measured)
         by_kinds: tuple[dict[str, Any], ...] = (measured.accuracy, measured.loss, measured.confusion, measured.clients)
         for by_kind in by_kinds:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -59,7 +60,15 @@ class Measured:
 
 def evaluate(model: FunctionalModel, params: Params, buffers: Params, data: FederatedData, batch_size: int) -> Result:
     """Returns accuracy, loss and confusion over the whole test set, in evaluation mode."""
-    return _evaluate(lambda images: [model(params, buffers, images, train=False)], data, batch_size)[0]
+    return evaluate_all(model, {"": (params, buffers)}, data, batch_size)[""]
+
+
+def evaluate_all(
+    model: FunctionalModel, models: Mapping[str, tuple[Params, Params]], data: FederatedData, batch_size: int
+) -> dict[str, Result]:
+    """Returns what `evaluate` does for each of several parameters and buffers, in one pass over the images."""
+    calls = [partial(model, *values, train=False) for values in models.values()]
+    return dict(zip(models, _evaluate(lambda images: [call(images) for call in calls], data, batch_size), strict=True))
 
 
 def evaluate_ensemble(
