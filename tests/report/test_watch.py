@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -104,7 +103,11 @@ def test_a_terminal_is_redrawn_until_the_run_is_finished(tmp_path: Path, monkeyp
 
 def test_a_watcher_may_be_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = folder(tmp_path / "a", rounds=1)
-    monkeypatch.setattr(watch, "load_run", lambda folder: signal.raise_signal(signal.SIGINT))
+
+    def interrupted(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(watch, "load_run", interrupted)
     cli.cli.main(["watch", str(path)], standalone_mode=False)
 
 
