@@ -1,4 +1,4 @@
-# docker build -t fedftg . && docker run --rm -v fedftg:/work fedftg run default      More: docs/install.md
+# docker build -t fedftg . && docker run --rm -v fedftg:/data fedftg run default      More: docs/install.md
 FROM python:3.12-slim AS wheel
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
@@ -16,11 +16,11 @@ COPY --from=wheel /dist /tmp/dist
 RUN pip install --no-cache-dir -c /tmp/constraints.txt --index-url "$TORCH_INDEX" --extra-index-url https://pypi.org/simple torch \
  && pip install --no-cache-dir -c /tmp/constraints.txt "$(echo /tmp/dist/*.whl)[$EXTRAS]" \
  && rm -r /tmp/dist /tmp/constraints.txt
-# Works as any user (--user), also one without a name or a home: all that is written is in /work and /tmp.
-RUN useradd fedftg && install -d -o fedftg -m 777 /work
-ENV HOME=/tmp LOGNAME=fedftg FEDFTG_CACHE=/work/.cache/fedftg HF_HOME=/work/.cache/huggingface
+# Works as any user (--user), also one without a name or a home: all that is written is in /data and /tmp.
+RUN useradd fedftg && install -d -o fedftg -m 777 /data
+ENV HOME=/tmp LOGNAME=fedftg FEDFTG_CACHE=/data/.cache/fedftg HF_HOME=/data/.cache/huggingface
 USER fedftg
-WORKDIR /work
-VOLUME /work
+WORKDIR /data
+VOLUME /data
 ENTRYPOINT ["fedftg"]
 CMD ["--help"]

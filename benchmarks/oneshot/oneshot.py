@@ -64,8 +64,9 @@ class Measured(NoRefiner):
         one, seed = self.experiment, self.experiment.config.seed
         values = [(result.params, result.buffers) for result in results]
         ensembles = evaluate_ensemble((one.model,), results, one.data, 500)
-        clients = max(evaluate(one.model, *client, one.data, 500)[0] for client in values)
-        for name, accuracy in zip(BESIDE, (clients, *(found for found, _ in ensembles.values())), strict=True):
+        clients = evaluate(one.model, {str(place): client for place, client in enumerate(values)}, one.data, 500)
+        best = max(found[0] for found in clients.values())
+        for name, accuracy in zip(BESIDE, (best, *(found[0] for found in ensembles.values())), strict=True):
             self.keep(name, accuracy, None)
         for name, refiner in self.refiners.items():
             own = replace(state, refiner=refiner.init(state.params, torch_rng(seed, 0, SERVER, "refiner")))
@@ -73,7 +74,7 @@ class Measured(NoRefiner):
             start = time.perf_counter()
             refined = refiner.refine(own, results, torch_rng(seed, 1, SERVER, "refine"))[0]
             seconds = time.perf_counter() - start
-            self.keep(name, evaluate(one.model, *refined.model, one.data, 500)[0], seconds)
+            self.keep(name, evaluate(one.model, {name: refined.model}, one.data, 500)[name][0], seconds)
         return state, {}
 
 

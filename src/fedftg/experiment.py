@@ -24,7 +24,7 @@ from fedftg.algorithms.base import (
 from fedftg.config import RunConfig
 from fedftg.data.federated import FederatedData
 from fedftg.engine import sampling
-from fedftg.engine.evaluate import Measured, evaluate_all, evaluate_clients, evaluate_ensemble, over_clients
+from fedftg.engine.evaluate import Measured, evaluate, evaluate_clients, evaluate_ensemble, over_clients
 from fedftg.engine.executors import Executor, Rejected
 from fedftg.models.functional import FunctionalModel
 from fedftg.params import Params, first_non_finite, to_device
@@ -200,7 +200,7 @@ class Experiment:
         if self.data.has_test_data:
             size = self.config.evaluation.batch_size
             progress.phase(number, "evaluate", 0, 1)
-            found = evaluate_all(self.model, models, self.data, size)
+            found = evaluate(self.model, models, self.data, size)
             if self.config.evaluation.ensemble and results:
                 found |= evaluate_ensemble(self.models or (self.model,), results, self.data, size)
             for kind, result in found.items():

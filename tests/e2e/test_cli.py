@@ -253,7 +253,7 @@ def test_interrupt_is_130_and_resumes_to_the_same(
         "from fedftg import experiment\n"
         # A shell that starts tests in the background has them ignore the signal.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "evaluate = experiment.evaluate_all\n"
+        "evaluate = experiment.evaluate\n"
         "calls = []\n"
         "def watched(*arguments):\n"
         "    calls.append(1)\n"
@@ -261,7 +261,7 @@ def test_interrupt_is_130_and_resumes_to_the_same(
         "        Path('mark').touch()\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"
         "    return evaluate(*arguments)\n"
-        "experiment.evaluate_all = watched\n"
+        "experiment.evaluate = watched\n"
     )
     settings = [*tiny, "--set", "checkpoint.every=50", "--set", "algorithm.name=scaffold"]
     stopped = fedftg("run", *settings, "--set", 'plugins=["stopper"]', "--out", "r", path=tmp_path)

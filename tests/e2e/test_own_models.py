@@ -308,11 +308,11 @@ def test_signals_of_schedulers_end_a_run_as_ctrl_c_does(nets, fedftg_command, ti
     (nets / "stopper.py").write_text(
         "import os, signal\n"
         "from fedftg import experiment\n"
-        "evaluate = experiment.evaluate_all\n"
+        "evaluate = experiment.evaluate\n"
         "def watched(*arguments):\n"
         f"    os.kill(os.getpid(), signal.{name})\n"
         "    return evaluate(*arguments)\n"
-        "experiment.evaluate_all = watched\n"
+        "experiment.evaluate = watched\n"
     )
     options = [part for item in [*tiny_settings, 'plugins=["stopper"]'] for part in ("--set", item)]
     done = fedftg_command("run", "default", *options, "--out", str(nets / "run"), path=nets)

@@ -50,7 +50,7 @@ def test_accuracy_over_clients_by_hand() -> None:
     found = evaluate_clients(model, *model.init(), data, 7)
     assert found == {**dict.fromkeys(range(10), 1.0), 10: 0.5, 11: 0.0}
     assert over_clients(found) == pytest.approx({"mean": 10.5 / 12, "worst_10": 0.25, "std": 0.0885416**0.5}, rel=1e-4)
-    accuracy, _, confusion = evaluate(model, *model.init(), data, 7)
+    accuracy, _, confusion = evaluate(model, {"it": model.init()}, data, 7)["it"]
     assert accuracy == pytest.approx(54 / 60)
     assert confusion.tolist() == [[27, 3], [3, 27]]  # labels alternate: 1 and 2 wrong of each class
 

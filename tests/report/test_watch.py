@@ -104,11 +104,15 @@ def test_a_terminal_is_redrawn_until_the_run_is_finished(tmp_path: Path, monkeyp
 def test_a_watcher_may_be_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = folder(tmp_path / "a", rounds=1)
 
+    seen: list[Path] = []
+
     def interrupted(folder: Path) -> None:
+        seen.append(folder)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(watch, "load_run", interrupted)
     cli.cli.main(["watch", str(path)], standalone_mode=False)
+    assert seen == [path]
 
 
 def test_no_run(tmp_path: Path) -> None:

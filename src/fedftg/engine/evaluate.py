@@ -58,15 +58,10 @@ class Measured:
         self.accuracy[kind], self.loss[kind], self.confusion[kind] = found
 
 
-def evaluate(model: FunctionalModel, params: Params, buffers: Params, data: FederatedData, batch_size: int) -> Result:
-    """Returns accuracy, loss and confusion over the whole test set, in evaluation mode."""
-    return evaluate_all(model, {"": (params, buffers)}, data, batch_size)[""]
-
-
-def evaluate_all(
+def evaluate(
     model: FunctionalModel, models: Mapping[str, tuple[Params, Params]], data: FederatedData, batch_size: int
 ) -> dict[str, Result]:
-    """Returns what `evaluate` does for each of several parameters and buffers, in one pass over the images."""
+    """Returns the result of each of several parameters and buffers over the whole test set, in evaluation mode."""
     calls = [partial(model, *values, train=False) for values in models.values()]
     return dict(zip(models, _evaluate(lambda images: [call(images) for call in calls], data, batch_size), strict=True))
 

@@ -90,7 +90,7 @@ def _verdict(rows: Sequence[table.Row]) -> Iterator[str]:
     if not any(row.gain for row in rows):
         yield "<p class=verdict>To see what a refiner gives, <code>fedftg compare</code> a run with one without it.</p>"
     header, *body = table.table_cells(rows, "{}")
-    notes = " ".join(table.table_notes(rows, below="in brackets the final one"))
+    notes = " ".join(table.table_notes(rows, below="in brackets the final one", intervals=False))
     yield f"{_table(header, body)}<p class=notes>{escape(notes)}</p>"
 
 

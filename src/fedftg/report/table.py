@@ -361,7 +361,7 @@ def _deployed_mean(row: Row) -> float:
     return fmean(one["mean_last_10"] for one in row.deployed)
 
 
-def table_notes(rows: Sequence[Row], below: str) -> list[str]:
+def table_notes(rows: Sequence[Row], below: str, intervals: bool = True) -> list[str]:
     """Returns what a reader of a table must know, a sentence a line; ``below`` says where the smaller value is."""
     counts = [len(run.accuracy("refined")[0]) for row in rows if row.deployed for run in row.runs]
     fewer = f" (of all {min(counts)} where fewer)" if counts and min(counts) < LAST else ""
@@ -378,7 +378,7 @@ def table_notes(rows: Sequence[Row], below: str) -> list[str]:
         )
     for row, gain in ((row, row.gain) for row in rows if row.gain):
         versus, differs = f"{row.name} vs {gain.base}", gain.differs
-        if len(gain.scores) > 1:
+        if intervals and len(gain.scores) > 1:
             low, high = (percent(end, "+") for end in interval(gain.means))
             notes.append(f"{versus}: 95 % interval {low} to {high} (t, {len(gain.scores)} seeds).")
         if gain.until:
