@@ -259,5 +259,3 @@ def test_command(kept: Kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     other.fails_at = 0
     cli.cli.main([*command, "--to", "wandb"], standalone_mode=False)
     assert kept.steps == other.steps == [1, 2]
-    with pytest.raises(InputError, match="holds no run"):
-        cli.cli.main(["track", str(tmp_path), "--to", "wandb"], standalone_mode=False)

@@ -11,7 +11,6 @@ import pytest
 from rich.console import Console
 
 from fedftg import cli
-from fedftg.errors import InputError
 from fedftg.report import watch
 from fedftg.report.load import load_run
 
@@ -103,7 +102,6 @@ def test_a_terminal_is_redrawn_until_the_run_is_finished(tmp_path: Path, monkeyp
 
 def test_a_watcher_may_be_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = folder(tmp_path / "a", rounds=1)
-
     seen: list[Path] = []
 
     def interrupted(folder: Path) -> None:
@@ -113,8 +111,3 @@ def test_a_watcher_may_be_interrupted(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(watch, "load_run", interrupted)
     cli.cli.main(["watch", str(path)], standalone_mode=False)
     assert seen == [path]
-
-
-def test_no_run(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds no run"):
-        watch.watch(tmp_path / "none", Console(file=io.StringIO()))
