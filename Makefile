@@ -19,7 +19,7 @@ test: $(VENV)/dev.stamp
 # With what takes minutes or needs Ray (processes that are killed, Flower's own simulation), and the kept results' tables.
 test-all: $(VENV)/all.stamp
 	OMP_NUM_THREADS=1 FEDFTG_TEST_ALL=1 $(BIN)/python -m pytest -n $(TEST_WORKERS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks/accuracy benchmarks/deployed benchmarks/oneshot -p no:xdist
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks/accuracy benchmarks/deployed benchmarks/oneshot benchmarks/speed/test_loan.py -p no:xdist
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -28,7 +28,7 @@ lint: $(VENV)/dev.stamp
 
 bench: $(VENV)/bench.stamp
 	OMP_NUM_THREADS=$(BENCH_THREADS) $(BIN)/python benchmarks/speed/bench.py --threads $(BENCH_THREADS) $(BENCH)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks/speed -p no:xdist --benchmark-columns=min,median,stddev,rounds
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks/speed/test_parts.py -p no:xdist --benchmark-columns=min,median,stddev,rounds
 
 # The site in site/, from docs/ and zensical.toml: python3 -m http.server -d site
 docs: $(VENV)/docs.stamp

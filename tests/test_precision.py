@@ -39,3 +39,15 @@ def test_bfloat16_needs_the_hardware_and_auto_does_without(monkeypatch):
         computed(layer, images, "bfloat16", "contiguous")
     monkeypatch.setattr(precisions, "has_bfloat16", lambda device: True)
     assert not torch.equal(computed(layer, images, "auto", "contiguous"), layer(images))
+
+
+def test_evaluation_has_the_precision_of_local_training(monkeypatch, tmp_path):
+    monkeypatch.setattr(precisions, "has_bfloat16", lambda device: True)
+    loss = {}
+    for name in ("float32", "bfloat16"):
+        # At this rate both evaluate the initial model.
+        given = ["rounds=1", "refiner.name=none", "local.steps=1", "local.lr=1e-30", f"local.precision={name}"]
+        run = fedftg.run("default", overrides=given, out=tmp_path / name)
+        loss[name] = fedftg.load_run(run.folder).rounds[0]["loss"]["refined"]
+    assert loss["bfloat16"] != loss["float32"]
+    assert loss["bfloat16"] == pytest.approx(loss["float32"], rel=0.01)

@@ -26,7 +26,7 @@ from fedftg.data.federated import FederatedData
 from fedftg.engine import sampling
 from fedftg.engine.evaluate import Measured, evaluate, evaluate_clients, evaluate_ensemble, over_clients
 from fedftg.engine.executors import Executor, Rejected
-from fedftg.models.functional import FunctionalModel
+from fedftg.models.functional import ComputedModel, FunctionalModel
 from fedftg.params import Params, first_non_finite, to_device
 from fedftg.progress import Progress
 from fedftg.rundir import records
@@ -200,9 +200,10 @@ class Experiment:
         if self.data.has_test_data:
             size = self.config.evaluation.batch_size
             progress.phase(number, "evaluate", 0, 1)
-            found = evaluate(self.model, models, self.data, size)
+            found = evaluate(self._computed(self.model), models, self.data, size)
             if self.config.evaluation.ensemble and results:
-                found |= evaluate_ensemble(self.models or (self.model,), results, self.data, size)
+                own = [self._computed(model) for model in self.models or (self.model,)]
+                found |= evaluate_ensemble(own, results, self.data, size)
             for kind, result in found.items():
                 measured.add(kind, result)
         self._evaluate_clients(number, models, measured)
@@ -212,12 +213,16 @@ class Experiment:
                 by_kind.setdefault("refined", by_kind["selected"])
         return measured
 
+    def _computed(self, model: FunctionalModel) -> FunctionalModel:
+        """Returns the model in the precision and layout of local training."""
+        return ComputedModel(model, self.config.local.precision, self.config.local.memory_format)
+
     def _evaluate_clients(self, number: int, models: Models, into: Measured) -> None:  # noqa: ARG002
         """Fills in the accuracy of the clients that hold samples back, where any does."""
         if self.data.holds_back:
             size = self.config.evaluation.batch_size
             for kind, values in models.items():
-                into.clients[kind] = evaluate_clients(self.model, *values, self.data, size)
+                into.clients[kind] = evaluate_clients(self._computed(self.model), *values, self.data, size)
 
 
 def _non_finite(state: ServerState) -> str | None:

@@ -42,8 +42,8 @@ class LocalConfig(BaseModel):
     loss_tau: float = Field(default=1.0, ge=0, description="balanced_softmax: 0 gives cross_entropy (paper: 1)")
     precision: Precision = Field(
         default="float32",
-        description="arithmetic of a client's passes, weights and losses apart; bfloat16 needs hardware that has it, "
-        "auto takes it there",
+        description="arithmetic of a client's passes and of evaluation, weights and losses apart; bfloat16 needs "
+        "hardware that has it, auto takes it there",
     )
     memory_format: MemoryFormat = Field(
         default="contiguous",
