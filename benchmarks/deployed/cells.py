@@ -22,9 +22,13 @@ class Cell:
     """In ``--data-root``; None: the data are built in."""
     long: bool = False
     """Evaluated up to rounds 50, 100 and 200, not only up to the last."""
+    rivals: bool = False
+    """Measures the published methods of distillation, which take minutes, after few rounds."""
 
     def evaluations(self, rounds: int) -> Sequence[int]:
         """Returns the rounds after which the variants are evaluated: ten, every second one up to the last."""
+        if self.rivals:
+            return [number for number in RIVALS_AFTER if number <= rounds] or [rounds]
         ends = [end for end in (50, 100, 200) if end < rounds] if self.long else []
         step = 2
         return sorted({n for end in [*ends, rounds] for n in range(end - 9 * step, end + 1, step) if n > 0})
@@ -62,6 +66,8 @@ _BASES = [
     Cell("long-fedavg-b0.1-gn", ("rounds=200",), long=True),
     Cell("digits", recipe="default_base", folder=None),
 ]
+RIVALS_AFTER = (32, 40, 50)
+_RIVALS = Cell("rivals-fedavg-b0.1-gn", ("data.image_size=16",), rivals=True)
 
 
 def _default(base: Cell) -> Cell:
@@ -73,6 +79,8 @@ def _default(base: Cell) -> Cell:
 CELLS = {cell.name: cell for cell in [
     *_BASES,
     *(_default(base) for base in _BASES),
+    _RIVALS,
+    _default(_RIVALS),
 ]}  # fmt: skip
 
 # 400 of 1,000 rounds, in which the rate falls as far: two cells in one loan of 15 minutes, in pieces of 9.

@@ -49,6 +49,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "all + prior": {"name": "all", "prior_tau": 0.75},
 }
 """What is deployed at each evaluation, by the name of its column."""
+_NARROW = {"generator_width": 16}
+RIVALS: dict[str, dict[str, Any]] = {
+    "aggregate": VARIANTS["aggregate"],
+    "all": VARIANTS["all"],
+    "all + prior": VARIANTS["all + prior"],
+    "FedDF": {"name": "feddf", "iterations": 125},
+    "DAFL": {"name": "dafl", "iterations": 75, **_NARROW},
+    "ADI": {"name": "adi", "iterations": 5},
+    "DENSE": {"name": "dense", "iterations": 12, **_NARROW},
+    "Co-Boosting": {"name": "coboosting", "iterations": 12, **_NARROW},
+    "DFRD": {"name": "dfrd", "iterations": 75, **_NARROW},
+    "leaves": {"name": "leaves", "iterations": 50},
+}
+"""Instead, in the cell of the rivals: each with a quarter of the iterations that it has in one round."""
 
 TAIL = 10.0
 """How many times rarer the last class of the imbalanced test set is than the first."""
@@ -64,6 +78,7 @@ class Measured(NoRefiner):
     """Rounds after which the clients' last uploads are evaluated as an ensemble."""
     own: Refiner
     """That of the cell. Where it does more than nothing it alone is measured, as ``fedftg``: deployed and sent."""
+    variants: dict[str, dict[str, Any]]
     refiners: dict[str, Refiner] = field(default_factory=dict)
     reads_previous = True
 
@@ -71,8 +86,9 @@ class Measured(NoRefiner):
         if type(self.own) is not NoRefiner:
             return
         data = self.experiment.data
-        context = RefinerContext(self.experiment.model, data.num_classes, data.image_shape, data.device)
-        for name, settings in VARIANTS.items():
+        shape, normalisation = (data.num_classes, data.image_shape), (data.dataset.mean, data.dataset.std)
+        context = RefinerContext(self.experiment.model, *shape, data.device, *normalisation)
+        for name, settings in self.variants.items():
             self.refiners[name] = configs.parse(REFINERS[settings["name"]], settings).build(context)
 
     def init(self, params: Params, rng: torch.Generator) -> Memory:
@@ -102,7 +118,8 @@ class Measured(NoRefiner):
             return state, metrics
         if number in self.evaluations:
             for name, refiner in self.refiners.items():
-                own = replace(state, refiner=unprefixed(state.refiner, name + "/"))
+                memory = unprefixed(state.refiner, name + "/") or refiner.init(state.params, rng)
+                own = replace(state, refiner=memory)
                 params, buffers = refiner.refine(own, results, rng)[0].model
                 metrics |= self._accuracies(name, self._logits(params, buffers))
         if number in self.ceilings:
@@ -189,12 +206,16 @@ def run(
         f"evaluation.every={config.rounds}", "evaluation.track_all=true",
     ]))  # fmt: skip
     folder = RUNS / (f"trial-{rounds or dry[0]}" if rounds or dry else "whole") / cell.name / f"seed{seed}"
+    variants = VARIANTS
+    if cell.rivals:
+        proxy = {"name": "cifar100"} | ({"root": data_root / "cifar100-part"} if data_root else {})
+        variants = RIVALS | {"FedDF": {**RIVALS["FedDF"], "proxy": proxy}}
     timer = Timer(max(until - time.monotonic(), 0.1), interrupt_main) if until < float("inf") else None
 
     def prepare() -> Experiment:
         experiment = build(config, progress=progress)
         evaluations = cell.evaluations(config.rounds)
-        experiment.refiner = Measured(experiment, evaluations, evaluations[-1:], experiment.refiner)
+        experiment.refiner = Measured(experiment, evaluations, evaluations[-1:], experiment.refiner, variants)
         return experiment
 
     progress = Progress()
@@ -210,14 +231,14 @@ def run(
         if timer:
             timer.cancel()
     rows = records.read(folder / "rounds.jsonl")
-    names = [*VARIANTS, "fedftg"]
+    names = [*variants, "fedftg"]
     measured = [row for row in rows if any(name in row["refine"] for name in names)]
     session = records.read_json(folder / "environment.json")["sessions"][-1]
     result = {
         "cell": cell.name,
         "seed": seed,
         "settings": settings[: len(cell.settings)],
-        "variants": VARIANTS,
+        "variants": RIVALS if cell.rivals else VARIANTS,
         "machine": {name: session.get(name) for name in ("device", "processor", "cores", "threads", "packages")},
         "commit": commit(),
         "rounds": [row["round"] for row in measured],

@@ -19,7 +19,7 @@ def write_figure() -> None:
     """Draws a row per cell: a dot a seed, a bar for the mean of seeds."""
     cells: dict[str, list[Line]] = defaultdict(list)
     for line in paired():
-        if not line["cell"].startswith("long"):
+        if not line["cell"].startswith(("long", "rivals")):
             cells[line["cell"]].append(line)
     figure = Figure(figsize=(9, 1.2 + 0.5 * len(cells)), dpi=100, layout="constrained")
     axes = figure.add_subplot()

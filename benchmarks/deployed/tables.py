@@ -6,6 +6,7 @@ import math
 import re
 import statistics
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fedftg.rundir import records
 
 FOLDER = Path(__file__).parent.parent / "results"
 RESULTS = FOLDER / "deployed.jsonl"
-PAGES = (FOLDER / "deployed.md", FOLDER.parent.parent / "docs" / "results.md")
+PAGES = (FOLDER / "deployed.md", *(FOLDER.parent.parent / "docs" / f"{name}.md" for name in ("results", "oneshot")))
 DEFAULT = "fedftg"
 FREE = ("aggregate", "ema", "wima", "all")
 """The free rivals that the default has to beat in each cell."""
@@ -44,6 +45,8 @@ def write_page() -> None:
 
     def fill(found: re.Match[str]) -> str:
         prefix, seeds, *what = found[2].split()
+        if what == ["rivals"]:
+            return found[1] + rivals(prefix, [int(seed) for seed in seeds.split(",")]) + found[4]
         chosen = {int(seed) for seed in seeds.split(",")}
         use = [line for line in lines if re.match(prefix, line["cell"]) and line["seed"] in chosen]
         return found[1] + (table(use, *what) if use else "Not measured yet.\n") + found[4]
@@ -90,6 +93,22 @@ def table(lines: list[Line], what: str = "") -> str:
              spread(over, "+"), f"{won} of {len(found)}"]
         )  # fmt: skip
     return "\n".join(["| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]]) + "\n"
+
+
+def rivals(cell: str, seeds: Sequence[int]) -> str:
+    """Returns a row per variant of a cell with the accuracy after each round, the default's among them."""
+    kept = {(line["cell"], line["seed"]): line for line in load()}
+    both = [[kept.get((name, seed)) for name in (cell, f"default-{cell}")] for seed in seeds]
+    pairs = [(line, default) for line, default in both if line and default]
+    if not pairs:
+        return "Not measured yet.\n"
+    rounds = pairs[0][0]["rounds"]
+    rows = [["deployed", *(f"round {number}" for number in rounds)], ["---"] * (1 + len(rounds))]
+    for name in [*pairs[0][0]["variants"], DEFAULT, "ensemble", "ensemble + prior"]:
+        of = [default if name == DEFAULT else line for line, default in pairs]
+        found = [[o["accuracy"][name][o["rounds"].index(number)] for o in of] for number in rounds]
+        rows.append([name, *("" if None in each else spread([100 * value for value in each]) for each in found)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
 def spread(values: list[float], sign: str = "") -> str:
