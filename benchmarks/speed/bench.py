@@ -13,6 +13,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -27,6 +28,7 @@ from workload import BATCH, Refining, bare_loop, bare_loops, client_steps, image
 import fedftg
 from fedftg.engine.machine import keep_freed_memory, peak_memory_mb, resolve_device
 from fedftg.precision import MemoryFormat, Precision, has_bfloat16
+from fedftg.progress import Progress
 
 Row = dict[str, Any]
 
@@ -77,13 +79,15 @@ class Bench:
     def round(self) -> Iterator[Row]:
         """Every phase of one round of the paper's protocol, shortened to ``steps`` steps a client."""
         clients, samples = 10, BATCH * self.steps
-        config = self._config(local__epochs=1, refiner__iterations=2)
-        summary, seconds = self._run(config, clients * samples)
+        config, memory = self._config(local__epochs=1, refiner__iterations=2), PeakByPhase()
+        summary, seconds = self._run(config, clients * samples, memory)
         whole = sum(seconds.values())
         flops = step_flops(model(self.model), BATCH) * self.steps * clients
         peak = self._peak()
         for phase, taken in seconds.items():
             row: Row = {"what": phase, "seconds": taken, "share": taken / whole}
+            if phase in memory.peaks:
+                row |= {"memory MB": memory.peaks[phase]}
             if phase == "local":
                 row |= {"samples/s": clients * samples / taken, "of peak": flops / taken / peak}
             yield row
@@ -164,12 +168,13 @@ class Bench:
     def layouts(self) -> Iterator[Row]:
         """A client's step and a preset's iteration in each layout and precision, alternated; ratio: plain over this."""
         for name in ("lenet_gn", "cnn", "convnet", "resnet18"):
-            yield from self._layouts(f"local, {name}", client_steps(name, self.steps, self.device))
+            flops = self.steps * step_flops(model(name), BATCH)
+            yield from self._layouts(f"local, {name}", client_steps(name, self.steps, self.device), flops)
         for preset in ("paper", "official", "fedftg"):
             work = Refining(preset, 10, self.model, self.device)
-            yield from self._layouts(f"{preset}, 10 teachers", partial(work.refine, 1))
+            yield from self._layouts(f"{preset}, 10 teachers", partial(work.refine, 1), work.necessary(1)[1])
 
-    def _layouts(self, what: str, seconds: Callable[[Precision, MemoryFormat], float]) -> Iterator[Row]:
+    def _layouts(self, what: str, seconds: Callable[[Precision, MemoryFormat], float], flops: float) -> Iterator[Row]:
         precisions: tuple[Precision, ...] = ("float32", "bfloat16")
         formats: tuple[MemoryFormat, ...] = ("contiguous", "channels_last")
         ways = [*product(precisions[: 1 + has_bfloat16(self.device)], formats)]
@@ -179,7 +184,8 @@ class Bench:
                 times[way].append(seconds(*way))
         medians = {way: statistics.median(taken[1:]) for way, taken in times.items()}
         for way, taken in medians.items():
-            yield {"what": f"{what}: {', '.join(way)}", "seconds": taken, "ratio": medians[ways[0]] / taken}
+            row: Row = {"what": f"{what}: {', '.join(way)}", "seconds": taken, "ratio": medians[ways[0]] / taken}
+            yield row | {"of peak": flops / taken / matmul_peak(getattr(torch, way[0]), self.device)}
 
     def _refining(self, preset: str, teachers: int) -> Row:
         work, iterations = Refining(preset, teachers, self.model, self.device), 1
@@ -203,12 +209,39 @@ class Bench:
             lines = (Path(folder) / "run" / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
         return float(json.loads(lines[-1])["seconds"]["local"])
 
-    def _run(self, config: fedftg.RunConfig, samples: int) -> tuple[dict[str, Any], dict[str, float]]:
+    def _run(
+        self, config: fedftg.RunConfig, samples: int, progress: Progress | None = None
+    ) -> tuple[dict[str, Any], dict[str, float]]:
         with tempfile.TemporaryDirectory() as folder:
-            summary = fedftg.run(config, out=Path(folder) / "run", dataset=images(samples)).summary
+            given = images(samples)
+            summary = fedftg.run(config, out=Path(folder) / "run", dataset=given, progress=progress).summary
         seconds = dict(summary["seconds"])
         del seconds["total"]
         return summary, seconds
+
+
+class PeakByPhase(Progress):
+    """Notes this process's peak memory in each phase, freed blocks that it keeps included; Linux only."""
+
+    def __init__(self) -> None:
+        self.peaks: dict[str, float] = {}
+        self._phase = ""
+
+    def phase(self, round: int, name: str, done: int, total: int) -> None:
+        """Ends the phase before, where this is another."""
+        if name != self._phase:
+            self._end(name)
+
+    def finish(self) -> None:
+        """Ends the last phase."""
+        self._end("")
+
+    def _end(self, following: str) -> None:
+        if self._phase:
+            self.peaks[self._phase] = max(peak_memory_mb(), self.peaks.get(self._phase, 0.0))
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
+        self._phase = following
 
 
 FORMATS: dict[str, Callable[[Any], str]] = {
@@ -228,8 +261,8 @@ def _line(row: Row) -> str:
 
 def _table(rows: list[Row]) -> Table:
     caption = (
-        "of peak: FLOP/s over the matrix product's. ratio: local: throughput over the best bare loop's; refine: time "
-        "over that of the necessary passes; layouts: time in float32 and contiguous over this."
+        "of peak: FLOP/s over those of a matrix product in that precision. ratio: local: throughput over the best bare "
+        "loop's; refine: time over that of the necessary passes; layouts: time in float32 and contiguous over this."
     )
     table = Table(box=None, pad_edge=False, caption=caption, caption_justify="left")
     for name in ("table", "what", *FORMATS):
