@@ -11,6 +11,7 @@ from fedftg.algorithms.base import LocalTask, ServerState
 from fedftg.algorithms.registry import ALGORITHMS
 from fedftg.engine.local_train import LocalConfig, train
 from fedftg.models.functional import FunctionalModel
+from fedftg.seeds import forked
 
 NUM_CLIENTS, CLASSES = 5, 3
 SETTINGS = LocalConfig(lr=0.1, epochs=1, batch_size=4)
@@ -56,7 +57,8 @@ def rounds(algorithm, state, memories, numbers, sizes=lambda _: 12):
         for client in (number % NUM_CLIENTS, (number + 1) % NUM_CLIENTS):
             memory = memories.get(client) or algorithm.local.init_memory(*MODEL.init())
             task = make_task(algorithm, state, client, memory, sizes(client))
-            result = train(MODEL, algorithm.local, task, batches(client, number), torch.ones(CLASSES), SETTINGS)
+            with forked(100 * number + client, torch.device("cpu")):
+                result = train(MODEL, algorithm.local, task, batches(client, number), torch.ones(CLASSES), SETTINGS)
             results.append(result)
             memories[client] = result.memory
         state, _ = algorithm.server.step(state, results)

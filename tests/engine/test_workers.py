@@ -111,6 +111,7 @@ def assert_same_runs(ours: fedftg.Run, theirs: fedftg.Run) -> None:
         *((name, "lenet_bn", "cross_entropy") for name in ("fedprox", "feddyn", "scaffold", "moon")),
         ("moon", "lenet_bn", "balanced_softmax"),
         ("fedacg", "lenet_bn", "fedrs"),
+        ("fedgen", "lenet_bn", "balanced_softmax"),
     ],
 )
 def test_same_bits_as_sequential(algorithm: str, model: str, loss: str, tmp_path: Path) -> None:

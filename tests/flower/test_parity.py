@@ -19,7 +19,7 @@ def assert_same(federation: Any, one: Any, other: Any, names: tuple[str, str] = 
 
 @pytest.mark.parametrize("refiner", ["none", "fedftg"])
 @pytest.mark.parametrize(
-    "algorithm", ["fedavg", "fedprox", "feddyn", "scaffold", "moon", "fedavgm", "fedacg", "fedvarp"]
+    "algorithm", ["fedavg", "fedprox", "feddyn", "scaffold", "moon", "fedavgm", "fedacg", "fedvarp", "fedgen"]
 )
 def test_three_rounds_are_those_of_the_simulator(federation: Callable[..., Any], algorithm: str, refiner: str) -> None:
     fed = federation(f"algorithm.name={algorithm}", f"refiner.name={refiner}")

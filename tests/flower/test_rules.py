@@ -36,6 +36,7 @@ ALGORITHM_SETTINGS: dict[str, dict[str, Any]] = {
     "fedavgm": {"beta": 0.5},
     "fedacg": {"momentum": 0.5},
     "fedvarp": {},
+    "fedgen": {"generator_steps": 2},
 }
 NAMES = {"feddyn": FedDyn, "scaffold": Scaffold, "moon": Moon}
 

@@ -121,7 +121,8 @@ class LocalRule(Protocol):
 
     An attribute ``reads_round = False`` declares that ``loss`` and ``correct`` do not branch on ``task.round`` and
     ``task.lr``, which then are tensors where steps are recorded (``cuda_graph``): one recording serves all rounds.
-    Without it both are numbers, and steps are recorded in each round.
+    Without it both are numbers, and steps are recorded in each round. ``draws = True`` declares that ``loss`` draws
+    random numbers, from torch's global generator, which is seeded for each client; such steps are not recorded.
     """
 
     def upload_like(self, params: Params) -> Params:

@@ -20,6 +20,7 @@ ALGORITHMS: Registry[type[AlgorithmConfig]] = Registry(
         "fedavgm": "fedftg.algorithms.fedavgm:FedAvgMConfig",
         "fedacg": "fedftg.algorithms.fedacg:FedACGConfig",
         "fedvarp": "fedftg.algorithms.fedvarp:FedVARPConfig",
+        "fedgen": "fedftg.algorithms.fedgen:FedGenConfig",
     },
 )
 REFINERS: Registry[type[RefinerConfig]] = Registry(

@@ -207,6 +207,8 @@ class CudaGraphExecutor:
         return self._sequential
 
     def _train(self, rule: LocalRule, tasks: list[LocalTask]) -> list[ClientResult]:
+        if getattr(rule, "draws", False):
+            raise CannotRecord("the algorithm draws random numbers in its steps")
         # By size: those that still step are then the first ones, and there are few combinations to record.
         ordered = sorted(tasks, key=lambda task: -self._data.num_samples(task.client))
         self._load(rule, ordered)
