@@ -164,7 +164,8 @@ class Experiment:
         memory = self.refiner.observe(start, results)
         selected, start = replace(selected, refiner=memory), replace(start, refiner=memory)
         if self.config.refiner.when == "evaluation" and not due:
-            return replace(selected, deployed=self.state.deployed or selected.deployed), {}, None
+            refined_before = number > self.config.evaluation.every
+            return replace(selected, deployed=(self.state if refined_before else selected).deployed), {}, None
         rng = torch_rng(self.config.seed, number, SERVER, "refine")
         refined, metrics = self.refiner.refine(start, results, rng)
         bad = _non_finite(refined)

@@ -44,9 +44,11 @@ def result(client: int, value: float, counts: tuple[int, int] = (1, 1), previous
 
 
 def play(refiner: Averaged, rounds: list[tuple[float, list[ClientResult]]]) -> list[ServerState]:
-    """What is deployed after each round, from its aggregate and its uploads."""
+    """What is deployed after each round, from its aggregate and its uploads; a round without any is undone."""
     memory, deployed = refiner.init({}, torch.Generator()), []
     for number, (value, results) in enumerate(rounds):
+        if not results:
+            continue
         state = ServerState(number, model(value), {"n": torch.tensor(round(value))}, {}, memory)
         state = replace(state, refiner=refiner.observe(state, results))
         after, _ = refiner.refine(state, results, torch.Generator())
@@ -85,6 +87,8 @@ def test_all_by_hand():
     """(1 * 4 + 3 * 8) / 4 = 7, then (1 * 0 + 3 * 8 + 4 * 1) / 8; halved for its age, client 1 weighs 1.5 of 6.5."""
     assert numbers(built("all"), SKIPPING) == [7, 3.5]
     assert numbers(built("all", recency=1), SKIPPING) == pytest.approx([7, (1.5 * 8 + 4 * 1) / 6.5])
+    undone = [SKIPPING[0], (0.0, []), SKIPPING[1]]  # in round 3 client 1 weighs 3 * 1 / 3
+    assert numbers(built("all", recency=1), undone) == pytest.approx([7, (1 * 8 + 4 * 1) / 6])
 
 
 @pytest.mark.parametrize("recency", [0, 2])

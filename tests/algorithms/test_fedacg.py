@@ -5,6 +5,9 @@ from pathlib import Path
 import torch
 
 import fedftg
+from fedftg.build import build
+from fedftg.config import from_mapping
+from fedftg.progress import Progress
 from fedftg.rundir import records
 
 SETTINGS = {
@@ -32,3 +35,13 @@ def test_refiners_start_from_the_deployed_model(tmp_path: Path) -> None:
             assert torch.equal(run.model.state_dict()[name], mean[name])
             assert torch.equal(sent, mean[name] + 0.5 * run.state.server[name])
         assert all(torch.equal(alone.state.params[name], sent) for name, sent in run.state.params.items())
+
+
+def test_before_the_first_evaluation_the_mean_of_the_round_is_deployed() -> None:
+    settings = {**SETTINGS, "refiner": {"name": "wima"}, "evaluation": {"every": 3}}
+    experiment = build(from_mapping(settings))
+    for _ in range(2):
+        experiment.run_round(Progress())
+    sent, momentum = experiment.state.params, experiment.state.server
+    for name, mean in experiment.state.model[0].items():
+        torch.testing.assert_close(mean, sent[name] - 0.5 * momentum[name])

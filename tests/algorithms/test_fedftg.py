@@ -184,3 +184,19 @@ def test_after_the_last_round_the_aggregate_stays(model):
     assert "student" not in metrics
     assert same(left.params, first.params)
     assert not tuned.refiner  # nothing will be fine-tuned from it
+
+
+def test_rounds_that_lack_no_class_are_not_fine_tuned(model):
+    """Known: (6, 6, 2), (0, 0, 4). Class 2 is 2 / 14 of the present, 6 / 18 of all: 3 / 7 of its usual share."""
+    refiner = make(model, lacking=0.5, absent_weight=1, last_round=3)
+    both, first = [upload(model, 0, [6, 6, 2]), upload(model, 1, [0, 0, 4])], start(model, refiner)
+    state, metrics = refiner.refine(first, both, rng(1))
+    assert metrics == {"least_share": pytest.approx(1)}
+    assert same(state.params, first.params)
+    later = replace(state, round=1)
+    _, metrics = refiner.refine(later, both[:1], rng(2))
+    assert metrics["least_share"] == pytest.approx(3 / 7)
+    assert "student" in metrics
+    _, metrics = make(model, lacking=0.4, absent_weight=1, last_round=3).refine(later, both[:1], rng(2))
+    assert set(metrics) == {"least_share"}
+    assert refiner.refine(replace(state, round=3), both[:1], rng(2))[1] == {}  # past the last round nothing is known

@@ -39,7 +39,7 @@ from fedftg.algorithms.base import (
 from fedftg.distill.labels import label_log_prior
 from fedftg.errors import InputError
 from fedftg.models.functional import FunctionalModel
-from fedftg.params import Params, prefixed, unprefixed, weighted_mean
+from fedftg.params import Params, clone, prefixed, unprefixed, weighted_mean
 
 _SUM, _WINDOW = "sum.", "window."
 _CLIENTS, _SHARES, _COUNTS = "seen.clients", "seen.shares", "seen.counts"
@@ -117,9 +117,7 @@ class Averaged(NoRefiner):
     def observe(self, state: ServerState, results: Sequence[ClientResult]) -> Memory:
         """Takes a round's aggregate and uploads into the average."""
         results = [result for result in results if result.num_samples > 0]
-        # Weights by the power of a round keep their ratio from round to round, so the sum is scaled as a whole.
-        aged = (state.round / (state.round + 1)) ** self.config.recency
-        seen = {client: (share * aged, counts) for client, (share, counts) in _seen(state.refiner).items()}
+        seen, share = _seen(state.refiner), float((state.round + 1) ** self.config.recency)
         model = {**state.params, **state.buffers}
         memory: Memory = {}
         if self.config.average == "ema":
@@ -131,8 +129,8 @@ class Averaged(NoRefiner):
             for age, one in enumerate(window):
                 memory |= prefixed(one, f"{_WINDOW}{age}.")
         elif self.config.average == "all":
-            memory = prefixed(self._exchanged(state, results, seen, aged), _SUM)
-        seen |= {result.client: (1.0, result.class_counts.cpu().double()) for result in results}
+            memory = prefixed(self._exchanged(state, results, seen, share), _SUM)
+        seen |= {result.client: (share, result.class_counts.cpu().double()) for result in results}
         return memory | _seen_memory(seen)
 
     def refine(
@@ -158,19 +156,19 @@ class Averaged(NoRefiner):
         params, buffers = ({name: values[name] for name in of} for of in (state.params, state.buffers))
         return replace(state, params=params, buffers=buffers), {}
 
-    def _exchanged(self, state: ServerState, results: Sequence[ClientResult], seen: Seen, aged: float) -> Params:
+    def _exchanged(self, state: ServerState, results: Sequence[ClientResult], seen: Seen, share: float) -> Params:
         """Returns the weighted sum of last uploads, with those of this round's clients exchanged."""
         model = {**state.params, **state.buffers}
         zeros = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in model.items()}
-        total = {name: value * aged for name, value in unprefixed(state.refiner, _SUM).items()} or zeros
+        total = clone(unprefixed(state.refiner, _SUM)) or zeros
         for result in sorted(results, key=lambda result: result.client):
-            uploads = [(1.0, result.class_counts, {**result.params, **result.buffers})]
+            uploads = [(share, result.class_counts, {**result.params, **result.buffers})]
             if result.client in seen:
-                share, counts = seen[result.client]
-                uploads.append((-share, counts, result.previous))
-            for share, counts, upload in uploads:
+                before, counts = seen[result.client]
+                uploads.append((-before, counts, result.previous))
+            for factor, counts, upload in uploads:
                 for name, value in total.items():
-                    value.addcmul_(upload[name], self._weight(name, share, counts, value))
+                    value.addcmul_(upload[name], self._weight(name, factor, counts, value))
         return total
 
     def _divided(self, like: Params, total: Params, seen: Seen) -> Params:
@@ -223,7 +221,7 @@ def _weight_of(bias: str) -> str:
 
 
 Seen = dict[int, tuple[float, Tensor]]
-"""By client that ever took part: the factor for the age of its last upload, and its ``(C,)`` class counts."""
+"""By client that ever took part: the round of its last upload to the power of ``recency``, ``(C,)`` class counts."""
 
 
 def _seen(memory: Memory) -> Seen:

@@ -93,10 +93,10 @@ class FedFTG(NoRefiner):
             counts.append(self.absent_weight * absent)
         present = torch.stack([r.class_counts for r in ordered]).sum(dim=0).double()
         everyone = present if absent is None else present + absent
-        means: Metrics = {"least_share": least_share(present, everyone)} if self.lacking else {}
-        due = means.get("least_share", -1.0) < self.lacking and (not self.last_round or state.round < self.last_round)
+        early = not self.last_round or state.round < self.last_round
+        means: Metrics = {"least_share": least_share(present, everyone)} if self.lacking and early else {}
         refined = state
-        if due:
+        if early and means.get("least_share", -1.0) < self.lacking:
             images, student = self._images(seed=0), model.module(state.params, state.buffers)
             images.load_memory(memory)
             pool = PooledImages(self.config, images, unprefixed(memory, _POOL))
