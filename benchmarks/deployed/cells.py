@@ -66,6 +66,8 @@ _BASES = [
     Cell("long-fedavg-b0.1-gn", ("rounds=200",), long=True),
     Cell("digits", recipe="default_base", folder=None),
 ]
+OWN = {"default": "fedftg, own run", "feddf": "FedDF in every round, sent", "dfrd": "DFRD in every round, sent"}
+"""Rows of the rivals' table that are runs of their own, by what the names of their cells begin with."""
 RIVALS_AFTER = (32, 40, 50)
 _RIVALS = Cell("rivals-fedavg-b0.1-gn", ("data.image_size=16",), rivals=True)
 
@@ -81,6 +83,10 @@ CELLS = {cell.name: cell for cell in [
     *(_default(base) for base in _BASES),
     _RIVALS,
     _default(_RIVALS),
+    replace(_RIVALS, name=f"feddf-{_RIVALS.name}", settings=(*_RIVALS.settings, "refiner.name=feddf",
+            "refiner.proxy.name=cifar100", "refiner.iterations=50")),
+    replace(_RIVALS, name=f"dfrd-{_RIVALS.name}", settings=(*_RIVALS.settings, "refiner.name=dfrd",
+            "refiner.iterations=15", "refiner.generator_width=16")),
 ]}  # fmt: skip
 
 # 400 of 1,000 rounds, in which the rate falls as far: two cells in one loan of 15 minutes, in pieces of 9.

@@ -1,6 +1,6 @@
 """Measures what can be deployed: every free variant on one base trajectory, and the default preset on its own.
 
-    python benchmarks/deployed/deployed.py --data-root FOLDER [--cells b0.1-gn,iid] [--seeds 10,11] [--jobs 2]
+    python benchmarks/deployed/deployed.py --data-root FOLDER [--cells fedavg-b0.1,digits] [--seeds 10,11] [--jobs 2]
     python benchmarks/deployed/deployed.py --paper --data-root FOLDER --minutes 9     (one GPU; call again to go on)
 
 A finished run is a line of ``benchmarks/results/deployed.jsonl``, of which the tables in ``deployed.md`` are made;
@@ -62,7 +62,8 @@ RIVALS: dict[str, dict[str, Any]] = {
     "DFRD": {"name": "dfrd", "iterations": 75, **_NARROW},
     "leaves": {"name": "leaves", "iterations": 50},
 }
-"""Instead, in the cell of the rivals: each with a quarter of the iterations that it has in one round."""
+"""Instead, in the cell of the rivals: each distils once, from the base's clients of that round, with a quarter of the
+iterations that it has in one-shot learning."""
 
 TAIL = 10.0
 """How many times rarer the last class of the imbalanced test set is than the first."""
@@ -118,9 +119,10 @@ class Measured(NoRefiner):
             return state, metrics
         if number in self.evaluations:
             for name, refiner in self.refiners.items():
-                memory = unprefixed(state.refiner, name + "/") or refiner.init(state.params, rng)
+                drawn = torch.Generator().manual_seed(number)  # whatever the rows before it drew
+                memory = unprefixed(state.refiner, name + "/") or refiner.init(state.params, drawn)
                 own = replace(state, refiner=memory)
-                params, buffers = refiner.refine(own, results, rng)[0].model
+                params, buffers = refiner.refine(own, results, drawn)[0].model
                 metrics |= self._accuracies(name, self._logits(params, buffers))
         if number in self.ceilings:
             metrics |= self._ceilings(state, results)
@@ -210,6 +212,8 @@ def run(
     if cell.rivals:
         proxy = {"name": "cifar100"} | ({"root": data_root / "cifar100-part"} if data_root else {})
         variants = RIVALS | {"FedDF": {**RIVALS["FedDF"], "proxy": proxy}}
+    if data_root and "refiner.name=feddf" in cell.settings:
+        settings += [f"refiner.proxy.root={data_root / 'cifar100-part'}"]
     timer = Timer(max(until - time.monotonic(), 0.1), interrupt_main) if until < float("inf") else None
 
     def prepare() -> Experiment:

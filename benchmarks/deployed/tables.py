@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cells import CELLS
+from cells import CELLS, OWN, PAPER
 
 from fedftg.rundir import records
 
@@ -32,7 +32,7 @@ def load() -> list[Line]:
 
 def paired() -> list[Line]:
     """Returns the lines of base trajectories for which the default was run too, with its accuracies among theirs."""
-    order = list(CELLS)
+    order = [*CELLS, *PAPER]
     kept = sorted(load(), key=lambda line: (order.index(line["cell"]), line["seed"]))
     lines = {(line["cell"], line["seed"]): line for line in kept}
     both = ((line, lines.get((f"default-{cell}", seed))) for (cell, seed), line in lines.items())
@@ -96,18 +96,21 @@ def table(lines: list[Line], what: str = "") -> str:
 
 
 def rivals(cell: str, seeds: Sequence[int]) -> str:
-    """Returns a row per variant of a cell with the accuracy after each round, the default's among them."""
+    """Returns a row per variant of a cell, and per run of its own, with the accuracy after each round."""
     kept = {(line["cell"], line["seed"]): line for line in load()}
-    both = [[kept.get((name, seed)) for name in (cell, f"default-{cell}")] for seed in seeds]
-    pairs = [(line, default) for line, default in both if line and default]
-    if not pairs:
+    lines = [kept[cell, seed] for seed in seeds if (cell, seed) in kept]
+    if not lines:
         return "Not measured yet.\n"
-    rounds = pairs[0][0]["rounds"]
-    rows = [["deployed", *(f"round {number}" for number in rounds)], ["---"] * (1 + len(rounds))]
-    for name in [*pairs[0][0]["variants"], DEFAULT, "ensemble", "ensemble + prior"]:
-        of = [default if name == DEFAULT else line for line, default in pairs]
-        found = [[o["accuracy"][name][o["rounds"].index(number)] for o in of] for number in rounds]
-        rows.append([name, *("" if None in each else spread([100 * value for value in each]) for each in found)])
+    rounds = lines[0]["rounds"]
+    rows = [["deployed", "seeds", *(f"round {number}" for number in rounds)], ["---"] * (2 + len(rounds))]
+    variants = [(name, name, lines) for name in [*lines[0]["variants"], "ensemble", "ensemble + prior"]]
+    for own, label in OWN.items():
+        found = [kept[f"{own}-{cell}", seed] for seed in seeds if (f"{own}-{cell}", seed) in kept]
+        variants += [(label, DEFAULT, found)] if found else []
+    for label, name, of in variants:
+        values = [[line["accuracy"][name][line["rounds"].index(number)] for line in of] for number in rounds]
+        shown = ("" if None in each else spread([100 * value for value in each]) for each in values)
+        rows.append([label, str(len(of)), *shown])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 

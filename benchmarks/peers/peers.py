@@ -50,10 +50,12 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 words, threads = command(way, given, Path(folder))
                 start = time.perf_counter()
-                subprocess.run(
-                    words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(threads)
+                done = subprocess.run(
+                    words, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment(threads)
                 )
                 taken[way].append(time.perf_counter() - start)
+                if done.returncode:
+                    sys.exit(f"{way} failed: {done.stderr.decode()}")
             print(f"{way}: {taken[way][-1]:.1f} s", flush=True)
     first = statistics.median(taken[ways[0]])
     for way, seconds in taken.items():
@@ -168,7 +170,9 @@ def flower(root: Path, rounds: int) -> None:
         torch.set_num_threads(2)
         test, model = data(root)[1], new_model()
 
-        def central(_: int, arrays: ArrayRecord) -> MetricRecord:
+        def central(number: int, arrays: ArrayRecord) -> MetricRecord | None:
+            if not number:
+                return None  # the others do not evaluate the initial model
             model.load_state_dict(arrays.to_torch_state_dict())
             return MetricRecord({"accuracy": evaluate(model, *test)})
 
@@ -191,7 +195,7 @@ def pfl(root: Path, rounds: int) -> None:
     from pfl.data.federated_dataset import FederatedDataset
     from pfl.data.sampling import get_user_sampler
     from pfl.hyperparam import NNEvalHyperParams, NNTrainHyperParams
-    from pfl.metrics import Weighted
+    from pfl.metrics import Metrics, Weighted
     from pfl.model.pytorch import PyTorchModel
 
     class Model(nn.Module):
@@ -211,6 +215,12 @@ def pfl(root: Path, rounds: int) -> None:
             right = (self.net(images).argmax(dim=1) == labels).sum()
             return {"accuracy": Weighted(float(right), len(images))}
 
+    class After(CentralEvaluationCallback):
+        """Does not evaluate the initial model, as the others do not."""
+
+        def on_train_begin(self, *, model: PyTorchModel) -> Metrics:
+            return Metrics()
+
     clients, test = data(root)
     users = {client: list(pair) for client, pair in enumerate(clients)}
     federated = FederatedDataset.from_slices(users, get_user_sampler("random", range(CLIENTS)))
@@ -225,7 +235,7 @@ def pfl(root: Path, rounds: int) -> None:
         wrapped,
         NNTrainHyperParams(local_batch_size=BATCH, local_num_epochs=EPOCHS, local_learning_rate=RATE),
         NNEvalHyperParams(TEST_BATCH),
-        [CentralEvaluationCallback(Dataset(test), NNEvalHyperParams(TEST_BATCH))],
+        [After(Dataset(test), NNEvalHyperParams(TEST_BATCH))],
     )
 
 

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "paper-dir03": ("refiner.preset=paper",),
 }
 """What follows ``fedftg run paper --set``, the first first."""
+TIMED = ("fedavg-iid", "fedftg-dir03")
 EXECUTORS: dict[str, tuple[str, ...]] = {
     "sequential": ("executor.name=sequential",),
     "cuda_graph": ("executor.name=cuda_graph",),
@@ -58,13 +60,15 @@ def main() -> None:
         tests = [sys.executable, "-m", "pytest", "-p", "no:xdist", "tests/e2e/test_gpu.py"]
         checks = subprocess.run(tests, cwd=ROOT, capture_output=True, text=True, check=False).stdout
         (given.out / "checks.txt").write_text(f"{describe(device)}\n{checks}")
-        for name in ("fedavg-iid", "fedftg-dir03"):
-            for executor, chosen in (DRY_EXECUTORS if given.dry else EXECUTORS).items():
-                few = ["rounds=3", "evaluation.every=3", "checkpoint.every=3"]
-                seconds = phases(ROOT, "paper", [*RUNS[name], *common, *few, *chosen])
-                row = {"run": name, "executor": executor, "seconds": seconds}
-                records.append(given.out / "timings.jsonl", row)
-                print(row, flush=True)
+    timings = given.out / "timings.jsonl"
+    timed = [(row["run"], row["executor"]) for row in records.read(timings)] if timings.exists() else []
+    for name, (executor, chosen) in product(TIMED, (DRY_EXECUTORS if given.dry else EXECUTORS).items()):
+        if (name, executor) not in timed and time.monotonic() < until:
+            few = ["rounds=3", "evaluation.every=3", "checkpoint.every=3"]
+            seconds = phases(ROOT, "paper", [*RUNS[name], *common, *few, *chosen])
+            row = {"run": name, "executor": executor, "seconds": seconds}
+            records.append(timings, row)
+            print(row, flush=True)
     for name in given.runs.split(","):
         settings = [*RUNS[name], *([] if given.dry else ["executor.group=5", "checkpoint.every=200"]), *common]
         print(name, piece(given.out / name, [*settings, *given.set], until), flush=True)
