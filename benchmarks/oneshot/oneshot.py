@@ -2,8 +2,8 @@
 
     python benchmarks/oneshot/oneshot.py --data-root FOLDER [--data cifar10] [--alphas 0.1,0.3] [--seeds 10] [--jobs 2]
 
-A method on a federation is a line of ``benchmarks/results/oneshot.jsonl``, of which the tables in ``oneshot.md`` and
-the figure are made; ``--minutes 0`` only makes these. An interrupted run is resumed method by method by the same call,
+A method on a federation is a line of ``benchmarks/results/oneshot.jsonl``, of which the tables and the figure of
+docs/oneshot.md are made; ``--minutes 0`` only makes these. An interrupted run is resumed method by method by the same call,
 which trains the clients again. One thread a run on the CPU.
 """
 
@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).parent.parent / "deployed"))
 
 from deployed import commit
 from methods import BESIDE, METHODS, OF_DATA, PROTOCOL, PROXY, Cell
-from pages import DRY, RESULTS, load, tables, write_figure, write_pages
+from pages import DRY, RESULTS, load, tables, write_figure, write_page
 
 from fedftg import config as configs
 from fedftg.algorithms.base import (
@@ -167,7 +167,7 @@ def main() -> None:
     if given.dry:
         print(tables(load(DRY), parts[0][0]))
     else:
-        write_pages()
+        write_page()
         write_figure()
     sys.exit(1 if failed else 0)
 

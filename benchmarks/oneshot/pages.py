@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent.parent / "results"
 RESULTS = FOLDER / "oneshot.jsonl"
 DRY = Path("runs") / "oneshot" / "dry.jsonl"
 DOCS = FOLDER.parent.parent / "docs"
-PAGES = (FOLDER / "oneshot.md", DOCS / "oneshot.md")
+PAGE = DOCS / "oneshot.md"
 
 Line = dict[str, Any]
 Values = dict[str, dict[float, dict[int, Line]]]
@@ -32,12 +32,10 @@ def load(file: Path = RESULTS) -> list[Line]:
     return list({(line["data"], line["alpha"], line["seed"], line["method"]): line for line in lines}.values())
 
 
-def write_pages() -> None:
+def write_page() -> None:
     """Fills every block ``<!-- oneshot DATA: ... -->``."""
-    lines = load()
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        page.write_text(_BLOCK.sub(lambda found: found[1] + tables(lines, found[2]) + found[4], text), encoding="utf-8")
+    lines, text = load(), PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(_BLOCK.sub(lambda found: found[1] + tables(lines, found[2]) + found[4], text), encoding="utf-8")
 
 
 def by_method(lines: list[Line], data: str) -> Values:
