@@ -3,8 +3,8 @@
     python benchmarks/oneshot/oneshot.py --data-root FOLDER [--data cifar10] [--alphas 0.1,0.3] [--seeds 10] [--jobs 2]
 
 A method on a federation is a line of ``benchmarks/results/oneshot.jsonl``, of which the tables and the figure of
-docs/oneshot.md are made; ``--minutes 0`` only makes these. An interrupted run is resumed method by method by the same call,
-which trains the clients again. One thread a run on the CPU.
+docs/oneshot.md are made; ``--minutes 0`` only makes these. An interrupted run is resumed method by method by the same
+call, which trains the clients again. One thread a run on the CPU.
 """
 
 from __future__ import annotations
