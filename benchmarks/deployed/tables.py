@@ -19,7 +19,7 @@ RESULTS = FOLDER / "deployed.jsonl"
 PAGES = (FOLDER / "deployed.md", *(FOLDER.parent.parent / "docs" / f"{name}.md" for name in ("results", "oneshot")))
 DEFAULT = "fedftg"
 FREE = ("aggregate", "ema", "wima", "all")
-"""The free rivals that the default has to beat in each cell."""
+"""The averages, without correction, that the default has to beat in each cell."""
 
 Line = dict[str, Any]
 _BLOCK = re.compile(r"(<!-- deployed ([^:]+):[^>]*-->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
@@ -78,7 +78,7 @@ def table(lines: list[Line], what: str = "") -> str:
     cells: dict[str, list[Line]] = defaultdict(list)
     for line in lines:
         cells[line["cell"]].append(line)
-    rows = [["cell", "seeds", *shown, f"{DEFAULT} - best free", f"{DEFAULT} - (all + prior)", "seeds won"]]
+    rows = [["cell", "seeds", *shown, f"{DEFAULT} - best average", f"{DEFAULT} - (all + prior)", "seeds won"]]
     ends = [50, 100, 200] if what == "rounds" else [None]
     for (cell, found), end in ((item, end) for item in cells.items() for end in ends):
         suffix = ", imbalanced" if what == "imbalanced" else ""

@@ -100,7 +100,8 @@ def compare(
 
     --set KEY=A,B runs each recipe with each value, --seeds with each seed.
     """
-    items = list(dict.fromkeys(items))
+    own = ("comparisons", "partitions")  # folders of this command's and of `partition`'s files, as in RUNS/*
+    items = [item for item in dict.fromkeys(items) if not (Path(item).is_dir() and Path(item).name in own)]
     given = [item for item in items if (Path(item) / "config.toml").is_file()]
     files = {item: recipes.find(item) for item in items if item not in given}
     if (overrides or seeds) and not files:
@@ -362,23 +363,44 @@ def _to_compare(
     if bases == set(files) and any(re.match(r"\s*refiner(\.name)?\s*=", override) for override in overrides):
         bases = set()
     others = [override for override in overrides if not re.match(r"\s*refiner\s*[.=]", override)]
+    choices = {
+        (item, end): chosen
+        for item in files
+        for end, chosen in configs.sweep(others if item in bases else overrides, seeds)
+    }
+    keys: dict[Key, set[str]] = {}
+    for label, chosen in choices.items():
+        name = [override for override in chosen if re.match(r"\s*(refiner\.name|plugins)\s*=", override)]
+        keys[label] = {"", *type(configs.load(files[label[0]], name).refiner).model_fields}
+    left_out: dict[str, list[str]] = {}
     made: dict[Key, RunConfig] = {}
-    for item, path in files.items():
-        for end, chosen in configs.sweep(others if item in bases else overrides, seeds):
-            config = configs.load(path, chosen)
-            changed: dict[str, object] = {"name": config.name + end}
-            if jobs > 1:
-                changed |= {"threads": 1, "executor": config.executor.model_copy(update={"name": "sequential"})}
-            if (item, end) in made or (jobs > 1 and any(one.name == changed["name"] for one in made.values())):
-                raise InputError(f"two runs would be named {changed['name']}; give recipes and values different names")
-            made[item, end] = config.model_copy(update=changed)
+    for (item, end), chosen in choices.items():
+        # A setting that the refiner of another run has is for that one; of a key that none has, load says so.
+        foreign = set().union(*keys.values()) - keys[item, end]
+        config = configs.load(files[item], [override for override in chosen if _refiner_key(override) not in foreign])
+        for key in foreign & {*map(_refiner_key, chosen)}:
+            left_out.setdefault(f"refiner.{key}", []).append(config.name + end)
+        changed: dict[str, object] = {"name": config.name + end}
+        if jobs > 1:
+            changed |= {"threads": 1, "executor": config.executor.model_copy(update={"name": "sequential"})}
+        if (item, end) in made or (jobs > 1 and any(one.name == changed["name"] for one in made.values())):
+            raise InputError(f"two runs would be named {changed['name']}; give recipes and values different names")
+        made[item, end] = config.model_copy(update=changed)
     if bases and bases != set(files) and len(others) < len(overrides):
         _print(console, f"--set refiner.* is not applied to {', '.join(sorted(bases))}, which has no refiner")
+    for key, runs in left_out.items():
+        _print(console, f"--set {key} is not applied to {', '.join(runs)}, whose refiner has no such setting")
     for one, other in itertools.combinations(made, 2):
         if loop.same_run(made[one], made[other]):
             names = f"{''.join(one)} and {''.join(other)}"
             raise InputError(f"{names} are the same run with these settings, rounds aside; compare different ones")
     return made
+
+
+def _refiner_key(override: str) -> str:
+    """Returns the field of a ``refiner.FIELD=`` override, or an empty string."""
+    found = re.match(r"\s*refiner\.(\w+)", override)
+    return found[1] if found else ""
 
 
 def _finished(config: RunConfig, out: Path) -> Path | None:

@@ -104,7 +104,7 @@ class RunConfig(BaseModel):
         if self.model.clients and got != (1, "fedavg", "fresh"):
             raise ValueError(
                 "model.clients cannot be averaged: they need rounds = 1, algorithm.name = fedavg and refiner.start = "
-                f"fresh, got {got[0]}, {got[1]}, {got[2]}"
+                f"fresh (leaves, feddf, dafl, adi, dense, coboosting, dfrd have it), got {got[0]}, {got[1]}, {got[2]}"
             )
         return self
 

@@ -169,12 +169,18 @@ def refine(
     modules = [model for model in of_teachers if _has_values(model)]
     if student is None and not modules:
         raise InputError("no teacher is a module that refine could start from; pass a student")
+    if student is None and getattr(settings, "start", "") == "fresh":
+        raise InputError("start = 'fresh' needs a student; pass one with initial weights, or leave start out")
     place = next(modules[0].parameters()) if student is None else trainable(student)[0]
     new: Generator | None = None
     if isinstance(settings, DistillConfig):
         first = seed_for(seed, 0, SERVER, "generator")
         new = copy.deepcopy(generator or new_generator(settings, counts.shape[1], shape, first)).to(place)
-    _check(models, torch.zeros(2, *shape).to(place if new else place.device), counts.shape[1])
+    _check(
+        models,
+        torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(place if new else place.device),
+        counts.shape[1],
+    )
     ensemble, start = ListedTeachers(of_teachers), "given"
     if student is None:
         images = dead_leaves(COMPARED_ON, shape, torch_rng(seed, 0, SERVER, "start")).to(place)
@@ -263,7 +269,12 @@ def _counts(class_counts: Tensor | Sequence[Sequence[float] | Tensor], num_teach
             class_counts = torch.stack([torch.as_tensor(row) for row in class_counts])
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"class_counts must be a table (teachers, classes) of numbers, got {error}") from None
-    return check_class_counts(class_counts, num_teachers=num_teachers)
+    counts = check_class_counts(class_counts, num_teachers=num_teachers)
+    if bool((counts % 1 != 0).any()) and bool((counts.sum(dim=1) < 1.001).all()):
+        raise InputError(
+            "class_counts must be numbers of samples, got shares; multiply each row by its teacher's samples"
+        )
+    return counts
 
 
 @torch.no_grad()
@@ -283,3 +294,6 @@ def _check(models: Mapping[str, Classifier], images: Tensor, num_classes: int) -
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         if got != (len(images), num_classes):
             raise InputError(f"{name} must return logits {(2, num_classes)}, the classes of class_counts, got {got}")
+        probabilities = bool((logits >= 0).all()) and bool(((logits.sum(dim=1) - 1).abs() < 1e-4).all())
+        if probabilities and not torch.equal(*logits):
+            raise InputError(f"{name} returns probabilities, logits are needed; pass it without its softmax")

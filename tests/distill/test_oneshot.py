@@ -357,6 +357,13 @@ def test_wrong_inputs(models, counts, classifier, generator):
             {"image_shape": (64,)},
             r"must be \(D, H, W\), such as .*, got \(64,\)",
         ),
+        (
+            (student, [*teachers[:2], nn.Sequential(student, nn.Softmax(1))], counts),
+            {},
+            "teacher 2 returns probabilities",
+        ),
+        ((student, teachers, counts / counts.sum(dim=1, keepdim=True)), {}, "numbers of samples, got shares"),
+        ((None, teachers, counts), {"method": LeavesConfig(start="fresh")}, "'fresh' needs a student"),
         ((None, [lambda images: images.flatten(1)[:, :3]] * 3, counts), {}, "no teacher is a module .* pass a student"),
         ((Pair(), teachers, counts), {}, r"student must return logits .* got tuple"),
         (

@@ -98,7 +98,7 @@ def test_base_logs_the_aggregate_as_deployed(fedftg: Any, no_refiner: list[str],
     rows = [json.loads(line) for line in (tmp_path / "base" / "rounds.jsonl").read_text().splitlines()]
     assert all(row["accuracy"]["refined"] == row["accuracy"]["selected"] for row in rows)
     assert all(row["refine"] == {} for row in rows)
-    kinds = {"selected", "all", "refined", "ensemble", "ensemble_prior"}
+    kinds = {"selected", "all", "refined", "ensemble", "ensemble_prior", "best_client"}
     assert all(set(row["accuracy"]) == set(row["loss"]) == kinds for row in rows)
     assert set(json.loads((tmp_path / "base" / "summary.json").read_text())["accuracy"]) == kinds
     assert "ensemble: of the round's clients" in " ".join(done.stdout.split())
@@ -286,6 +286,19 @@ def test_compare_never_turns_a_base_into_a_copy(fedftg: Any, tiny: list[str], tm
     copies = fedftg("compare", "default_base", "default", "--set", "refiner.name=none")
     assert copies.returncode == 2
     assert "are the same run with these settings, rounds aside; compare different ones" in copies.stderr
+
+
+def test_a_setting_of_one_refiner_beside_another(fedftg: Any, no_refiner: list[str], tmp_path: Path) -> None:
+    few = [*no_refiner[2:], "--set", "refiner.name=none,leaves", "--out", "a"]
+    given = ["--set", "refiner.iterations=1", "--set", "refiner.pool_batches=1", "--set", "refiner.image_steps=1"]
+    done = fedftg("compare", "default_base", *few, *given)
+    assert done.returncode == 0, done.stderr
+    assert "--set refiner.iterations is not applied to default_base-none, whose refiner has no such" in done.stdout
+    assert "iterations = 1\n" in (tmp_path / "a" / "default_base-leaves" / "config.toml").read_text()
+    wrong = fedftg("compare", "default_base", *few, "--set", "refiner.iteration=1")
+    assert "unknown key 'refiner.iteration'" in wrong.stderr
+    again = fedftg("compare", *sorted(map(str, (tmp_path / "a").iterdir())))  # comparisons/ is one of them
+    assert again.returncode == 0, again.stderr
 
 
 @pytest.mark.parametrize("setting", [' refiner.name = "fedftg"', 'refiner={name="fedftg", iterations=1}'])

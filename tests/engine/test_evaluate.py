@@ -94,4 +94,5 @@ def test_ensemble_by_hand() -> None:
         found = evaluate_ensemble(models, clients, data, size)
         assert found["ensemble"][2].tolist() == [[3, 0], [1, 0]]
         assert found["ensemble"][:2] == pytest.approx((0.75, -(3 * log(0.625) + log(0.375)) / 4), rel=1e-6)
+        assert found["best_client"][2].tolist() == [[3, 0], [1, 0]]  # the second is right about class 1 only
         assert found["ensemble_prior"][:2] == pytest.approx((0.25, -(3 * log(first) + log(1 - first)) / 4), rel=1e-6)

@@ -203,13 +203,13 @@ def test_terminal_table_fits_80_columns_and_cuts_nothing(tmp_path: Path) -> None
     name = "cifar10_cnn_dir03_scaffold_fedftg_official"
     ours = run_of(tmp_path / name, [0.61] * 900, [0.62] * 900, algorithm="scaffold", planned=1000, preset="official")
     for row in ours.rounds:
-        row["accuracy"] |= {"ensemble": 0.7, "ensemble_prior": 0.75}
+        row["accuracy"] |= {"ensemble": 0.7, "ensemble_prior": 0.75, "best_client": 0.3}
     lines = rendered(terminal_table([base, ours]))
     assert max(len(line.rstrip()) for line in lines) <= 80
     text = "\n".join(lines)
     assert "…" not in text
     headers = ["rounds", "selected", "all", "refined", "ensemble", "best", "seconds"]
-    for part in (*headers, "vs base", "+12.00", "of 1000", "75.00", "500"):
+    for part in (*headers, "vs base", "+12.00", "of 1000", "75.00", "500", "alone:", "30.00"):
         assert part in text, part
     assert name in "".join(line[:10].strip() for line in lines)
 

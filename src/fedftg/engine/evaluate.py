@@ -31,7 +31,8 @@ class EvaluationConfig(BaseModel):
     )
     ensemble: bool = Field(
         default=False,
-        description="measure the ensemble of the round's clients too, a ceiling of distillation; takes a pass a client",
+        description="measure the ensemble of the round's clients too, a ceiling of distillation, and the best client; "
+        "takes a pass a client",
     )
     targets: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
         default=(), description="accuracies between 0 and 1; the summary says in which round each was first reached"
@@ -72,7 +73,8 @@ def evaluate_ensemble(
     """Returns what `evaluate` does for a round's clients together, each weighted by its samples.
 
     ``ensemble`` predicts the mean of their probabilities; ``ensemble_prior`` the softmax of the mean of their logits,
-    each without the log of its client's label prior (`label_log_prior`). Client k has the k-th model, over and over.
+    each without the log of its client's label prior (`label_log_prior`). ``best_client`` is the most accurate of them,
+    alone. Client k has the k-th model, over and over.
     """
     pairs = [(models[one.client % len(models)], one) for one in clients]
     counts = torch.stack([one.class_counts for one in clients]).to(data.device)
@@ -82,9 +84,11 @@ def evaluate_ensemble(
     def predict(images: Tensor) -> list[Tensor]:
         logits = torch.stack([model(one.params, one.buffers, images, train=False) for model, one in pairs])
         mixed = (logits.log_softmax(dim=-1) + shares.log()).logsumexp(dim=0)
-        return [mixed, (shares * (logits - priors)).sum(dim=0)]
+        return [mixed, (shares * (logits - priors)).sum(dim=0), *logits]
 
-    return dict(zip(("ensemble", "ensemble_prior"), _evaluate(predict, data, batch_size), strict=True))
+    ensemble, without_priors, *alone = _evaluate(predict, data, batch_size)
+    best = max(alone, key=lambda result: result[0])
+    return {"ensemble": ensemble, "ensemble_prior": without_priors, "best_client": best}
 
 
 @torch.no_grad()

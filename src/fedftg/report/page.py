@@ -33,6 +33,7 @@ KINDS = {
     "sent": "sent to clients",
     "ensemble": "ensemble",
     "ensemble_prior": "ensemble without priors",
+    "best_client": "best client alone",
 }
 """Label of each kind of model; the first two are shown at first."""
 

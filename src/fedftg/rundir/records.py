@@ -14,7 +14,7 @@ Record = dict[str, Any]
 Series = tuple[list[int], list[float]]
 """Round numbers and values."""
 
-ACCURACIES = ("selected", "all", "refined", "sent", "ensemble", "ensemble_prior")
+ACCURACIES = ("selected", "all", "refined", "sent", "ensemble", "ensemble_prior", "best_client")
 """Kinds of models whose test accuracy a record may have."""
 LAST = 10
 """How many evaluations the reported mean covers."""
