@@ -48,6 +48,20 @@ def test_other_settings_too(federation: Callable[..., Any], overrides: tuple[str
     assert_same(fed, fed.serve(fed.grid()), fed.simulate())
 
 
+@pytest.mark.parametrize("refiner", ["leaves", "dense"])
+def test_one_round_of_all_clients(federation: Callable[..., Any], refiner: str) -> None:
+    few = [f"refiner.{name}=1" for name in ("iterations", "pool_batches")]
+    few += (
+        ["refiner.image_steps=1"] if refiner == "leaves" else ["refiner.generator_steps=1", "refiner.generator_width=4"]
+    )
+    fed = federation("rounds=1", "cohort.probability=1", "evaluation.ensemble=true", f"refiner.name={refiner}", *few)
+    run = fed.serve(fed.grid())
+    assert_same(fed, run, fed.simulate())
+    (row,) = fed.rows("served")
+    assert row["loss"]["refined"] != row["loss"]["selected"]
+    assert {"ensemble", "best_client"} < set(row["accuracy"])
+
+
 DEPLOYED = [
     ("refiner.name=head_prior",),
     ("refiner.name=all", "refiner.prior_tau=0.5", "evaluation.track_all=false"),
