@@ -128,7 +128,7 @@ def test_numbers_by_hand(tmp_path: Path) -> None:
     (tmp_path / "partition.json").write_text(json.dumps(partition))
     for number in (1, 2):
         pictures.write(tmp_path / "images", number, np.zeros((4, 8, 1), dtype=np.uint8), labelled=number == 2)
-    row = {"round": 1, "seconds": {"local": 2.0}, "accuracy": {"selected": 4 / 9, "refined": 7 / 9}}
+    row = {"round": 1, "seconds": {"local": 2.0}, "accuracy": {"selected": 4 / 9, "refined": 7 / 9}, "refine": {}}
     config = {"rounds": 1, "algorithm": {"name": "fedavg"}, "refiner": {"name": "fedftg"}}
     text = html_page([RunRecord(tmp_path, config, [row], None)])
     assert "in round 1, without labels" in text
@@ -159,7 +159,7 @@ def test_data_sets_and_groups_of_one_name_stay_apart(tmp_path: Path) -> None:
         partition = {"class_names": classes, "digest": name, "class_counts": [[7, 0]]}
         (folder / "partition.json").write_text(json.dumps(partition))
         config = {"rounds": 9, "algorithm": {"name": "fedavg"}, "refiner": {"name": "none"}, "x": {"y": len(name)}}
-        row = {"round": 1, "seconds": {}, "accuracy": {}}
+        row = {"round": 1, "seconds": {}, "accuracy": {}, "refine": {}}
         runs.append(RunRecord(folder, {**config, "seed": int(name == "a-s1"), "data": name[:1]}, [row], None))
     text = html_page(runs)
     assert "Accuracy of each class after round 5 or 9 in %" in text

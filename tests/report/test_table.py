@@ -49,6 +49,7 @@ def run_of(
     lines = []
     for number in range(1, rounds + 1):
         record: dict[str, object] = {"round": number, "seconds": {"local": 0.4, "evaluate": 0.1}}
+        record["refine"] = {} if refined is None else {"student": 0.5}
         if number % every == 0:
             at = number // every - 1
             accuracy = {"selected": selected[at], "refined": selected[at] if refined is None else refined[at]}
@@ -212,6 +213,14 @@ def test_terminal_table_fits_80_columns_and_cuts_nothing(tmp_path: Path) -> None
     for part in (*headers, "vs base", "+12.00", "of 1000", "75.00", "500", "alone:", "30.00"):
         assert part in text, part
     assert name in "".join(line[:10].strip() for line in lines)
+
+
+def test_rounds_that_were_not_fine_tuned_are_told(tmp_path: Path) -> None:
+    runs = [run_of(tmp_path / name, [0.5] * 3, [0.6] * 3) for name in ("some", "all")]
+    runs[0].rounds[1]["refine"] = {"least_share": 1.0}
+    text = " ".join(rendered(terminal_table(runs)))
+    assert "some: fine-tuned in 2 of 3 rounds." in " ".join(text.split())
+    assert "all: fine-tuned" not in text
 
 
 def test_names_are_not_read_as_markup(tmp_path: Path) -> None:

@@ -390,6 +390,10 @@ def table_notes(rows: Sequence[Row], below: str, intervals: bool = True) -> list
             more = "" if len(differs) <= 4 else f" and {len(differs) - 4} more"
             notes.append(f"{row.name} and its base {gain.base} differ also in {', '.join(differs[:4])}{more}.")
     for row in rows:
+        rounds = [record for run in row.runs for record in run.rounds]
+        tuned = sum("student" in record["refine"] for record in rounds)
+        if row.runs[0].config["refiner"]["name"] == "fedftg" and tuned < len(rounds):
+            notes.append(f"{row.name}: fine-tuned in {tuned} of {len(rounds)} rounds.")
         if measured := [record for record in row.runs[0].rounds if "client_accuracy" in record]:
             last = measured[-1]["client_accuracy"]["refined"]
             mean, worst, spread = (percent(last[key]) for key in ("mean", "worst_10", "std"))
