@@ -38,8 +38,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """Settings of the refiner by the name of the row. ``fedftg`` itself does not fine-tune where all clients are there."""
 
-BESIDE = ("best client", "ensemble", "ensemble + prior")
-"""Rows that are no method: the clients alone and together."""
+BESIDE = {"best client": "best_client", "ensemble": "ensemble", "ensemble + prior": "ensemble_prior"}
+"""Rows that are no method, the clients alone and together, and their names in a run's records."""
 
 PROXY = {"cifar10": {"proxy.name": "cifar100"}}
 """What FedDF is shown; the images that no client holds where there is nothing."""

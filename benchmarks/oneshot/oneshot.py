@@ -62,12 +62,9 @@ class Measured(NoRefiner):
     ) -> tuple[ServerState, Metrics]:
         """Gives each method the state and the random numbers that it has in a run of its own."""
         one, seed = self.experiment, self.experiment.config.seed
-        values = [(result.params, result.buffers) for result in results]
-        ensembles = evaluate_ensemble((one.model,), results, one.data, 500)
-        clients = evaluate(one.model, {str(place): client for place, client in enumerate(values)}, one.data, 500)
-        best = max(found[0] for found in clients.values())
-        for name, accuracy in zip(BESIDE, (best, *(found[0] for found in ensembles.values())), strict=True):
-            self.keep(name, accuracy, None)
+        beside = evaluate_ensemble((one.model,), results, one.data, 500)
+        for name, kind in BESIDE.items():
+            self.keep(name, beside[kind][0], None)
         for name, refiner in self.refiners.items():
             own = replace(state, refiner=refiner.init(state.params, torch_rng(seed, 0, SERVER, "refiner")))
             own = replace(own, refiner=refiner.observe(own, results))

@@ -41,7 +41,8 @@ def write_page() -> None:
 def by_method(lines: list[Line], data: str) -> Values:
     """Returns the lines of a data set by method, alpha and seed, in the order of the rows."""
     values: Values = defaultdict(lambda: defaultdict(dict))
-    order = [BESIDE[0], *METHODS, *BESIDE[1:]]
+    best, *ensembles = BESIDE
+    order = [best, *METHODS, *ensembles]
     for line in sorted(lines, key=lambda line: order.index(line["method"])):
         if line["data"] == data:
             values[line["method"]][line["alpha"]][line["seed"]] = line
