@@ -29,6 +29,7 @@ from fedftg import config as configs
 from fedftg import load_run
 from fedftg.augment import augment
 from fedftg.config import RunConfig
+from fedftg.distill.generator import new_generator
 from fedftg.distill.losses import diversity
 from fedftg.engine.machine import keep_freed_memory
 from fedftg.models.registry import build
@@ -86,8 +87,6 @@ class Script:
         self.model = build(config.model, self.classes, self.shape, 0)
         self.uploads: dict[int, State] = {}
         if config.refiner.name == "fedftg":
-            from fedftg.distill.generator import new_generator
-
             self.generator = new_generator(config.refiner, self.classes, self.shape, 0)
             self.adam = torch.optim.Adam(self.generator.parameters(), lr=config.refiner.generator_lr)
 

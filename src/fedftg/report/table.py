@@ -376,9 +376,10 @@ def table_notes(rows: Sequence[Row], below: str, intervals: bool = True) -> list
             "ensemble: of the round's clients, not deployed: by the mean of their probabilities; second, by that of "
             "their logits without label priors."
         )
-    alone = dict.fromkeys(f"{row.name} {value}" for row in rows if (value := _accuracy(row, "best_client")[0]))
+    alone = {row.name: value for row in rows if (value := _accuracy(row, "best_client")[0])}
     if alone:
-        notes.append(f"best client of the round, alone: {', '.join(alone)}.")
+        found = {*alone.values()} if len({*alone.values()}) == 1 else [" ".join(pair) for pair in alone.items()]
+        notes.append(f"best client of the round, alone: {', '.join(found)}.")
     for row, gain in ((row, row.gain) for row in rows if row.gain):
         versus, differs = f"{row.name} vs {gain.base}", gain.differs
         if intervals and len(gain.scores) > 1:
