@@ -5,7 +5,7 @@
 Needs ``pip install fedftg[simulation] pfl``. The job: CIFAR-10 without augmentation, 100 IID clients, 10 of them a
 round, 5 epochs in batches of 50, SGD 0.1 with weight decay 1e-3, the model ``cnn`` of this package, evaluated after
 every round. Two cores: ours and Flower in two processes of one thread, pfl-research in two by torchrun, the bare loop
-in one with two threads. ``ours bfloat16`` sets `local.precision` and `local.memory_format`.
+in one with two threads. ``ours channels_last`` sets `local.memory_format`, ``ours bfloat16`` `local.precision` as well.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CLIENTS, COHORT, EPOCHS, BATCH, RATE, DECAY, TEST_BATCH = 100, 10, 5, 50, 0.1, 1e-3, 500
-FAST = ["local.precision=bfloat16", "local.memory_format=channels_last"]
-WAYS = ("ours", "ours bfloat16", "bare", "flower", "pfl")
+LAYOUT = ("local.memory_format=channels_last",)
+OURS = {"ours": (), "ours channels_last": LAYOUT, "ours bfloat16": (*LAYOUT, "local.precision=bfloat16")}
+WAYS = (*OURS, "bare", "flower", "pfl")
 
 
 def main() -> None:
@@ -69,14 +70,14 @@ def command(way: str, given: argparse.Namespace, folder: Path) -> tuple[list[str
     again = [__file__, "--do", way, "--data-root", str(given.data_root), "--rounds", str(given.rounds)]
     if way == "pfl":
         return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *again], 1
-    if not way.startswith("ours"):
+    if way not in OURS:
         return [sys.executable, *again], 2 if way == "bare" else 1
     settings = [
         f"rounds={given.rounds}", "data.name=cifar10", f"data.root={given.data_root}", "data.augment=none",
         "partition.law=iid", f"partition.num_clients={CLIENTS}", f"cohort.size={COHORT}", "model.name=cnn",
         "refiner.name=none", f"local.epochs={EPOCHS}", f"local.batch_size={BATCH}", f"local.lr={RATE}",
         f"local.weight_decay={DECAY}", "local.max_grad_norm=0", "local.lr_decay=1", "evaluation.track_all=false",
-        "executor.name=workers", f"evaluation.batch_size={TEST_BATCH}", "threads=2", *(FAST if way != "ours" else []),
+        "executor.name=workers", f"evaluation.batch_size={TEST_BATCH}", "threads=2", *OURS[way],
     ]  # fmt: skip
     words = [word for setting in settings for word in ("--set", setting)]
     start = "from fedftg.cli import main; main()"

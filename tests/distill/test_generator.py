@@ -35,6 +35,19 @@ def test_base_map_and_channels(side, base, width, channels):
     assert generator.to_image.in_channels == channels[-1]
 
 
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 9, 9), (3, 40, 31)])
+def test_images_and_gradients_in_channels_last_are_the_same_up_to_rounding(shape):
+    one = Generator(6, 3, shape, width=8).double()
+    other = Generator(6, 3, shape, width=8, memory_format="channels_last").double()
+    other.load_state_dict(one.state_dict())
+    noise, labels = torch.randn(5, 6, dtype=torch.float64), torch.tensor([0, 2, 1, 1, 0])
+    images = [generator(noise, labels) for generator in (one, other)]
+    torch.testing.assert_close(*images)
+    for each in images:
+        each.cos().sum().backward()
+    torch.testing.assert_close(*([p.grad for p in generator.parameters()] for generator in (one, other)))
+
+
 def test_layers_are_those_of_the_paper_in_order():
     """Written out once more, layer by layer, from METHOD section 5."""
     generator = Generator(6, 3, (3, 32, 32), width=4).eval()

@@ -71,7 +71,8 @@ class StudentConfig(BaseModel):
         "that has it, auto takes it there",
     )
     memory_format: MemoryFormat = Field(
-        default="contiguous", description="layout of images and feature maps; channels_last is faster on many CPUs"
+        default="contiguous",
+        description="layout of images and feature maps; channels_last is faster on many CPUs, a generator above all",
     )
 
     pool_size: int = Field(
