@@ -203,6 +203,8 @@ def run(
     settings = [*cell.settings, *dry, f"seed={seed}", f"name={cell.name}"]
     settings += [f"data.root={data_root / cell.folder}"] if data_root and cell.folder else []
     settings += [f"rounds={rounds}"] if rounds else []
+    if data_root and "refiner.name=feddf" in cell.settings:
+        settings += [f"refiner.proxy.root={data_root / 'cifar100-part'}"]
     config = configs.load(recipes.find(cell.recipe), settings)
     config = configs.from_mapping(configs.apply(config.model_dump(mode="json", exclude_none=True), [
         f"evaluation.every={config.rounds}", "evaluation.track_all=true",
@@ -212,8 +214,6 @@ def run(
     if cell.rivals:
         proxy = {"name": "cifar100"} | ({"root": data_root / "cifar100-part"} if data_root else {})
         variants = RIVALS | {"FedDF": {**RIVALS["FedDF"], "proxy": proxy}}
-    if data_root and "refiner.name=feddf" in cell.settings:
-        settings += [f"refiner.proxy.root={data_root / 'cifar100-part'}"]
     timer = Timer(max(until - time.monotonic(), 0.1), interrupt_main) if until < float("inf") else None
 
     def prepare() -> Experiment:

@@ -167,10 +167,15 @@ class Bench:
             }  # fmt: skip
 
     def layouts(self) -> Iterator[Row]:
-        """A client's step and a preset's iteration in each layout and precision, alternated; ratio: plain over this."""
+        """Steps of a client and a generator, and a preset's iteration, in each layout and precision, alternated.
+
+        ratio: float32 and contiguous over this.
+        """
         for name in ("lenet_gn", "cnn", "convnet", "resnet18"):
             flops = self.steps * step_flops(model(name), BATCH)
             yield from self._layouts(f"local, {name}", client_steps(name, self.steps, self.device), flops)
+        work = Refining("paper", 1, "lenet", self.device)
+        yield from self._layouts("generator", partial(work.generate, self.steps), self.steps * work.generator_flops())
         for preset in ("paper", "official", "fedftg"):
             work = Refining(preset, 10, self.model, self.device)
             yield from self._layouts(f"{preset}, 10 teachers", partial(work.refine, 1), work.necessary(1)[1])

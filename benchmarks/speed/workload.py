@@ -30,7 +30,7 @@ from fedftg.distill.teachers import stack_or_list
 from fedftg.engine.local_train import LocalConfig, train
 from fedftg.models.functional import FunctionalModel, values
 from fedftg.models.registry import ModelConfig, build
-from fedftg.precision import MemoryFormat, Precision
+from fedftg.precision import MemoryFormat, Precision, autocast
 
 BATCH = 50
 CLASSES = 10
@@ -157,6 +157,23 @@ class Refining:
         self.generator.memory_format = memory_format
         images, rng = GeneratorImages(config, self.generator), torch.Generator().manual_seed(0)
         return self._timed(lambda: distil(config, images, self.student, self.teachers, self.counts, rng=rng))
+
+    def generate(
+        self, steps: int, precision: Precision = "float32", memory_format: MemoryFormat = "contiguous"
+    ) -> float:
+        """Seconds of that many forward and backward passes of the generator."""
+        self.generator.memory_format = memory_format
+        noise = torch.randn(self.config.batch_size, self.config.noise_dim, device=self.device)
+        labels = torch.arange(self.config.batch_size, device=self.device) % CLASSES
+        with autocast(precision, self.device):
+            return self._timed(lambda: [self._generator(noise, labels, train=True) for _ in range(steps)])
+
+    def generator_flops(self) -> int:
+        """FLOP of a step of `generate` in the contiguous layout."""
+        counter = FlopCounterMode(display=False)
+        with counter:
+            self.generate(1)
+        return int(counter.get_total_flops())
 
     def necessary(self, iterations: int) -> tuple[float, float]:
         """Seconds and FLOP of the forward and backward passes that the iterations need, each timed alone.
