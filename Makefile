@@ -19,16 +19,15 @@ test: $(VENV)/dev.stamp
 # With what takes minutes or needs Ray (processes that are killed, Flower's own simulation), and the kept results' tables.
 test-all: $(VENV)/all.stamp
 	OMP_NUM_THREADS=1 FEDFTG_TEST_ALL=1 $(BIN)/python -m pytest -n $(TEST_WORKERS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks/accuracy benchmarks/deployed benchmarks/oneshot benchmarks/speed/test_loan.py -p no:xdist
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks/accuracy benchmarks/deployed benchmarks/oneshot benchmarks/speed -p no:xdist
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/bench.stamp
+bench: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=$(BENCH_THREADS) $(BIN)/python benchmarks/speed/bench.py --threads $(BENCH_THREADS) $(BENCH)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks/speed/test_parts.py -p no:xdist --benchmark-columns=min,median,stddev,rounds
 
 # The site in site/, from docs/ and zensical.toml: python3 -m http.server -d site
 docs: $(VENV)/docs.stamp
@@ -48,10 +47,6 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp
 
 $(VENV)/all.stamp: $(VENV)/dev.stamp
 	$(BIN)/pip install --quiet -c constraints.txt -e .[dev,simulation,docs]
-	touch $@
-
-$(VENV)/bench.stamp: $(VENV)/dev.stamp
-	$(BIN)/pip install --quiet -c constraints.txt -e .[bench]
 	touch $@
 
 $(VENV)/docs.stamp: $(VENV)/run.stamp

@@ -10,15 +10,18 @@ from fedftg.errors import InputError
 from fedftg.precision import computed
 
 
-def test_layers_see_the_layout_and_the_precision_and_the_answer_has_the_type_of_the_images(monkeypatch):
+@pytest.mark.parametrize("channels", [1, 2])
+def test_layers_see_the_layout_and_the_precision_and_the_answer_has_the_type_of_the_images(channels, monkeypatch):
     monkeypatch.setattr(precisions, "has_bfloat16", lambda device: True)
     seen = []
-    layer = nn.Conv2d(2, 3, 3)
+    layer = nn.Conv2d(channels, 3, 3)
     layer.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].stride(), output.dtype)))
-    images = torch.randn(4, 2, 5, 5)
+    images = torch.randn(4, channels, 5, 5)
     plain = computed(layer, images, "float32", "contiguous")
     fast = computed(layer, images, "bfloat16", "channels_last")
-    assert seen == [((50, 25, 5, 1), torch.float32), ((50, 1, 10, 2), torch.bfloat16)]
+    size = 25 * channels
+    last = (size, 1, 5 * channels, channels)
+    assert seen == [((size, 25, 5, 1), torch.float32), (last, torch.bfloat16)]
     assert fast.dtype == torch.float32
     torch.testing.assert_close(fast, plain, atol=0.05, rtol=0.05)
 

@@ -89,7 +89,7 @@ CELLS = {cell.name: cell for cell in [
             "refiner.iterations=15", "refiner.generator_width=16")),
 ]}  # fmt: skip
 
-# 400 of 1,000 rounds, in which the rate falls as far: two cells in one loan of 15 minutes, in pieces of 9.
+# 400 of 1,000 rounds, in which the rate falls as far: two cells in 15 minutes of a GPU, in pieces of 9.
 _GPU = ("rounds=400", "local.lr_decay=0.995", "executor.group=5", "threads=2", "checkpoint.every=20")
 DRY = ("rounds=2", "data.max_train=2000", "data.max_test=200", "partition.num_clients=20", "executor.name=sequential")
 """What makes a cell of the paper's protocol short enough for a CPU."""

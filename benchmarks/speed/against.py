@@ -2,8 +2,9 @@
 
     python benchmarks/speed/against.py COMMIT [RECIPE] [--set KEY=VALUE ...] [--here KEY=VALUE ...] [--repeats 3]
 
-Settings after ``--here`` hold for the working tree only, as `refiner.precision=bfloat16` does where the commit has no
-such setting. A phase's seconds are the mean over a run's rounds but the first, which starts processes.
+A named recipe is each tree's own. Settings after ``--here`` hold for the working tree only:
+`refiner.precision=bfloat16` where the commit has no such setting, or `refiner.lacking=0 refiner.last_round=0` where it
+fine-tuned every round. A phase's seconds are the mean over a run's rounds but the first, which starts processes.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ import torch
 from machine import describe, matmul_peak
 from rich.console import Console
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 from workload import BATCH, Refining, bare_loop, bare_loops, client_steps, images, model, round_config, step_flops
 
 import fedftg
@@ -36,7 +37,7 @@ Row = dict[str, Any]
 def main() -> None:
     """Measures what is asked for, shows it, and writes it where ``--json`` says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", default="round,local,refine,teachers,clients,models,layouts")
+    parser.add_argument("--tables", default="round,local,refine,teachers,clients,layouts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--steps", type=int, default=10, help="training steps, and teachers' passes, per measurement")
     parser.add_argument("--repeats", type=int, default=3)
@@ -154,42 +155,33 @@ class Bench:
                 "share": seconds["aggregate"] / sum(seconds.values()), "memory MB": summary["peak_memory_mb"],
             }  # fmt: skip
 
-    def models(self) -> Iterator[Row]:
-        """Bare training steps of each model."""
-        for name in ("lenet", "cnn", "convnet", "resnet18", "resnet18_gn"):
-            module, flops = model(name, device=self.device), step_flops(model(name), BATCH)
-            bare_loop(module, BATCH, 1, self.device)
-            taken = statistics.median(bare_loop(module, BATCH, self.steps, self.device) for _ in range(self.repeats))
-            speed = flops * self.steps / taken
-            yield {
-                "what": name, "seconds": taken / self.steps, "samples/s": BATCH * self.steps / taken,
-                "of peak": speed / self._peak(),
-            }  # fmt: skip
-
     def layouts(self) -> Iterator[Row]:
         """Steps of a client and a generator, and a preset's iteration, in each layout and precision, alternated.
 
         ratio: float32 and contiguous over this.
         """
         for name in ("lenet_gn", "cnn", "convnet", "resnet18"):
-            flops = self.steps * step_flops(model(name), BATCH)
-            yield from self._layouts(f"local, {name}", client_steps(name, self.steps, self.device), flops)
-        work = Refining("paper", 1, "lenet", self.device)
-        yield from self._layouts("generator", partial(work.generate, self.steps), self.steps * work.generator_flops())
+            yield from self._layouts(f"local, {name}", client_steps(name, self.steps, self.device))
+        yield from self._layouts("generator", partial(Refining("paper", 1, "lenet", self.device).generate, self.steps))
         for preset in ("paper", "official", "fedftg"):
             work = Refining(preset, 10, self.model, self.device)
-            yield from self._layouts(f"{preset}, 10 teachers", partial(work.refine, 1), work.necessary(1)[1])
+            yield from self._layouts(f"{preset}, 10 teachers", partial(work.refine, 1))
 
-    def _layouts(self, what: str, seconds: Callable[[Precision, MemoryFormat], float], flops: float) -> Iterator[Row]:
+    def _layouts(self, what: str, seconds: Callable[[Precision, MemoryFormat], float]) -> Iterator[Row]:
         precisions: tuple[Precision, ...] = ("float32", "bfloat16")
         formats: tuple[MemoryFormat, ...] = ("contiguous", "channels_last")
         ways = [*product(precisions[: 1 + has_bfloat16(self.device)], formats)]
         times: dict[tuple[Precision, MemoryFormat], list[float]] = {way: [] for way in ways}
-        for _ in range(self.repeats + 1):  # the first is a warm-up
+        counters = {way: FlopCounterMode(display=False) for way in ways}
+        for way, counter in counters.items():  # a warm-up, too
+            with counter:
+                seconds(*way)
+        for _ in range(self.repeats):
             for way in ways:
                 times[way].append(seconds(*way))
-        medians = {way: statistics.median(taken[1:]) for way, taken in times.items()}
+        medians = {way: statistics.median(taken) for way, taken in times.items()}
         for way, taken in medians.items():
+            flops = counters[way].get_total_flops()
             row: Row = {"what": f"{what}: {', '.join(way)}", "seconds": taken, "ratio": medians[ways[0]] / taken}
             yield row | {"of peak": flops / taken / matmul_peak(getattr(torch, way[0]), self.device)}
 

@@ -1,11 +1,11 @@
 """Compares a run's seconds with those of a plain PyTorch script that does the same work, in turns.
 
-    python benchmarks/speed/plain.py [RECIPE] [--set KEY=VALUE ...] [--repeats 3] [--threads 1]
+    python benchmarks/speed/plain.py [RECIPE] [--set KEY=VALUE ...] [--repeats 3]
 
-The script repeats a finished run from its records: the same clients, sizes, steps, fine-tuned rounds and evaluations
-with FedAvg, with or without FedFTG in `joint` steps, on random images. Model, generator, augmentation and distances of
-images are this package's; all else is what one would write: modules, deep copies, optimisers, one client after the
-other. The first round is left out.
+The script repeats a finished run from its records: the same clients, sizes, steps, threads, fine-tuned rounds and
+evaluations with FedAvg, with or without FedFTG in `joint` steps, in float32, on random images. Model, generator,
+augmentation and distances of images are this package's; all else is what one would write: modules, deep copies,
+optimisers, one client after the other. The first round is left out.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from fedftg.distill.generator import new_generator
 from fedftg.distill.losses import diversity
 from fedftg.engine.machine import keep_freed_memory
 from fedftg.models.registry import build
+from fedftg.rundir import records
 
 State = dict[str, Tensor]
 
@@ -43,11 +44,9 @@ def main() -> None:
     parser.add_argument("recipe", nargs="?", default="default")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1, help="of the plain script")
     parser.add_argument("--repeat", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.repeat:
-        torch.set_num_threads(arguments.threads)
         print(json.dumps(repeat(arguments.repeat)))
         return
     ours, plain = list[Seconds](), list[Seconds]()
@@ -56,7 +55,7 @@ def main() -> None:
             run = Path(folder) / "run"
             subprocess.run(command(arguments.recipe, arguments.set, run), stdout=subprocess.DEVNULL, check=True)
             ours.append(mean_phases(run))
-            words = [sys.executable, __file__, "--repeat", str(run), "--threads", str(arguments.threads)]
+            words = [sys.executable, __file__, "--repeat", str(run)]
             plain.append(json.loads(subprocess.run(words, stdout=subprocess.PIPE, check=True, cwd=ROOT).stdout))
     show({"ours": ours, "plain": plain})
 
@@ -64,6 +63,7 @@ def main() -> None:
 def repeat(folder: Path) -> Seconds:
     """Does a run's work once more; returns the mean seconds of each phase over the rounds but the first."""
     keep_freed_memory()
+    torch.set_num_threads(records.read_json(folder / "environment.json")["sessions"][-1]["threads"])
     record = load_run(folder)
     partition, last = (json.loads((folder / f"{name}.json").read_text()) for name in ("partition", "evaluation"))
     tested = sum(map(sum, last["confusion"]["selected"]))

@@ -168,13 +168,6 @@ class Refining:
         with autocast(precision, self.device):
             return self._timed(lambda: [self._generator(noise, labels, train=True) for _ in range(steps)])
 
-    def generator_flops(self) -> int:
-        """FLOP of a step of `generate` in the contiguous layout."""
-        counter = FlopCounterMode(display=False)
-        with counter:
-            self.generate(1)
-        return int(counter.get_total_flops())
-
     def necessary(self, iterations: int) -> tuple[float, float]:
         """Seconds and FLOP of the forward and backward passes that the iterations need, each timed alone.
 

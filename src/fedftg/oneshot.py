@@ -176,6 +176,7 @@ def refine(
     if isinstance(settings, DistillConfig):
         first = seed_for(seed, 0, SERVER, "generator")
         new = copy.deepcopy(generator or new_generator(settings, counts.shape[1], shape, first)).to(place)
+        new.memory_format = settings.memory_format
     _check(
         models,
         torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(place if new else place.device),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from fedftg.algorithms.adi import AdiConfig
 from fedftg.algorithms.coboosting import CoBoostingConfig
 from fedftg.algorithms.dafl import DaflConfig
 from fedftg.algorithms.dense import DenseConfig
@@ -97,6 +98,25 @@ def test_a_generator_is_continued(models, counts, config, generator):
     assert result.generator.noise_dim == 9
     with pytest.raises(InputError, match="generator's 4 classes, got 3"):
         refine(models[0], models[1:], counts, method=config(), generator=generator(classes=4))
+
+
+@pytest.mark.parametrize("method", ["fedftg", "leaves", "dense", "adi"])
+def test_models_and_a_given_generator_have_the_layout_of_the_method(models, counts, config, generator, method):
+    few = {"iterations": 1, "batch_size": 4, "memory_format": "channels_last"}
+    settings = {
+        "fedftg": config(memory_format="channels_last"),
+        "leaves": LeavesConfig(**few, image_steps=1),
+        "dense": DenseConfig(**few, generator_steps=1, generator_width=2),
+        "adi": AdiConfig(**few, image_steps=1),
+    }[method]
+    given = {"generator": generator()} if method == "fedftg" else {"image_shape": SHAPE}
+    seen = []
+    for model in models:
+        model.register_forward_pre_hook(lambda _, images: seen.append(images[0].stride()))
+    result = refine(models[0], models[1:], counts, method=settings, **given)
+    assert seen[:4] == [(64, 64, 8, 1)] * 4  # a first look at each model
+    assert set(seen[4:]) == {(64, 1, 8, 1)}
+    assert method != "fedftg" or result.generator.memory_format == "channels_last"
 
 
 def test_non_finite_result_is_rolled_back(models, counts, config, generator):

@@ -1,8 +1,9 @@
 import math
+from typing import ClassVar
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedftg import params as tree
 from fedftg import precision
@@ -96,12 +97,22 @@ def test_logits_of_a_loss_by_hand() -> None:
     assert torch.equal(logits(local_model(model, LocalConfig(), counts)), plain)
 
 
+class Watched(ConvNet):
+    """Notes the strides of what it gets."""
+
+    seen: ClassVar[list[tuple[int, ...]]] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen.append(images.stride())
+        return super().forward(images)
+
+
 @pytest.mark.parametrize("name", ["fedavg", "moon"])
 def test_another_precision_and_layout_train_the_same_up_to_rounding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights stay float32 and near those of full precision, in the strides that files are written with."""
     monkeypatch.setattr(precision, "has_bfloat16", lambda device: True)
     torch.manual_seed(0)
-    model = FunctionalModel(ConvNet(3, (1, 8, 8), width=8))
+    model = FunctionalModel(Watched(3, (1, 8, 8), width=8))
     params, buffers = model.init()
     rule = parse(ALGORITHMS[name], {}).build(2).local
     task = LocalTask(1, 0, params, buffers, rule.init_memory(params, buffers), {}, 12, 1.0, 0.05, 0)
@@ -113,6 +124,9 @@ def test_another_precision_and_layout_train_the_same_up_to_rounding(name: str, m
     assert all(value.dtype == torch.float32 and value.is_contiguous() for value in found[1].params.values())
     change, error = (tree.norm(tree.sub(found[0].params, other)) for other in (params, found[1].params))
     assert 0 < error < 0.1 * change
+    half = len(Watched.seen) // 2
+    assert Watched.seen == [(64, 64, 8, 1)] * half + [(64, 1, 8, 1)] * half
+    Watched.seen.clear()
 
 
 def test_clip_by_hand() -> None:

@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from fedftg.engine.evaluate import correct_held_back
+from fedftg.flower import client as node
 from fedftg.flower import wire
+from fedftg.models.functional import ComputedModel
 
 
 def assert_same(federation: Any, one: Any, other: Any, names: tuple[str, str] = ("served", "simulated")) -> None:
@@ -93,6 +96,21 @@ def test_what_clients_hold_back_is_measured_on_their_nodes(federation: Callable[
         assert "not_measured" not in mine
     assert run.summary["client_accuracy"] == simulated.summary["client_accuracy"]
     assert 0 < run.summary["client_accuracy"]["refined"]["mean"] < 1
+
+
+def test_nodes_evaluate_in_the_precision_of_local_training(federation: Callable[..., Any], monkeypatch: Any) -> None:
+    used: list[Any] = []
+
+    def spy(model: Any, *rest: Any) -> Any:
+        used.append(model)
+        return correct_held_back(model, *rest)
+
+    monkeypatch.setattr(node, "correct_held_back", spy)
+    fed = federation("partition.test_share=0.3", "local.memory_format=channels_last", "rounds=1")
+    run = fed.serve(fed.grid())
+    assert used
+    assert all(isinstance(model, ComputedModel) for model in used)
+    assert run.summary["client_accuracy"] == fed.simulate().summary["client_accuracy"]
 
 
 def test_nodes_with_data_of_their_own(federation: Callable[..., Any], tmp_path: Any) -> None:

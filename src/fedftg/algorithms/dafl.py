@@ -68,7 +68,7 @@ def terms(ensemble: Ensemble, images: Float[Tensor, "B D H W"]) -> dict[str, Flo
 def _features(terms: list[Tensor], layer: nn.Module, inputs: tuple[Any, ...], weights: Tensor) -> None:  # noqa: ARG001
     """Keeps the mean absolute input of the last layer that has parameters."""
     if inputs and next(layer.parameters(recurse=False), None) is not None:
-        terms[:] = [inputs[0].abs().mean()]
+        terms[:] = [inputs[0].float().abs().mean()]
 
 
 class DaflImages:

@@ -67,8 +67,8 @@ class StudentConfig(BaseModel):
     )
     precision: Precision = Field(
         default="float32",
-        description="arithmetic of teachers, student and generator, weights and losses apart; bfloat16 needs hardware "
-        "that has it, auto takes it there",
+        description="bfloat16: mixed precision of teachers, student and generator (weights and losses stay float32), "
+        "on hardware that has it; auto takes it where available",
     )
     memory_format: MemoryFormat = Field(
         default="contiguous",

@@ -40,16 +40,16 @@ class LocalConfig(BaseModel):
         "the log of the client's label prior, or those of classes that it does not hold times loss_alpha",
     )
     loss_tau: float = Field(default=1.0, ge=0, description="balanced_softmax: 0 gives cross_entropy (paper: 1)")
+    loss_alpha: float = Field(default=0.5, ge=0, le=1, description="fedrs: 1 gives cross_entropy")
     precision: Precision = Field(
         default="float32",
-        description="arithmetic of a client's passes and of evaluation, weights and losses apart; bfloat16 needs "
-        "hardware that has it, auto takes it there",
+        description="bfloat16: mixed precision of a client's passes and of evaluation (weights and losses stay "
+        "float32), on hardware that has it; auto takes it where available",
     )
     memory_format: MemoryFormat = Field(
         default="contiguous",
         description="layout of images and feature maps; channels_last is faster for some models: see docs/speed.md",
     )
-    loss_alpha: float = Field(default=0.5, ge=0, le=1, description="fedrs: 1 gives cross_entropy")
 
     def lr_at(self, round: int) -> float:
         """Returns the rate in a round counted from 1."""

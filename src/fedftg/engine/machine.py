@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fedftg.errors import InputError
+from fedftg.precision import has_bfloat16
 
 
 def resolve_device(name: str) -> str:
@@ -71,6 +72,7 @@ def environment(threads: int, device: str) -> dict[str, Any]:
         "processor": _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": threads,
+        "bfloat16": has_bfloat16(torch.device(device)),  # what precision = "auto" goes by
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "command": ["fedftg", *sys.argv[1:]] if Path(sys.argv[0]).name == "fedftg" else None,
     }

@@ -32,7 +32,7 @@ from fedftg.flower.nodes import ClientFacts
 from fedftg.flower.settings import AppSettings, NodeSettings, agreement, on_node
 from fedftg.flower.wire import CONFIG, METRICS, NUM_EXAMPLES, PARTITION_ID, Layout, Order
 from fedftg.models import registry
-from fedftg.models.functional import FunctionalModel
+from fedftg.models.functional import ComputedModel, FunctionalModel
 from fedftg.params import Params, copied, first_non_finite, to_device
 from fedftg.rundir.tensors import read_tensors, write_tensors
 from fedftg.seeds import SERVER, forked, numpy_rng, seed_for
@@ -103,6 +103,8 @@ class _Node:
 
     def evaluate(self, content: RecordDict) -> RecordDict:
         data, _, model = self._prepared(content)
+        local = Order.of(content).local
+        model = ComputedModel(model, local.precision, local.memory_format)
         counts = {PARTITION_ID: self.client, NUM_EXAMPLES: data.num_held_back(self.client)}
         params, buffers = model.init()
         for kind, arrays in content.array_records.items():

@@ -1,7 +1,7 @@
 """Uses a GPU that is at hand for minutes: checks, seconds a round of each executor, then the paper's runs in pieces.
 
-    python benchmarks/speed/loan.py OUT --data-root CIFAR10 [--minutes 9] [--runs ...] [--set KEY=VALUE ...]
-    python benchmarks/speed/loan.py OUT --dry            (the same on a CPU: small runs, built-in data)
+    python benchmarks/speed/gpu_session.py OUT --data-root CIFAR10 [--minutes 9] [--runs ...] [--set KEY=VALUE ...]
+    python benchmarks/speed/gpu_session.py OUT --dry            (the same on a CPU: small runs, built-in data)
 
 OUT gets checks.txt, timings.jsonl and a folder per run, whose curves are rounds.jsonl. A run that does not finish is
 saved and stopped; the same call goes on with it, and repeats neither checks nor timings. FedAvg keeps no upload per
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def piece(folder: Path, settings: list[str], until: float) -> str:
-    """Goes on with a run until its end, or until that time, when it is saved; returns how far it is."""
+    """Resumes a run until its end, or until that time, when it is saved; returns how far it is."""
     if not (folder / "summary.json").exists() and time.monotonic() < until:
         resume = ["--resume"] if (folder / "config.toml").exists() else []
         process = subprocess.Popen([*command("paper", settings, folder), *resume])
