@@ -5,7 +5,9 @@
 Needs ``pip install fedftg[simulation] pfl``. The job: CIFAR-10 without augmentation, 100 IID clients, 10 of them a
 round, 5 epochs in batches of 50, SGD 0.1 with weight decay 1e-3, the model ``cnn`` of this package, evaluated after
 every round. Two cores: ours and Flower in two processes of one thread, pfl-research in two by torchrun, the bare loop
-in one with two threads. ``ours channels_last`` sets `local.memory_format`, ``ours bfloat16`` `local.precision` as well.
+in one with two threads. ``ours channels_last`` sets `local.memory_format`, ``ours bfloat16`` `local.precision` as well;
+the others are in float32 and PyTorch's own layout, as one would write them. In its first round pfl-research evaluates
+the clients before and after training in place of the test set, as many images.
 """
 
 from __future__ import annotations
