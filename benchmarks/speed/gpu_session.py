@@ -49,9 +49,11 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, help="holds CIFAR-10's files; without it the hub is asked")
     parser.add_argument("--minutes", type=float, default=9.0, help="of the whole call")
     parser.add_argument("--runs", default=",".join(RUNS))
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE")
     parser.add_argument("--dry", action="store_true")
     given = parser.parse_args()
+    if not (given.dry or torch.cuda.is_available()):
+        sys.exit("no GPU that torch can use; --dry does the same on a CPU")
     until = time.monotonic() + 60 * given.minutes
     device = torch.device("cpu" if given.dry else "cuda")
     common = [*([f"data.root={given.data_root}"] if given.data_root else []), *(DRY if given.dry else [])]

@@ -26,7 +26,7 @@ from against import ROOT, Seconds, command, mean_phases, means, show
 from torch import Tensor, nn
 
 from fedftg import config as configs
-from fedftg import load_run
+from fedftg import load_run, recipes
 from fedftg.augment import augment
 from fedftg.config import RunConfig
 from fedftg.distill.generator import new_generator
@@ -42,13 +42,18 @@ def main() -> None:
     """Runs both in turns and prints the median of each phase, and ours over the plain script's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", default="default")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--repeat", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.repeat:
         print(json.dumps(repeat(arguments.repeat)))
         return
+    config = configs.load(recipes.find(arguments.recipe), arguments.set)
+    if config.algorithm.name != "fedavg" or config.refiner.name not in ("none", "fedftg"):
+        parser.error(
+            f"the script has fedavg with none or fedftg, got {config.algorithm.name} with {config.refiner.name}"
+        )
     ours, plain = list[Seconds](), list[Seconds]()
     for _ in range(arguments.repeats):
         with tempfile.TemporaryDirectory() as folder:
@@ -65,9 +70,10 @@ def repeat(folder: Path) -> Seconds:
     keep_freed_memory()
     torch.set_num_threads(records.read_json(folder / "environment.json")["sessions"][-1]["threads"])
     record = load_run(folder)
+    config = configs.from_mapping(record.config)
     partition, last = (json.loads((folder / f"{name}.json").read_text()) for name in ("partition", "evaluation"))
     tested = sum(map(sum, last["confusion"]["selected"]))
-    script = Script(configs.from_mapping(record.config), partition["class_counts"], partition["image_shape"], tested)
+    script = Script(config, partition["class_counts"], partition["image_shape"], tested)
     seconds = [script.round(row) for row in record.rounds]
     return means(seconds[1:] or seconds)
 

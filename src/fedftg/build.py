@@ -13,6 +13,7 @@ from fedftg.data.dataset import ImageDataset
 from fedftg.data.federated import FederatedData
 from fedftg.engine import executors
 from fedftg.engine.executors import Executor, RunRecipe, SequentialExecutor
+from fedftg.engine.local_train import local_model
 from fedftg.engine.machine import resolve_device
 from fedftg.errors import InputError, first_line
 from fedftg.experiment import Experiment
@@ -126,13 +127,16 @@ def _check_fit(config: RunConfig, algorithm: Algorithm, model: FunctionalModel, 
     if model.has_batchnorm and config.local.batch_size < 2:
         raise InputError("local.batch_size must be >= 2 for a model with BatchNorm, got 1; or take a GroupNorm model")
     images = torch.zeros(2, *data.image_shape, device=data.device)
+    if data.image_shape[0] == 1:
+        images = images.to(memory_format=torch.channels_last)  # as the data's
     labels = torch.zeros(2, dtype=torch.int64, device=data.device)
     params, buffers = model.init()
     memory = algorithm.local.init_memory(params, buffers)
     task = LocalTask(1, 0, params, buffers, memory, {}, len(labels), 1.0, config.local.lr, config.seed)
     leaves = {name: value.requires_grad_() for name, value in clone(params).items()}
-    loss = algorithm.local.loss(model, leaves, clone(buffers), Batch(images, labels), task)
+    trained = local_model(model, config.local, torch.ones(data.num_classes, device=data.device))
     try:
+        loss = algorithm.local.loss(trained, leaves, clone(buffers), Batch(images, labels), task)
         torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     except RuntimeError as error:
         raise InputError(f"model {config.model.name!r} cannot be trained ({first_line(error)})") from error

@@ -94,7 +94,7 @@ class RefineResult:
         parameter = next(self.generator.parameters())
         chosen = chosen.to(parameter.device, torch.int64)
         images: Tensor = self.generator(noise.to(parameter.device, parameter.dtype), chosen)
-        return images, chosen
+        return images.contiguous(), chosen
 
     def _kept(self, chosen: Int[Tensor, " N"], by_class: bool) -> tuple[Tensor, Tensor | None]:
         if not self._pool:
@@ -177,11 +177,10 @@ def refine(
         first = seed_for(seed, 0, SERVER, "generator")
         new = copy.deepcopy(generator or new_generator(settings, counts.shape[1], shape, first)).to(place)
         new.memory_format = settings.memory_format
-    _check(
-        models,
-        torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(place if new else place.device),
-        counts.shape[1],
-    )
+    images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(place if new else place.device)
+    if settings.memory_format == "channels_last":
+        images = images.to(memory_format=torch.channels_last)
+    _check(models, images, counts.shape[1])
     ensemble, start = ListedTeachers(of_teachers), "given"
     if student is None:
         images = dead_leaves(COMPARED_ON, shape, torch_rng(seed, 0, SERVER, "start")).to(place)
@@ -288,7 +287,7 @@ def _check(models: Mapping[str, Classifier], images: Tensor, num_classes: int) -
             raise InputError(
                 f"{name} does not take images {tuple(images.shape)}, {images.dtype}, on {images.device}: "
                 f"{first_line(error)}; pass the image_shape that it was trained with, and give all models one device "
-                "and one type, which is float32 but for FedFTG"
+                "and one type (only FedFTG's presets take another than float32)"
             ) from error
         if broken:
             raise InputError(f"{name} has values in {broken} that are not finite; leave it out, or train it anew")

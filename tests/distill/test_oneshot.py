@@ -114,8 +114,7 @@ def test_models_and_a_given_generator_have_the_layout_of_the_method(models, coun
     for model in models:
         model.register_forward_pre_hook(lambda _, images: seen.append(images[0].stride()))
     result = refine(models[0], models[1:], counts, method=settings, **given)
-    assert seen[:4] == [(64, 64, 8, 1)] * 4  # a first look at each model
-    assert set(seen[4:]) == {(64, 1, 8, 1)}
+    assert set(seen) == {(64, 1, 8, 1)}
     assert method != "fedftg" or result.generator.memory_format == "channels_last"
 
 
@@ -361,7 +360,7 @@ def test_wrong_inputs(models, counts, classifier, generator):
         (
             (copy.deepcopy(student).double(), teachers, counts),
             {},
-            "student does not take .* which is float32 but for FedFTG",
+            r"student does not take .* \(only FedFTG",
         ),
         ((copy.deepcopy(student).double(), teachers, counts), {"method": "paper"}, "teacher 0 does not .* one type"),
         ((student, teachers, counts), {"method": {"iterations": 2}}, r"one of leaves, .* LeavesConfig, .*, got dict"),

@@ -163,6 +163,14 @@ class Sparse(Buffers):
         super().__init__(num_classes, image_shape)
         self.register_buffer("graph", torch.eye(4).to_sparse())
 
+class Viewed(nn.Module):
+    def __init__(self, num_classes, image_shape):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(image_shape[0], 2, 3), nn.Linear(72, num_classes)
+    def forward(self, images):
+        return self.head(self.conv(images).view(len(images), -1))
+
+
 class Detached(Auxiliary):
     def forward(self, images):
         return self.head(images.flatten(1)).detach()
@@ -278,6 +286,7 @@ def test_gradients_of_the_caller_do_not_matter(nets, tiny_settings, mode):
         ("Masked", "has values in mask that are not finite; a mask may be boolean"),
         ("Sparse", "fails on images (1, 8, 8): NotImplementedError"),
         ("Detached", "cannot be trained (RuntimeError: element 0 of tensors does not require grad"),
+        ("Viewed", "cannot be trained (RuntimeError: view size is not compatible"),
         ("Checkpointed", "cannot be trained (CheckpointError: torch.utils.checkpoint"),
         ("compiled", "is a OptimizedModule; give the plain nn.Module"),
         ("double", "fails on images (1, 8, 8): RuntimeError: mat1 and mat2 must have the same dtype"),

@@ -72,7 +72,7 @@ def environment(threads: int, device: str) -> dict[str, Any]:
         "processor": _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": threads,
-        "bfloat16": has_bfloat16(torch.device(device)),  # what precision = "auto" goes by
+        "has_bfloat16": has_bfloat16(torch.device(device)),  # what precision = "auto" goes by
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "command": ["fedftg", *sys.argv[1:]] if Path(sys.argv[0]).name == "fedftg" else None,
     }
