@@ -76,9 +76,9 @@ class Generator(nn.Module):
         if fast:  # the layers follow
             features = features.contiguous(memory_format=torch.channels_last)
         features = self.base_norm(features)
+        upsampled = _transposed if fast else _upsampled
         for block in self.blocks:
             conv, norm, activation = block.children()
-            upsampled = _transposed if fast else _upsampled
             features = activation(norm(upsampled(conv, features)))
         images = torch.tanh(self.to_image(features))
         _, height, width = self.image_shape

@@ -101,6 +101,8 @@ def _versus(row: Row) -> tuple[str, str]:
 
 
 def _best(row: Row) -> tuple[str, str]:
+    if len(row.runs[0].accuracy("refined")[0]) == 1:
+        return "", ""  # the only evaluation
     value, smaller = _pair(row.deployed, "best")
     return value, f"@{row.deployed[0]['best_round']}" if len(row.deployed) == 1 else smaller
 
